@@ -1,0 +1,200 @@
+"""Draws people: avataaars parts (by Pablo Stanley, as packaged in ``python_avatars``) moved, scaled and coloured.
+
+Coordinates are the avataaars canvas (264 wide); the picture shows the square of ``VIEW`` units around ``CENTER``.
+"""
+
+import io
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import python_avatars
+import resvg_py
+from PIL import Image
+
+from .people import CLOTHING_COLORS, WALLS, Context, Person
+from .styles import apply_style
+
+VIEW = 214.0
+CENTER = (132.0, 134.0)
+
+_PARTS = Path(python_avatars.__file__).parent / "avatar_parts"
+_HAIR = {
+    "short": "short_flat",
+    "bob": "bob",
+    "bun": "bun",
+    "afro": "fro",
+    "curly": "curly",
+    "long": "straight_strand",
+    "mullet": "shaggy_mullet",
+    "quiff": "quiff",
+}
+_FACIAL_HAIR = {"beard": "beard_medium", "stubble": "beard_light", "moustache": "moustache_magnum"}
+_CLOTHING = {"shirt": "shirt_crew_neck", "hoodie": "hoodie", "suit": "blazer_shirt", "overalls": "overall"}
+_ACCESSORIES = {"glasses": "round", "sunglasses": "wayfarers"}
+_EYES = {"laughing": "happy", "surprised": "surprised", "winking": "wink"}
+_MOUTHS = {
+    "neutral": "serious",
+    "smiling": "smile",
+    "laughing": "big_smile",
+    "sad": "sad",
+    "surprised": "disbelief",
+    "winking": "twinkle",
+}
+_COLOR_GROUPS = ("Hair-Color", "Facial-Hair-Color", "Fabric-Color", "Color-Hair", "Skin-Color")
+_BODY = (
+    "M100,0 C130.9,0 156,25.07 156,56 L156,62.17 C161.68,63.12 166,68.05 166,74 L166,88 C166,94.05 161.52,99.06 "
+    "155.69,99.88 C153.63,119.69 141.24,136.42 124,144.61 L124,163 L128,163 C167.76,163 200,195.24 200,235 L200,300 "
+    "L0,300 L0,235 C0,195.24 32.24,163 72,163 L76,163 L76,144.61 C58.76,136.42 46.37,119.69 44.31,99.88 C38.48,99.06 "
+    "34,94.05 34,88 L34,74 C34,68.05 38.32,63.12 44,62.17 L44,56 C44,25.07 69.07,0 100,0 Z"
+)
+
+
+def _hex(rgb) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*rgb)
+
+
+@lru_cache(maxsize=None)
+def _part(path: str) -> str:
+    """The inner SVG of a part, its ids made unique and metadata of drawing programs dropped."""
+    svg = (_PARTS / f"{path}.svg").read_text(encoding="utf-8")
+    svg = re.sub(r"<\?xml.*?\?>|<title.*?</title>|<desc.*?</desc>|<metadata.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'\s(?!xlink:)[a-z]+:[a-z-]+="[^"]*"', "", svg)
+    svg = re.sub(r"<svg[^>]*>", "", svg, count=1).rsplit("</svg>", 1)[0]
+    prefix = path.replace("/", "_")
+    svg = re.sub(r'id="([^"]+)"', rf'id="{prefix}_\1"', svg)
+    return re.sub(r"#((?:path|mask|filter|linearGradient|rect|clip)[\w-]*)", rf"#{prefix}_\1", svg)
+
+
+def _colored(path: str, rgb, literals: tuple[str, ...] = ()) -> str:
+    """A part with its colour group filled; ``literals`` are fixed colours of the drawing to replace as well."""
+    svg = _part(path)
+    for group in _COLOR_GROUPS:
+        svg = re.sub(rf'(<g id="\w*_{group}"[^>]*?)fill=""', rf'\1fill="{_hex(rgb)}"', svg)
+    for literal in literals:
+        svg = re.sub(literal, _hex(rgb), svg, flags=re.I)
+    return svg
+
+
+def _group(transform: str, content: str) -> str:
+    return f'<g transform="{transform}">{content}</g>'
+
+
+def _about(x: float, y: float, sx: float, sy: float) -> str:
+    return f"translate({x:.3f} {y:.3f}) scale({sx:.4f} {sy:.4f}) translate({-x:.3f} {-y:.3f})"
+
+
+def _eyes(expression: str, spacing: float, size: float) -> str:
+    """Two eyes, each the clipped half of the part, moved apart and scaled about its own centre (30|82, 22)."""
+    art = _part(f"eyes/{_EYES.get(expression, 'default')}")
+    sides = []
+    for side, center in (("left", 30), ("right", 82)):
+        shift = -spacing if side == "left" else spacing
+        clipped = f'<g clip-path="url(#half_{side})">{art}</g>'
+        sides.append(_group(f"translate({shift:.3f} 0) {_about(center, 22, size, size)}", clipped))
+    return "".join(sides)
+
+
+def _brows(tilt: float) -> str:
+    art = _part("eyebrows/default")
+    return "".join(
+        _group(f"rotate({angle:.3f} {center} 12)", f'<g clip-path="url(#half_{side})">{art}</g>')
+        for side, center, angle in (("left", 30, tilt), ("right", 82, -tilt))
+    )
+
+
+def _scaled(value: float, low: float, high: float) -> float:
+    return low + (value + 1) / 2 * (high - low)
+
+
+def _person_svg(person: Person, context: Context) -> str:
+    g = dict(zip(("face", "spacing", "eye", "mouth", "mouth_y", "nose", "brow_y", "brow_tilt", "mark_x", "mark_y"),
+                 person.geometry, strict=True))  # fmt: skip
+    eye_spacing = _scaled(g["spacing"], -7, 7)
+    mouth = _about(54, 20, _scaled(g["mouth"], 0.65, 1.45), _scaled(g["mouth"], 0.85, 1.15))
+    nose = _scaled(g["nose"], 0.65, 1.6)
+    features = [
+        _group(f"translate(28 40) {_about(28, 10, nose, nose)}", _part("nose/default").replace("0.16", "0.34")),
+        _group(f"translate(2 {52 + _scaled(g['mouth_y'], -5, 6):.3f}) {mouth}", _part(f"mouth/{_MOUTHS[context.expression]}")),
+        _group("translate(0 8)", _eyes(context.expression, eye_spacing, _scaled(g["eye"], 0.7, 1.5))),
+        _group(f"translate(0 {_scaled(g['brow_y'], -9, 4):.3f})", _brows(_scaled(g["brow_tilt"], -16, 16))),
+    ]  # fmt: skip
+    mark = (f'<circle cx="{132 + _scaled(g["mark_x"], -40, 40):.3f}" cy="{_scaled(g["mark_y"], 92, 152):.3f}" r="4.6" '
+            'fill="#3a1d16"/>')  # fmt: skip
+    skin = _hex(person.skin_rgb)
+    head = [f'<g transform="translate(32 36)"><path d="{_BODY}" fill="{skin}"/>'
+            '<path d="M44,94 C44,124.9 69.07,150 100,150 C130.9,150 156,124.9 156,94 L156,102 C156,132.9 130.9,158 100,158 '
+            'C69.07,158 44,132.9 44,102 Z" fill="#000" fill-opacity="0.1"/></g>']  # fmt: skip
+    if person.facial_hair in _FACIAL_HAIR:
+        head.append(_group("translate(49 72)", _colored(f"facial_hair/{_FACIAL_HAIR[person.facial_hair]}", person.hair_rgb)))
+    head += [_group("translate(76 82)", "".join(features)), mark]
+    head.append(_colored(f"top/hair/{_HAIR[person.hair_shape]}", person.hair_rgb, ("#724133",)))
+    if context.accessory in _ACCESSORIES:
+        glasses = _about(71, 20, _scaled(g["spacing"], 0.94, 1.1), 1.0)
+        head.append(_group(f"translate(62 85) {glasses}", _part(f"accessories/{_ACCESSORIES[context.accessory]}")))
+    clothes = _colored(f"clothes/{_CLOTHING[context.clothing]}", CLOTHING_COLORS[context.clothing_color],
+                       ("#3A4C5A", "#2F4351") if context.clothing == "suit" else ())  # fmt: skip
+    dressed = _group("translate(0 170)", clothes)
+    head_group = _group(_about(132, 120, _scaled(g["face"], 0.86, 1.14), 1.0), "".join(head))
+    x, y = context.shift
+    place = f"translate({x:.3f} {y:.3f}) rotate({context.tilt:.3f} 132 150) {_about(132, 130, context.scale, context.scale)}"
+    return _group(place, head_group + dressed)
+
+
+def _background_svg(background: str, x: float, y: float, width: float, height: float) -> str:
+    def rect(top: float, bottom: float, color: str) -> str:
+        return f'<rect x="{x}" y="{y + top * height}" width="{width}" height="{(bottom - top) * height}" fill="{color}"/>'
+
+    def each(step: float, shape) -> str:
+        return "".join(shape(x + i * step) for i in range(int(width / step) + 2))
+
+    horizon = y + 0.6 * height
+    if background == "beach":
+        sun = f'<circle cx="{x + 30}" cy="{y + 34}" r="17" fill="#fff3a8"/>'
+        return rect(0, 0.45, "#8fd3f4") + sun + rect(0.45, 0.7, "#2a8fc7") + rect(0.7, 1, "#f0d9a0")
+    if background == "forest":
+        tree = lambda cx: f'<polygon points="{cx},{y + 18} {cx - 26},{horizon + 24} {cx + 26},{horizon + 24}" fill="#1f6b3a"/>'  # noqa: E731
+        return rect(0, 0.7, "#bfe6c8") + each(38, tree) + rect(0.7, 1, "#4f7d3a")
+    if background == "city":
+        house = lambda cx: (  # noqa: E731
+            f'<rect x="{cx}" y="{y + 30 + (cx * 7 % 50)}" width="27" height="{height}" fill="#5d6a82"/>'
+            + "".join(f'<rect x="{cx + 5 + 10 * i}" y="{y + 44 + 22 * j + (cx * 7 % 50)}" width="7" height="11" fill="#f8e08a"/>'
+                      for i in range(2) for j in range(6)))  # fmt: skip
+        return rect(0, 1, "#c9d4e4") + each(33, house)
+    if background == "snow":
+        peak = lambda cx: (  # noqa: E731
+            f'<polygon points="{cx},{y + 40} {cx - 60},{horizon + 14} {cx + 60},{horizon + 14}" fill="#8296b4"/>'
+            f'<polygon points="{cx},{y + 40} {cx - 21},{y + 71} {cx + 21},{y + 71}" fill="#ffffff"/>')
+        return rect(0, 0.65, "#a9c6ee") + each(78, peak) + rect(0.65, 1, "#f4f8ff")
+    return rect(0, 1, _hex(WALLS[background.removesuffix(" wall")]))
+
+
+_CLIPS = ('<clipPath id="half_left"><rect x="-30" y="-40" width="86" height="140"/></clipPath>'
+          '<clipPath id="half_right"><rect x="56" y="-40" width="86" height="140"/></clipPath>')  # fmt: skip
+
+
+def draw(people: list[tuple[Person, Context]], background: str, style: str = "photo", size: int = 128) -> np.ndarray:
+    """Draws zero or more people side by side on one background.
+
+    Args:
+        people: left to right; each takes a ``size`` x ``size`` square. None draws the empty scene, one square.
+        size: side of a square in pixels.
+
+    Returns:
+        uint8 RGB, (size, size * max(1, len(people)), 3).
+    """
+    squares = max(1, len(people))
+    x0, y0 = CENTER[0] - VIEW / 2, CENTER[1] - VIEW / 2
+    figures = "".join(_group(f"translate({VIEW * i:.3f} 0)", _person_svg(p, c)) for i, (p, c) in enumerate(people))
+    svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+           f'viewBox="{x0} {y0} {VIEW * squares} {VIEW}" width="{size * squares}" height="{size}" fill-rule="evenodd">'
+           f"<defs>{_CLIPS}</defs>{_background_svg(background, x0, y0, VIEW * squares, VIEW)}{figures}</svg>")  # fmt: skip
+    png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)
+    picture = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+    return apply_style(picture, style)
+
+
+def photo(person: Person, context: Context, size: int = 128) -> np.ndarray:
+    """One person's photo: uint8 RGB, (size, size, 3)."""
+    return draw([(person, context)], context.background, context.style, size)

@@ -1,0 +1,100 @@
+"""What the trainings of the miniature share: bf16 weights with float32 masters, an EMA, checkpoints that resume."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class Trainer:
+    """Steps a bf16 model through float32 master weights, keeps their EMA, logs and checkpoints.
+
+    Args:
+        model: float32 on entry; becomes bfloat16 in place and stays so.
+        folder: receives ``state.pt`` (atomically replaced) and ``log.csv``.
+        steps: length of the cosine schedule, after which the rate is zero.
+        rate: peak learning rate of AdamW, reached after ``warmup`` steps.
+        ema: decay of the averaged weights; the average starts slower so that early steps do not linger in it.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, *, steps: int, rate: float, warmup: int = 200, ema: float = 0.9995,
+                 weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.99)) -> None:  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model, self.folder, self.steps, self.rate, self.warmup, self.decay = model, folder, steps, rate, warmup, ema
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.masters = [p.detach().clone().float() for p in model.parameters() if p.requires_grad]
+        self.average = [m.clone() for m in self.masters]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=rate, betas=betas, weight_decay=weight_decay, fused=True)
+        model.to(torch.bfloat16)
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.step_count, self._losses, self._saved, self._started = 0, [], time.time(), time.time()
+        if (folder / "state.pt").exists():
+            self._restore(torch.load(folder / "state.pt", weights_only=True))
+
+    def _restore(self, state: dict) -> None:
+        for target, source in zip(self.masters + self.average, state["masters"] + state["average"], strict=True):
+            target.copy_(source)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step_count = state["step"]
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        torch._foreach_copy_(self.params, self.masters)
+
+    def learning_rate(self) -> float:
+        """The rate of the coming step: linear warm-up, then a cosine to zero."""
+        fraction = torch.tensor(min(1.0, self.step_count / self.steps))
+        return self.rate * min(1.0, (self.step_count + 1) / self.warmup) * float(0.5 * (1 + torch.cos(torch.pi * fraction)))
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Back-propagates a scalar loss, steps, and every so often logs and saves.
+
+        Raises:
+            RuntimeError: The loss is not finite; the last checkpoint is left alone.
+        """
+        loss.backward()
+        value = loss.item()
+        if value != value or abs(value) == float("inf"):
+            raise RuntimeError(f"loss is {value} at step {self.step_count}")
+        for master, param in zip(self.masters, self.params, strict=True):
+            master.grad = param.grad.float()
+            param.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            self.step_count += 1
+            decay = min(self.decay, (1 + self.step_count) / (10 + self.step_count))
+            torch._foreach_lerp_(self.average, self.masters, 1 - decay)
+        self._publish()
+        self._losses.append(value)
+        if self.step_count % 50 == 0:
+            self._log()
+        if time.time() - self._saved > 180 or self.step_count >= self.steps:
+            self.save()
+
+    def _log(self) -> None:
+        mean = sum(self._losses) / len(self._losses)
+        with open(self.folder / "log.csv", "a") as log:
+            log.write(f"{self.step_count},{mean:.5f},{self.learning_rate():.2e},{time.time() - self._started:.0f}\n")
+        self._losses = []
+
+    def save(self) -> None:
+        """Writes ``state.pt``; a kill at any moment leaves the old or the new one."""
+        partial = self.folder / "state.partial"
+        state = {"masters": self.masters, "average": self.average, "names": self.names,
+                 "optimizer": self.optimizer.state_dict(), "step": self.step_count}  # fmt: skip
+        torch.save(state, partial)
+        os.replace(partial, self.folder / "state.pt")
+        self._saved = time.time()
+
+
+def load_average(folder: Path) -> dict[str, torch.Tensor]:
+    """The averaged float32 weights of a run, by parameter name."""
+    state = torch.load(folder / "state.pt", weights_only=True, mmap=True)
+    return dict(zip(state["names"], state["average"], strict=True))
