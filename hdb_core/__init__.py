@@ -1,0 +1,1 @@
+"""HyperDreamBooth in plain PyTorch: LiDB persons, their bases, files, adapters and the fast fine-tune."""

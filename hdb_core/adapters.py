@@ -1,0 +1,71 @@
+"""Low-rank output paths on linear layers: ``y + up · (down · x)`` by forward hooks.
+
+The full change of a weight is never formed, so autograd never forms a gradient of that size, and the layer may store
+its weight in any format. One person for the whole batch, or another person for every sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LayoutError
+
+Factors = tuple[Tensor, Tensor]
+
+
+def low_rank_output(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """``y + (x · downᵀ) · upᵀ`` in the dtype of the activations.
+
+    Args:
+        x: (..., in), the input of a linear layer; (B, T, in) if the factors are per sample.
+        y: (..., out), its output.
+        up: (out, R), or (B, out, R) with one person per sample.
+        down: (R, in), or (B, R, in).
+
+    Returns:
+        A new tensor with the shape and dtype of `y`.
+    """
+    hidden = (x @ down.to(x.dtype).mT).to(y.dtype)
+    up = up.to(y.dtype)
+    if up.ndim == 3:
+        return torch.baddbmm(y, hidden, up.mT)
+    return torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), up.mT).view(y.shape)
+
+
+@contextmanager
+def attach(modules: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> Iterator[None]:
+    """Give linear layers a low-rank output path for the duration of the context.
+
+    The mapping is read at every forward pass, so a training loop may put new factors into it between steps.
+
+    Args:
+        modules: layer name → linear-like module with output (..., out).
+        factors: layer name → (up, down), see `low_rank_output`; layers without an entry stay as they are.
+
+    Raises:
+        LayoutError: if a factor has no module.
+    """
+    if missing := [name for name in factors if name not in modules]:
+        raise LayoutError(
+            f"{len(missing)} of {len(factors)} layers of the LiDB are not in the model, the first is {missing[0]!r}. "
+            "Connect the MODEL and CLIP of a matching checkpoint."
+        )
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_hook(_hook(name, factors))
+            stack.callback(handle.remove)
+        yield
+
+
+def _hook(name: str, factors: Mapping[str, Factors]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def add_low_rank_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if name not in factors:
+            return output
+        up, down = factors[name]
+        return low_rank_output(inputs[0], output, up, down)
+
+    return add_low_rank_output

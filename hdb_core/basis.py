@@ -1,0 +1,117 @@
+"""The frozen orthonormal bases of a LiDB, and the recipe that makes them again anywhere.
+
+Every layer has two: ``down_aux`` (a, in) with orthonormal rows and ``up_aux`` (out, b) with orthonormal columns.
+They are never stored. Normals come from NumPy's ``RandomState``, whose values NumPy has frozen, seeded by the
+layer's name. QR is not bit-identical across libraries, so a file carries the hash of the *recipe* and a few
+projections of the basis it was made with: last-bit differences pass, another basis does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import BasisError
+from .layout import Layer, Layout
+
+STREAM = "numpy.RandomState.standard_normal/sha256/qr"
+PROBE_TOLERANCE = 1e-5
+_NUM_PROBED_LAYERS = 4
+
+
+@dataclass(frozen=True)
+class BasisRecipe:
+    """What decides a basis.
+
+    Attributes:
+        seed: any integer.
+        down_dim: a, the dimension of the input side; layers with fewer inputs use all of them.
+        up_dim: b, the dimension of the output side; layers with fewer outputs use all of them.
+        version: of the construction in this module.
+    """
+
+    seed: int = 0
+    down_dim: int = 100
+    up_dim: int = 50
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.version != 1:
+            raise BasisError(f"Expected a basis of version 1, got {self.version}. Update this node pack.")
+        if self.down_dim < 1 or self.up_dim < 1:
+            raise BasisError(f"Expected basis dimensions of at least 1, got {self.down_dim} × {self.up_dim}.")
+
+    @property
+    def max_rank(self) -> int:
+        """The highest rank that a LiDB in this basis can have."""
+        return min(self.down_dim, self.up_dim)
+
+    def hash(self, layout: Layout) -> str:
+        """SHA-256 over the stream, the recipe and the layers' names and sizes, as hex digits."""
+        return hashlib.sha256(json.dumps([STREAM, asdict(self), layout.hash]).encode()).hexdigest()
+
+    def dims(self, layer: Layer) -> tuple[int, int]:
+        """(a', b'): the dimensions of a layer's bases, cut to its sizes."""
+        return min(self.down_dim, layer.in_features), min(self.up_dim, layer.out_features)
+
+
+@lru_cache(maxsize=1024)
+def layer_basis(recipe: BasisRecipe, layer: Layer) -> tuple[Tensor, Tensor]:
+    """The two bases of a layer, on the CPU. Cached: do not write into them.
+
+    Returns:
+        down_aux (a', in) float32 with orthonormal rows, up_aux (out, b') float32 with orthonormal columns.
+
+    Source: HyperDreamBooth, arXiv 2307.06949, section 4.1 (random orthogonal auxiliary layers).
+    """
+    a, b = recipe.dims(layer)
+    down = _orthonormal_columns(recipe.seed, layer.name, "down", layer.in_features, a)
+    up = _orthonormal_columns(recipe.seed, layer.name, "up", layer.out_features, b)
+    # A cached inference tensor (a node runs in inference mode) could never take part in training later.
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.ascontiguousarray(down.T)), torch.from_numpy(up)
+
+
+def bases_of(
+    recipe: BasisRecipe, layout: Layout, device: torch.device | str = "cpu"
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer name → (down_aux, up_aux), see `layer_basis`, for all layers on one device."""
+    bases = {layer.name: layer_basis(recipe, layer) for layer in layout.layers}
+    return {name: (down_aux.to(device), up_aux.to(device)) for name, (down_aux, up_aux) in bases.items()}
+
+
+def probe(recipe: BasisRecipe, layout: Layout) -> list[float]:
+    """A few projections that identify a basis: a fixed vector seen by some layers, both sides, two numbers each."""
+    count = min(_NUM_PROBED_LAYERS, len(layout.layers))
+    picked = np.linspace(0, len(layout.layers) - 1, count).round().astype(int)
+    values: list[float] = []
+    for index in picked:
+        down_aux, up_aux = layer_basis(recipe, layout.layers[index])
+        for rows in (down_aux[:2], up_aux.T[:2]):
+            values += (rows.double() @ _probe_vector(rows.shape[1])).tolist()
+    return values
+
+
+def same_basis(probe_a: list[float], probe_b: list[float]) -> bool:
+    """Whether two probes come from the same basis, up to last-bit differences of QR."""
+    return len(probe_a) == len(probe_b) and bool(np.allclose(probe_a, probe_b, rtol=0, atol=PROBE_TOLERANCE))
+
+
+def _probe_vector(size: int) -> Tensor:
+    vector = (torch.arange(size, dtype=torch.float64) * 37 % 101) - 50
+    return vector / vector.norm()
+
+
+def _orthonormal_columns(seed: int, name: str, side: str, size: int, dim: int) -> np.ndarray:
+    """(size, dim) float32 with orthonormal columns, computed in float64."""
+    digest = hashlib.sha256(f"{seed}/{name}/{side}".encode()).digest()
+    normals = np.random.RandomState(np.frombuffer(digest, "<u4")).standard_normal((size, dim))
+    q, r = np.linalg.qr(normals)
+    # The signs of QR depend on the library; a positive diagonal of R makes the factorisation unique.
+    return (q * np.where(np.diagonal(r) < 0, -1.0, 1.0)).astype(np.float32)

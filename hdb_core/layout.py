@@ -1,0 +1,224 @@
+"""The layers that a LiDB adapts: their neutral names, sizes and order, for every model family.
+
+Neutral names are those of diffusers with the component in front:
+``unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q``,
+``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``. ComfyUI uses the names of the original
+checkpoints (``input_blocks.1.1.transformer_blocks.0.attn1.to_q``); this module maps both ways.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from .errors import LayoutError
+
+FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
+
+_TEXT_ENCODERS = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
+_SECTIONS = ("unet.down_blocks", "unet.mid_block", "unet.up_blocks", "text_encoder", "text_encoder_2")
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+
+_UNET_TAIL = r"transformer_blocks\.\d+\.attn[12]\.(?:to_q|to_k|to_v|to_out\.0)"
+_LDM_UNET = re.compile(rf"(input_blocks|middle_block|output_blocks)\.(\d+)(?:\.1)?\.({_UNET_TAIL})")
+_NEUTRAL_UNET = re.compile(
+    rf"(?:unet\.)?(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.({_UNET_TAIL})"
+)
+_TEXT = re.compile(r"(?:.*\.)?encoder\.layers\.(\d+)\.self_attn\.((?:q|k|v|out)_proj)")
+_NEUTRAL_TEXT = re.compile(r"(text_encoder(?:_2)?)\.(text_model\.encoder\.layers\.\d+\.self_attn\.(?:q|k|v|out)_proj)")
+_LDM_DOWNSAMPLE = re.compile(r"input_blocks\.(\d+)\.0\.op\b")
+_LDM_INPUT = re.compile(r"input_blocks\.(\d+)\b")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted linear layer. Its weight is (out_features, in_features)."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the layer belongs to a text encoder."""
+        return self.name.startswith("text_encoder")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The adapted layers of one model, in canonical order."""
+
+    family: str
+    layers: tuple[Layer, ...]
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over family, names, sizes and order, as hex digits."""
+        rows = [[layer.name, layer.in_features, layer.out_features] for layer in self.layers]
+        return hashlib.sha256(json.dumps([self.family, rows]).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """For example ``SD 1.x, 128 UNet + 48 text layers``."""
+        text = sum(layer.is_text for layer in self.layers)
+        return f"{FAMILIES.get(self.family, self.family)}, {len(self.layers) - text} UNet + {text} text layers"
+
+
+def find_targets(
+    unet_modules: Mapping[str, nn.Module], text_modules: Mapping[str, Mapping[str, nn.Module]], family: str
+) -> dict[str, nn.Module]:
+    """Find the linear layers of every attention of a UNet and its CLIP text encoders.
+
+    Text layers whose ``out_proj`` is zero are identities, get no gradient, and are left out.
+
+    Args:
+        unet_modules: all modules of the UNet (``dict(unet.named_modules())``), with the names of the original
+            checkpoints, relative to ``diffusion_model``, or with those of diffusers.
+        text_modules: the same for each text encoder, by ``clip_l``, ``clip_h``, ``clip_g``, ``text_encoder`` or
+            ``text_encoder_2``; may be empty.
+        family: a key of `FAMILIES`.
+
+    Returns:
+        Neutral name → module, in canonical order.
+
+    Raises:
+        LayoutError: if the family is unknown or the UNet has no attention layers of the known form.
+    """
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES.values())
+        raise LayoutError(f"LiDB works on {known}, but the connected MODEL is {family!r}. Load such a checkpoint.")
+    targets = _unet_targets(unet_modules)
+    if not targets:
+        raise LayoutError(
+            f"Expected a UNet with attention layers ({FAMILIES[family]}), found none in "
+            f"{len(unet_modules)} modules. Connect the MODEL of an SD 1.x, SD 2.x or SDXL checkpoint."
+        )
+    for encoder, modules in text_modules.items():
+        targets.update(_text_targets(_TEXT_ENCODERS.get(encoder, encoder), modules))
+    return {name: targets[name] for name in sorted(targets, key=_canonical_key)}
+
+
+def layout_of(targets: Mapping[str, nn.Module], family: str) -> Layout:
+    """The layout of what `find_targets` found."""
+    layers = (Layer(name, int(m.in_features), int(m.out_features)) for name, m in targets.items())
+    return Layout(family, tuple(layers))
+
+
+def host_keys(layout: Layout) -> dict[str, str]:
+    """Neutral name → weight key of ComfyUI, for every layer of a layout.
+
+    ``diffusion_model.….weight`` belongs to a MODEL, ``clip_l.…``, ``clip_h.…`` and ``clip_g.…`` to a CLIP.
+    """
+    num_res_blocks = _num_res_blocks_of_neutral(layer.name for layer in layout.layers)
+    return {layer.name: host_key(layer.name, num_res_blocks, layout.family) for layer in layout.layers}
+
+
+def host_key(name: str, num_res_blocks: int = 2, family: str = "sd1") -> str:
+    """The weight key of ComfyUI for a neutral name.
+
+    Args:
+        name: neutral name of a layer.
+        num_res_blocks: residual blocks per UNet level (2 in SD 1.x, SD 2.x and SDXL).
+        family: decides between CLIP-L and CLIP-H.
+
+    Raises:
+        LayoutError: if the name is not one of ours.
+    """
+    if match := _NEUTRAL_TEXT.fullmatch(name):
+        first = "clip_h" if family == "sd2" else "clip_l"
+        return f"{first if match[1] == 'text_encoder' else 'clip_g'}.transformer.{match[2]}.weight"
+    if not (match := _NEUTRAL_UNET.fullmatch(name)):
+        raise LayoutError(f"Expected the name of an attention layer, got {name!r}. Make the LiDB again with this pack.")
+    section, level, index, tail = match[1], int(match[2] or 0), int(match[3]), match[4]
+    block = {
+        "down_blocks": f"input_blocks.{1 + level * (num_res_blocks + 1) + index}",
+        "mid_block": "middle_block",
+        "up_blocks": f"output_blocks.{level * (num_res_blocks + 1) + index}",
+    }[section]
+    return f"diffusion_model.{block}.1.{tail}.weight"
+
+
+def neutral_unet_name(name: str, num_res_blocks: int) -> str | None:
+    """The neutral name of a UNet module, or None if it is not one of the adapted linear layers.
+
+    Args:
+        name: original (ldm) name relative to ``diffusion_model``, or the name in diffusers.
+        num_res_blocks: residual blocks per UNet level.
+    """
+    if _NEUTRAL_UNET.fullmatch(name):
+        return name if name.startswith("unet.") else f"unet.{name}"
+    if not (match := _LDM_UNET.fullmatch(name)):
+        return None
+    section, number, tail = match[1], int(match[2]), match[3]
+    if section == "middle_block":
+        return f"unet.mid_block.attentions.0.{tail}"
+    level, index = divmod(number - 1 if section == "input_blocks" else number, num_res_blocks + 1)
+    return f"unet.{'down_blocks' if section == 'input_blocks' else 'up_blocks'}.{level}.attentions.{index}.{tail}"
+
+
+def require_layers(wanted: Layout, available: Layout, maker: str = "This LiDB") -> None:
+    """Check that every layer of `wanted` exists with the same sizes in `available`.
+
+    Args:
+        wanted: the layers that something was made for.
+        available: the layers of the connected model.
+        maker: what was made, the first words of the message.
+
+    Raises:
+        LayoutError: in plain words, if not.
+    """
+    sizes = {layer.name: layer for layer in available.layers}
+    missing = sum(sizes.get(layer.name) != layer for layer in wanted.layers)
+    if wanted.family == available.family and not missing:
+        return
+    raise LayoutError(
+        f"{maker} was made for another model ({wanted.describe()}) than the connected MODEL and CLIP "
+        f"({available.describe()}): {missing} of its {len(wanted.layers)} layers are missing or of another size. "
+        "Connect the MODEL and CLIP of a matching checkpoint, or make a new LiDB with this one."
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Quantised linear layers of the host are not nn.Linear, but they do carry their sizes.
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _unet_targets(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    num_res_blocks = _num_res_blocks_of_ldm(modules)
+    named = ((neutral_unet_name(name, num_res_blocks), module) for name, module in modules.items())
+    return {name: module for name, module in named if name and _is_linear(module)}
+
+
+def _text_targets(encoder: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    linears = {name: module for name, module in modules.items() if _is_linear(module)}
+    found = {(match[1], match[2]): m for name, m in linears.items() if (match := _TEXT.fullmatch(name))}
+    live = {i for (i, projection), m in found.items() if projection == "out_proj" and bool(m.weight.float().any())}
+    prefix = f"{encoder}.text_model.encoder.layers"
+    return {f"{prefix}.{i}.self_attn.{projection}": m for (i, projection), m in found.items() if i in live}
+
+
+def _num_res_blocks_of_ldm(names: Iterable[str]) -> int:
+    names = list(names)
+    downsamples = [int(match[1]) for name in names if (match := _LDM_DOWNSAMPLE.match(name))]
+    if downsamples:
+        return min(downsamples) - 1
+    return max((int(match[1]) for name in names if (match := _LDM_INPUT.match(name))), default=1)
+
+
+def _num_res_blocks_of_neutral(names: Iterable[str]) -> int:
+    matches = [match for name in names if (match := _NEUTRAL_UNET.fullmatch(name))]
+    down = [int(match[3]) + 1 for match in matches if match[1] == "down_blocks"]
+    up = [int(match[3]) for match in matches if match[1] == "up_blocks"]
+    return max(down + up, default=2)
+
+
+def _canonical_key(name: str) -> tuple[int, list[int], int]:
+    projection = next(p for p in _PROJECTIONS if name.endswith(p))
+    section = max((s for s in _SECTIONS if name.startswith(s + ".")), key=len)
+    numbers = re.findall(r"\d+", name.removesuffix(projection))
+    return _SECTIONS.index(section), [int(n) for n in numbers], _PROJECTIONS.index(projection)

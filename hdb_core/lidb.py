@@ -1,0 +1,228 @@
+"""A person as a value, Lightweight DreamBooth (LiDB), and its algebra on the core.
+
+The change of a layer's weight is ``delta_weight = up_aux · up · down · down_aux`` with frozen orthonormal
+``up_aux`` (out, b) and ``down_aux`` (a, in), and trained ``up`` (b, R) and ``down`` (R, a). In the paper's letters
+(which run opposite to LoRA's) ``A`` is the side that reads the input and ``B`` the side that writes the output:
+A_aux = down_aux, A_train = down, B_train = up, B_aux = up_aux.
+
+Because the bases are orthonormal, all geometry lives in the core ``up · down`` (b, a): inner products, norms,
+cosines, truncation and sums of the full matrices are exact on it.
+
+Shape symbols: L layers, R rank, a and b the basis dimensions.
+Source: HyperDreamBooth, arXiv 2307.06949, section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .basis import BasisRecipe, bases_of, layer_basis
+from .errors import LiDBError
+from .layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class LiDB:
+    """A person: low-rank changes of the attention layers of one model.
+
+    Where a layer is narrower than the basis (a' < a or b' < b), the surplus coordinates are set to zero.
+
+    Attributes:
+        layout: the adapted layers.
+        basis: recipe of the frozen bases.
+        down: [L, R, a] float32.
+        up: [L, b, R] float32.
+        info: free text about how it was made (``prompt``, ``token``, …).
+
+    Raises:
+        LiDBError: if the shapes do not belong together.
+    """
+
+    layout: Layout
+    basis: BasisRecipe
+    down: Tensor
+    up: Tensor
+    info: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_shapes(self)
+        narrow = [self.basis.dims(layer) for layer in self.layout.layers]
+        if any(dims != (self.basis.down_dim, self.basis.up_dim) for dims in narrow):
+            device = self.down.device
+            a_dims, b_dims = torch.tensor(narrow, device=device).unbind(1)
+            down_live = torch.arange(self.basis.down_dim, device=device) < a_dims[:, None]
+            up_live = torch.arange(self.basis.up_dim, device=device) < b_dims[:, None]
+            object.__setattr__(self, "down", self.down * down_live[:, None, :])
+            object.__setattr__(self, "up", self.up * up_live[:, :, None])
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.down.shape[1]
+
+    @property
+    def num_values(self) -> int:
+        """How many numbers make this person."""
+        return self.down.numel() + self.up.numel()
+
+    def get_ram_usage(self) -> int:
+        """Bytes; ComfyUI's cache asks for it."""
+        return sum(t.numel() * t.element_size() for t in (self.down, self.up))
+
+
+def expand(lidb: LiDB) -> dict[str, tuple[Tensor, Tensor]]:
+    """The low-rank factors in the layers' own dimensions, as any LoRA has them.
+
+    Returns:
+        Layer name → (up (out, R), down (R, in)); ``delta_weight = up @ down``.
+    """
+    bases = bases_of(lidb.basis, lidb.layout, lidb.down.device)
+    return expand_factors(bases, lidb.down, lidb.up)
+
+
+def expand_factors(
+    bases: Mapping[str, tuple[Tensor, Tensor]], down: Tensor, up: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`expand` for bare factors; differentiable.
+
+    Args:
+        bases: layer name → (down_aux (a', in), up_aux (out, b')) of the L layers, in order, on the factors' device.
+        down: [..., L, R, a] float32; leading dimensions are the people of a batch.
+        up: [..., L, b, R] float32.
+
+    Returns:
+        Layer name → (up (..., out, R), down (..., R, in)).
+    """
+    rows = zip(bases.items(), down.unbind(-3), up.unbind(-3), strict=True)
+    return {
+        name: (up_aux @ layer_up[..., : up_aux.shape[1], :], layer_down[..., : down_aux.shape[0]] @ down_aux)
+        for (name, (down_aux, up_aux)), layer_down, layer_up in rows
+    }
+
+
+def start_down(basis: BasisRecipe, layout: Layout, rank: int) -> Tensor:
+    """The down side that all people share: row k is the k-th unit vector, so it reads the k-th row of ``down_aux``.
+
+    Returns:
+        [L, rank, a] float32 with orthonormal rows (zero rows where a layer is narrower than the rank).
+    """
+    live = torch.tensor([basis.dims(layer)[0] for layer in layout.layers])[:, None, None]
+    return torch.eye(rank, basis.down_dim) * (torch.arange(basis.down_dim) < live)
+
+
+def delta_weight(lidb: LiDB, index: int) -> Tensor:
+    """The full change (out, in) of layer number `index`; differentiable. Only for export and tests: it is large."""
+    layer = lidb.layout.layers[index]
+    bases = {layer.name: layer_basis(lidb.basis, layer)}
+    up, down = expand_factors(bases, lidb.down[index : index + 1], lidb.up[index : index + 1])[layer.name]
+    return up @ down
+
+
+def core(lidb: LiDB) -> Tensor:
+    """The cores [L, b, a], in which distances and angles equal those of the full matrices."""
+    return lidb.up @ lidb.down
+
+
+def inner(lidb_a: LiDB, lidb_b: LiDB) -> Tensor:
+    """⟨ΔW_a, ΔW_b⟩ per layer [L], at the cost of the factors.
+
+    Raises:
+        LiDBError: if the two are of different layouts or bases.
+    """
+    require_same_space([lidb_a, lidb_b])
+    ups = lidb_a.up.mT @ lidb_b.up
+    downs = lidb_a.down @ lidb_b.down.mT
+    return (ups * downs).sum((-2, -1))
+
+
+def norm(lidb: LiDB) -> Tensor:
+    """The Frobenius norm of all changes together, a scalar."""
+    return inner(lidb, lidb).sum().clamp(min=0).sqrt()
+
+
+def cosine(lidb_a: LiDB, lidb_b: LiDB) -> Tensor:
+    """The cosine between two persons over all layers together, a scalar; 0 if one of them is zero."""
+    product = inner(lidb_a, lidb_b).sum()
+    return product / (norm(lidb_a) * norm(lidb_b)).clamp(min=torch.finfo(product.dtype).tiny)
+
+
+def truncate(lidb: LiDB, rank: int) -> LiDB:
+    """The best approximation of at most this rank, layer by layer, in canonical form.
+
+    Canonical: both factors of a component have the same norm, components run from large to small, and the largest
+    entry of a down row is positive. A rank at or above the present one changes the form and not the person.
+
+    Args:
+        lidb: any LiDB.
+        rank: at least 1.
+
+    Raises:
+        LiDBError: if the rank is below 1.
+    """
+    if rank < 1:
+        raise LiDBError(f"Expected a rank of at least 1, got {rank}.")
+    q_up, r_up = torch.linalg.qr(lidb.up.double())
+    q_down, r_down = torch.linalg.qr(lidb.down.double().mT)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+    root = s[:, :rank].sqrt()
+    up = (q_up @ u[..., :rank]) * root[:, None, :]
+    down = (vh[:, :rank] @ q_down.mT) * root[..., None]
+    largest = down.gather(-1, down.abs().argmax(-1, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(down)
+    return LiDB(lidb.layout, lidb.basis, (down * sign).to(lidb.down), (up * sign.mT).to(lidb.up), lidb.info)
+
+
+def weighted_sum(lidbs: Sequence[LiDB], weights: Sequence[float], rank: int | None = None) -> LiDB:
+    """Σ weight · person, exact unless a rank is given.
+
+    Args:
+        lidbs: one or more persons of one layout and basis.
+        weights: one number each.
+        rank: truncate the sum to this rank.
+
+    Raises:
+        LiDBError: if the persons do not belong together or the numbers of weights differ.
+    """
+    if not lidbs or len(lidbs) != len(weights):
+        raise LiDBError(f"Expected one weight for each person, got {len(lidbs)} persons and {len(weights)} weights.")
+    require_same_space(lidbs)
+    first = lidbs[0]
+    down = torch.cat([lidb.down for lidb in lidbs], dim=1)
+    up = torch.cat([lidb.up * weight for lidb, weight in zip(lidbs, weights, strict=True)], dim=2)
+    total = LiDB(first.layout, first.basis, down, up, {})
+    limit = min(rank or total.rank, first.basis.max_rank)
+    return total if total.rank <= limit else truncate(total, limit)
+
+
+def require_same_space(lidbs: Sequence[LiDB]) -> None:
+    """Check that all persons adapt the same layers in the same basis.
+
+    Raises:
+        LiDBError: in plain words, if not.
+    """
+    first = lidbs[0]
+    for other in lidbs[1:]:
+        if other.layout != first.layout:
+            raise LiDBError(
+                f"Two LiDBs were made for different models ({first.layout.describe()}; {other.layout.describe()}). "
+                "Combine only persons that were made with the same checkpoint family."
+            )
+        if other.basis != first.basis:
+            raise LiDBError(
+                f"Two LiDBs use different bases ({first.basis}; {other.basis}). "
+                "Combine only persons that were made with the same basis seed and dimensions."
+            )
+
+
+def _check_shapes(lidb: LiDB) -> None:
+    count, a, b = len(lidb.layout.layers), lidb.basis.down_dim, lidb.basis.up_dim
+    down, up = tuple(lidb.down.shape), tuple(lidb.up.shape)
+    rank = down[1] if len(down) == 3 else 0
+    if rank < 1 or down != (count, rank, a) or up != (count, b, rank):
+        raise LiDBError(
+            f"Expected down ({count}, rank, {a}) and up ({count}, {b}, rank) with rank ≥ 1, got {down} and {up}."
+        )
