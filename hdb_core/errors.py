@@ -41,7 +41,7 @@ class FinetuneDiverged(HDBError, RuntimeError):
         step: the step (from 1) that failed.
     """
 
-    def __init__(self, message: str, lidb: LiDB, losses: tuple[float, ...], step: int):
+    def __init__(self, message: str, lidb: LiDB, losses: tuple[float, ...], step: int) -> None:
         super().__init__(message)
         self.lidb = lidb
         self.losses = losses

@@ -215,7 +215,7 @@ class TrainableFactors(nn.Module):
     fit every start; further columns start as in a cold start.
     """
 
-    def __init__(self, layout: Layout, config: FinetuneConfig, device: torch.device, init: LiDB | None = None):
+    def __init__(self, layout: Layout, config: FinetuneConfig, device: torch.device, init: LiDB | None = None) -> None:
         super().__init__()
         recipe = config.basis if init is None else init.basis
         down, up = start_factors(recipe, layout, config.rank, init)
@@ -280,7 +280,7 @@ class BatchSampler:
         config: FinetuneConfig,
         mask: Tensor | None = None,
         prior_latents: Tensor | None = None,
-    ):
+    ) -> None:
         _check_latents("photo", latents)
         self.latents = latents.detach().clone().float()
         self.mask = latent_mask(mask, latents)

@@ -24,23 +24,29 @@ def is_pair(index: int) -> bool:
     return index % PERIOD in (8, 16)
 
 
-def training_picture(index: int, render: bool = True) -> tuple[np.ndarray | None, str]:
-    """Training picture ``index`` and its caption; the caption alone where ``render`` is False.
+def training_picture(index: int, render: bool = True, draw_index: int = 0) -> tuple[np.ndarray | None, str]:
+    """Training picture ``index`` and a caption of it; the caption alone where ``render`` is False.
+
+    Args:
+        index: which picture.
+        render: whether to draw it.
+        draw_index: which of its many captions; the picture does not depend on it.
 
     Returns:
         uint8 RGB (128, 128, 3), or (128, 256, 3) for a pair; caption.
     """
     rng = np.random.Generator(np.random.PCG64([index, *b"picture"]))
+    words = np.random.Generator(np.random.PCG64([index, draw_index, *b"caption"]))
     seed = SPLITS["train"][2 * index]
     background = str(rng.choice(list(BACKGROUNDS)))
     style = str(rng.choice(list(STYLES), p=[0.7, 0.075, 0.075, 0.075, 0.075]))
     if is_pair(index):
         people = [(sample_person(seed + i), sample_context(seed + i)) for i in range(2)]
-        return (draw(people, background) if render else None), pair_caption(people, background, rng)
+        return (draw(people, background) if render else None), pair_caption(people, background, words)
     if index % PERIOD == 24:
-        return (draw([], background) if render else None), scene_caption(background, rng)
+        return (draw([], background) if render else None), scene_caption(background, words)
     person, context = sample_person(seed), sample_context(seed, style)
-    return (photo(person, context) if render else None), sample_caption(person, context, rng)
+    return (photo(person, context) if render else None), sample_caption(person, context, words)
 
 
 def _render_chunk(folder: Path, chunk: int) -> int:
