@@ -10,34 +10,44 @@ import os
 import subprocess
 from pathlib import Path
 
-from devtools.environment import ROOT, Host, SetupError, prepare
+from devtools.environment import ROOT, SetupError, prepare
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    host = argparse.ArgumentParser(add_help=False)
-    host.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI with its own Python")
-    host.add_argument("--python", type=Path, metavar="PATH", help="the Python of that ComfyUI, if it is not found")
-    parser = argparse.ArgumentParser(prog="dev.py", description="Makes what is missing, then runs the command.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("demo", "one photo in, that person's pictures out; results in output/"),
-        ("serve", "ComfyUI with this pack, for a browser"),
-        ("test", "lint and all tests; options after the tiers go to pytest"),
-        ("bench", "run benchmarks by name; options after the names go to them"),
-    ):
-        command = commands.add_parser(name, help=text, parents=[host], add_help=name not in ("test", "bench"))
-        command.set_defaults(rest=[])
-    known, rest = parser.parse_known_args(arguments)
-    known.rest = rest
-    return known
+EPILOG = """
+commands:
+  demo    one photo in, that person's pictures out; results in output/
+  serve   ComfyUI with this pack, for a browser
+  test    lint and all tests, or the tiers that are named; other options go to pytest
+  bench   benchmarks by name
+`dev.py COMMAND --help` shows the options of a command."""
 
 
-def command_line(args: argparse.Namespace, host: Host) -> list[str]:
-    return [str(host.python), "-m", f"devtools.{args.command}", *args.rest]
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="dev.py",
+        description="Makes what is missing, then runs a command.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", nargs="?", choices=("demo", "serve", "test", "bench"))
+    parser.add_argument(
+        "--comfyui", type=Path, metavar="PATH", help="use this ComfyUI with its own Python, change nothing in it"
+    )
+    parser.add_argument("--python", type=Path, metavar="PATH", help="the Python of that ComfyUI, if it is not found")
+    args, rest = parser.parse_known_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        raise SystemExit(0 if rest in (["-h"], ["--help"]) else 2)
+    return args, rest
 
 
 def main() -> int:
-    args = parse(sys.argv[1:])
+    args, rest = parse(sys.argv[1:])
+    os.chdir(ROOT)
+    if {"-h", "--help"} & set(rest):
+        return subprocess.run([sys.executable, "-m", f"devtools.{args.command}", *rest], check=False).returncode
     try:
         host = prepare(args.comfyui, args.python)
     except SetupError as error:
@@ -48,9 +58,8 @@ def main() -> int:
             f"Could not prepare the environment: {error}. Correct this and run the same command again.", file=sys.stderr
         )
         return 1
-    command = command_line(args, host)
+    command = [str(host.python), "-m", f"devtools.{args.command}", *rest]
     environ = {**os.environ, **host.environ()}
-    os.chdir(ROOT)
     if os.name == "posix":  # no process in between that could leave an orphan
         sys.stdout.flush()
         os.execve(command[0], command, environ)

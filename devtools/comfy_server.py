@@ -279,6 +279,7 @@ class ComfyServer:
         client = uuid.uuid4().hex
         seconds: dict[str, float] = {}
         node, since = None, time.monotonic()
+        failure: PromptError | PromptInterrupted | None = None
         try:
             async with (
                 aiohttp.ClientSession() as session,
@@ -303,20 +304,22 @@ class ComfyServer:
                         if node is not None:
                             seconds[node] = seconds.get(node, 0.0) + time.monotonic() - since
                         node, since = data["node"], time.monotonic()
+                        if node is None:  # sent last, after errors too, when the history is written
+                            break
                     elif kind == "progress" and on_progress and data["node"] in prompt:
                         at, elapsed = data["node"], time.monotonic() - since
                         on_progress(Progress(at, prompt[at]["class_type"], data["value"], data["max"], elapsed))
                     elif kind == "execution_error":
                         text = f"{data.get('node_type')}: {data.get('exception_type')}: {data.get('exception_message')}"
-                        raise PromptError(text.strip(), data)
+                        failure = PromptError(text.strip(), data)
                     elif kind == "execution_interrupted":
-                        raise PromptInterrupted("The prompt was interrupted.")
-                    elif kind == "execution_success":
-                        break
+                        failure = PromptInterrupted("The prompt was interrupted.")
         except aiohttp.ClientError as error:
             await asyncio.sleep(0.5)  # a dying process needs a moment until it can be polled
             self._check_alive()
             raise ServerError(f"Lost the connection to ComfyUI ({error}).\n{self.log_tail()}") from error
+        if failure:
+            raise failure
         outputs = self.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
         return PromptResult(prompt_id, outputs, seconds)
 

@@ -1,0 +1,29 @@
+"""Runs benchmarks by name; run by `python dev.py bench NAME … [options]`. Options go to each of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from .environment import ROOT
+
+
+def main() -> int:
+    known = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if not p.stem.startswith("_"))
+    names = [a for a in sys.argv[1:] if a in known]
+    options = [a for a in sys.argv[1:] if a not in names]
+    if not names:
+        print(f"usage: dev.py bench NAME … [options]\nbenchmarks: {', '.join(known) or 'none yet'}")
+        return 2
+    for name in names:
+        command = [sys.executable, "-m", f"benchmarks.{name}", *options]
+        if code := subprocess.run(command, cwd=ROOT, check=False).returncode:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
