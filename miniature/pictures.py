@@ -13,7 +13,7 @@ import numpy as np
 
 from .captions import pair_caption, sample_caption, scene_caption
 from .drawing import draw, photo
-from .people import BACKGROUNDS, SPLITS, STYLES, sample_context, sample_person
+from .people import BACKGROUNDS, SPLITS, STYLES, Context, Person, sample_context, sample_person
 
 CHUNK = 500
 PERIOD = 25
@@ -22,6 +22,19 @@ PERIOD = 25
 def is_pair(index: int) -> bool:
     """Whether training picture ``index`` shows two people, side by side."""
     return index % PERIOD in (8, 16)
+
+
+def subject(index: int) -> tuple[list[tuple[Person, Context]], str]:
+    """Who training picture ``index`` shows, left to right, and the background of a pair or an empty scene."""
+    rng = np.random.Generator(np.random.PCG64([index, *b"picture"]))
+    seed = SPLITS["train"][2 * index]
+    background = str(rng.choice(list(BACKGROUNDS)))
+    style = str(rng.choice(list(STYLES), p=[0.7, 0.075, 0.075, 0.075, 0.075]))
+    if is_pair(index):
+        return [(sample_person(seed + i), sample_context(seed + i)) for i in range(2)], background
+    if index % PERIOD == 24:
+        return [], background
+    return [(sample_person(seed), sample_context(seed, style))], background
 
 
 def training_picture(index: int, render: bool = True, draw_index: int = 0) -> tuple[np.ndarray | None, str]:
@@ -35,18 +48,13 @@ def training_picture(index: int, render: bool = True, draw_index: int = 0) -> tu
     Returns:
         uint8 RGB (128, 128, 3), or (128, 256, 3) for a pair; caption.
     """
-    rng = np.random.Generator(np.random.PCG64([index, *b"picture"]))
     words = np.random.Generator(np.random.PCG64([index, draw_index, *b"caption"]))
-    seed = SPLITS["train"][2 * index]
-    background = str(rng.choice(list(BACKGROUNDS)))
-    style = str(rng.choice(list(STYLES), p=[0.7, 0.075, 0.075, 0.075, 0.075]))
-    if is_pair(index):
-        people = [(sample_person(seed + i), sample_context(seed + i)) for i in range(2)]
-        return (draw(people, background) if render else None), pair_caption(people, background, words)
-    if index % PERIOD == 24:
+    people, background = subject(index)
+    if not people:
         return (draw([], background) if render else None), scene_caption(background, words)
-    person, context = sample_person(seed), sample_context(seed, style)
-    return (photo(person, context) if render else None), sample_caption(person, context, words)
+    if len(people) == 2:
+        return (draw(people, background) if render else None), pair_caption(people, background, words)
+    return (photo(*people[0]) if render else None), sample_caption(*people[0], words)
 
 
 def _render_chunk(folder: Path, chunk: int) -> int:
