@@ -285,8 +285,8 @@ class BatchSampler:
         self.latents = latents.detach().clone().float()
         self.mask = latent_mask(mask, latents)
         self.prior = _checked_prior(prior_latents, latents, config)
-        low, high = (round(f * len(sigmas)) for f in (config.min_timestep, config.max_timestep))
-        self.sigmas = sigmas.detach().clone().float()[low : max(high, low + 1)].to(latents.device)
+        low, high = math.floor(config.min_timestep * len(sigmas)), math.ceil(config.max_timestep * len(sigmas))
+        self.sigmas = sigmas[low:high].detach().clone().to(latents.device, torch.float32)
         self.size, self.prior_weight = config.batch_size, config.prior_weight
         prior_size = 0 if self.prior is None else self.size
         self.prompts = [config.prompt] * self.size + [config.class_prompt] * prior_size

@@ -43,7 +43,7 @@ class LiDBHeader:
     info: dict[str, str]
     basis_probe: tuple[float, ...]
     shared_down: bool
-    checksum: str
+    fields: dict[str, Any]  # the header as it is written
 
 
 def save(lidb: LiDB, path: str | os.PathLike[str], rank: int | None = None, dtype: torch.dtype = torch.float16) -> int:
@@ -88,8 +88,8 @@ def load(path: str | os.PathLike[str]) -> LiDB:
         tensors = safetensors.torch.load(path.read_bytes())
     except (SafetensorError, ValueError, KeyError) as error:
         raise _damaged(path, str(error)) from error
-    if _checksum(tensors) != header.checksum:
-        raise _damaged(path, "its numbers do not match its checksum")
+    if _checksum(header.fields, tensors) != header.fields.get("checksum"):
+        raise _damaged(path, "its contents do not match its checksum")
     up = tensors["up"].float()
     down = start_down(header.basis, header.layout, header.rank) if header.shared_down else tensors["down"].float()
     if not (up.isfinite().all() and down.isfinite().all()):
@@ -142,25 +142,25 @@ def _header_json(lidb: LiDB, tensors: dict[str, Tensor]) -> str:
         "basis_hash": lidb.basis.hash(lidb.layout),
         "basis_probe": [round(value, 8) for value in probe(lidb.basis, lidb.layout)],
         "down": "stored" if "down" in tensors else "shared",
-        "checksum": _checksum(tensors),
         "info": dict(lidb.info),
     }
-    return json.dumps(fields)
+    return json.dumps({**fields, "checksum": _checksum(fields, tensors)})
 
 
 def _parse_header(fields: dict[str, Any], path: Path) -> LiDBHeader:
     try:
         layers = json.loads(zlib.decompress(base64.b64decode(fields["layers"])))
         layout = Layout(str(fields["family"]), tuple(Layer(str(n), int(i), int(o)) for n, i, o in layers))
-        stream = fields["basis"].pop("stream")
+        recipe = dict(fields["basis"])
+        stream = recipe.pop("stream")
         header = LiDBHeader(
             layout=layout,
-            basis=BasisRecipe(**fields["basis"]),
+            basis=BasisRecipe(**recipe),
             rank=int(fields["rank"]),
             info={str(key): str(value) for key, value in fields["info"].items()},
             basis_probe=tuple(float(value) for value in fields["basis_probe"]),
             shared_down=fields["down"] == "shared",
-            checksum=str(fields["checksum"]),
+            fields=fields,
         )
         intact = layout.hash == fields["layout_hash"]
         same_recipe = stream == STREAM and header.basis.hash(layout) == fields["basis_hash"]
@@ -225,8 +225,10 @@ def _other_basis(path: Path) -> LiDBFileError:
     )
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(fields: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the header, without its own checksum, and the stored numbers."""
+    rest = {name: value for name, value in fields.items() if name != "checksum"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

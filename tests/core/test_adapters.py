@@ -1,0 +1,103 @@
+"""Low-rank output paths: equal to a merged weight, for one person and for one per sample."""
+
+import pytest
+import torch
+from torch import nn
+
+from hdb_core.adapters import attach, low_rank_output
+from hdb_core.errors import LayoutError
+from hdb_core.lidb import delta_weight, expand
+
+close = torch.testing.assert_close
+
+
+@pytest.mark.parametrize("shape", [(7, 10), (3, 7, 10), (2, 3, 7, 10)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_output_path_equals_the_merged_weight(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    weight, up, down = (torch.randn(s, generator=generator) for s in ((6, 10), (6, 2), (2, 10)))
+    y = (x @ weight.T).to(dtype)
+    before = y.clone()
+    result = low_rank_output(x.to(dtype), y, up, down)
+    assert result.dtype == dtype
+    assert torch.equal(y, before)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.2
+    close(result.float(), x @ (weight + up @ down).T, atol=tolerance, rtol=tolerance / 4)
+
+
+@pytest.mark.parametrize("context_length", [1, 5])
+def test_one_person_per_sample_equals_one_at_a_time(context_length):
+    generator = torch.Generator().manual_seed(0)
+    x, y, up, down = (
+        torch.randn(s, generator=generator)
+        for s in ((3, context_length, 10), (3, context_length, 6), (3, 6, 2), (3, 2, 10))
+    )
+    single = [low_rank_output(x[i : i + 1], y[i : i + 1], up[i], down[i]) for i in range(3)]
+    close(low_rank_output(x, y, up, down), torch.cat(single))
+
+
+def test_gradients_equal_those_of_the_merged_weight():
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(10, 6).requires_grad_(False)
+    x = torch.randn(3, 7, 10, generator=generator)
+    up, down = (torch.randn(s, generator=generator, requires_grad=True) for s in ((6, 2), (2, 10)))
+    with attach({"a": layer}, {"a": (up, down)}):
+        through_hook = torch.autograd.grad(layer(x).square().sum(), (up, down))
+    merged = nn.functional.linear(x, layer.weight + up @ down, layer.bias)
+    close(through_hook, torch.autograd.grad(merged.square().sum(), (up, down)), atol=1e-3, rtol=1e-4)
+    assert layer.weight.grad is None
+
+
+def outputs(toy, latents):
+    sigma = torch.full((len(latents),), 1.5)
+    return toy.denoise(latents, sigma, toy.encode_prompts(["a [v] face"] * len(latents)))
+
+
+def test_a_whole_model_equals_merged_weights_and_is_itself_again_afterwards(toy, latents, make_lidb):
+    lidb, before = make_lidb(0, 2), outputs(toy, latents)
+    with attach(toy.modules, expand(lidb)):
+        hooked = outputs(toy, latents)
+    assert torch.equal(outputs(toy, latents), before)
+    for i, module in enumerate(toy.modules.values()):
+        module.weight += delta_weight(lidb, i)
+    close(hooked, outputs(toy, latents), atol=1e-4, rtol=1e-4)
+    assert (hooked - before).abs().max() > 0.1
+
+
+def test_a_batch_of_different_people(toy, latents, make_lidb):
+    people = [make_lidb(seed, 2) for seed in range(3)]
+    batch = latents.expand(3, -1, -1, -1)
+    each = [expand(p) for p in people]
+    stacked = {
+        name: tuple(torch.stack(side) for side in zip(*(e[name] for e in each), strict=True)) for name in each[0]
+    }
+    with attach(toy.modules, stacked):
+        together = outputs(toy, batch)
+    for i, factors in enumerate(each):
+        with attach(toy.modules, factors):
+            close(together[i : i + 1], outputs(toy, latents), atol=1e-4, rtol=1e-4)
+
+
+def test_factors_may_change_inside_the_context_and_absent_layers_stay():
+    layer, x = nn.Linear(4, 4), torch.ones(1, 4)
+    factors = {}
+    with torch.no_grad(), attach({"a": layer}, factors):
+        base = layer(x)
+        factors["a"] = (torch.ones(4, 1), torch.ones(1, 4))
+        close(layer(x), base + 4)
+
+
+def test_hooks_are_gone_after_an_error(toy, make_lidb):
+    with pytest.raises(KeyboardInterrupt), attach(toy.modules, expand(make_lidb())):
+        raise KeyboardInterrupt
+    assert not any(module._forward_hooks for module in toy.modules.values())
+
+
+def test_a_person_of_another_model_is_refused_before_anything_is_hooked(toy):
+    with (
+        pytest.raises(LayoutError, match="1 of 1 layers"),
+        attach(toy.modules, {"unet.x": (torch.ones(1), torch.ones(1))}),
+    ):
+        pass
+    assert not any(module._forward_hooks for module in toy.modules.values())

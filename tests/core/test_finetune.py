@@ -1,0 +1,341 @@
+"""The fast fine-tune on a real, small optimisation."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hdb_core.adapters import attach
+from hdb_core.errors import FinetuneDiverged, FinetuneError, LayoutError
+from hdb_core.finetune import (
+    BatchSampler,
+    FinetuneConfig,
+    TrainableFactors,
+    diffusion_loss,
+    finetune,
+    latent_mask,
+    start_factors,
+)
+from hdb_core.layout import Layout
+from hdb_core.lidb import LiDB, core, expand, norm, start_down
+
+close = torch.testing.assert_close
+CONFIG = FinetuneConfig(steps=3, rank=2, batch_size=3)
+
+
+@pytest.fixture
+def config(recipe):
+    return replace(CONFIG, basis=recipe)
+
+
+def loss_with(toy, lidb, latents, config):
+    """The mean loss over many fixed (noise, timestep) pairs."""
+    sampler = BatchSampler(toy.sigmas(), latents, replace(config, batch_size=64, seed=99))
+    with torch.no_grad(), attach(toy.modules, expand(lidb)):
+        return diffusion_loss(toy, sampler.draw(0), toy.encode_prompts(sampler.prompts)).item()
+
+
+def frozen_state(toy):
+    return {name: tensor.clone() for name, tensor in toy.net.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"freeze_down": True},
+        {"train_text_encoder": False},
+        {"final_lr_scale": 0.0},
+        {"max_grad_norm": 0.5},
+        {"down_lr_scale": 1.0},
+        {"min_timestep": 0.3, "max_timestep": 0.9},
+        {"rank": 1, "batch_size": 1},
+    ],
+    ids=str,
+)
+def test_the_loss_falls_and_the_model_stays(toy, latents, config, options):
+    config = replace(config, steps=60, **options)
+    before = frozen_state(toy)
+    result = finetune(toy, latents, config)
+    assert len(result.losses) == 60 and all(map(math.isfinite, result.losses))
+    assert result.lidb.rank == config.rank
+    empty = LiDB(toy.layout, config.basis, result.lidb.down, torch.zeros_like(result.lidb.up))
+    assert loss_with(toy, result.lidb, latents, config) < 0.9 * loss_with(toy, empty, latents, config)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in toy.net.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in toy.net.parameters())
+    assert not any(module._forward_hooks for module in toy.modules.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_activations_train_float32_factors(toy_of_dtype, latents, config, dtype):
+    result = finetune(toy_of_dtype(dtype), latents, replace(config, steps=40))
+    assert result.lidb.up.dtype == torch.float32
+    assert sum(result.losses[-10:]) < 0.9 * sum(result.losses[:10])
+
+
+def test_every_up_factor_has_a_gradient_at_the_first_step(toy, latents, config):
+    factors = TrainableFactors(toy.layout, config, torch.device("cpu"))
+    sampler = BatchSampler(toy.sigmas(), latents, config)
+    with attach(toy.modules, factors()):
+        diffusion_loss(toy, sampler.draw(0), toy.encode_prompts(sampler.prompts)).backward()
+    assert (factors.up.grad[:, :, 0].norm(dim=1) > 0).all()
+
+
+def test_steps_draw_different_noise_and_timesteps(toy, latents, config):
+    sampler = BatchSampler(toy.sigmas(), latents, config)
+    first, second = sampler.draw(0), sampler.draw(1)
+    assert (first.noise - second.noise).abs().mean() > 0.1
+    assert set(first.sigma.tolist()).isdisjoint(second.sigma.tolist())
+    assert len(first.noise.unique()) == first.noise.numel()
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (0.25, 0.5), (0.999, 1.0)])
+def test_timesteps_cover_their_range_evenly(toy, latents, span):
+    config = replace(CONFIG, batch_size=4, min_timestep=span[0], max_timestep=span[1])
+    table = toy.sigmas()
+    sampler = BatchSampler(table, latents, config)
+    drawn = torch.cat([sampler.draw(step).sigma for step in range(50)])
+    index = torch.searchsorted(table, drawn) / len(table)
+    assert span[0] - 1 / len(table) <= index.min() and index.max() < span[1]
+    if span[1] - span[0] > 0.1:
+        quarters = ((index - span[0]) / (span[1] - span[0]) * 4).long()
+        assert torch.bincount(quarters, minlength=4).tolist() == pytest.approx([50] * 4, abs=2)
+
+
+def test_photos_take_turns_at_all_noise_levels(toy):
+    photos = torch.arange(2.0).reshape(2, 1, 1, 1).expand(2, 4, 6, 6)
+    sampler = BatchSampler(toy.sigmas(), photos, replace(CONFIG, batch_size=2))
+    middle = toy.sigmas().median()
+    low = {photo: 0 for photo in (0.0, 1.0)}
+    for step in range(40):
+        batch = sampler.draw(step)
+        assert sorted(batch.latents[:, 0, 0, 0].tolist()) == [0.0, 1.0]
+        for photo, sigma in zip(batch.latents[:, 0, 0, 0].tolist(), batch.sigma, strict=True):
+            low[photo] += bool(sigma <= middle)
+    assert min(low.values()) > 10
+
+
+def test_same_seed_same_person(toy, latents, config):
+    first, again, other = (finetune(toy, latents, replace(config, seed=seed)) for seed in (4, 4, 5))
+    assert torch.equal(first.lidb.up, again.lidb.up) and torch.equal(first.lidb.down, again.lidb.down)
+    assert first.losses == again.losses
+    assert not torch.equal(first.lidb.up, other.lidb.up)
+
+
+def test_the_global_generator_is_not_touched(toy, latents, config):
+    state = torch.get_rng_state()
+    finetune(toy, latents, config)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_warm_start_is_exactly_the_given_person(toy, make_lidb):
+    init = make_lidb(0, 2)
+    down, up = start_factors(init.basis, toy.layout, 4, init)
+    assert torch.equal((up[:, :, :2, None] * down[:, None, :2]), (init.up[..., None] * init.down[:, None]))
+    assert up[:, :, 2:].abs().sum() == 0
+    assert torch.equal(down[:, 2:], start_down(init.basis, toy.layout, 4)[:, 2:])
+    length = down[:, :2].norm(dim=2)
+    assert (length > 0.7).all() and (length < 1.42).all()
+
+
+def test_a_warm_start_goes_on_where_the_person_is(toy, latents, make_lidb, config):
+    init = make_lidb(0, 1)
+    init = LiDB(init.layout, init.basis, init.down * 0.1, init.up * 0.1, {"made_by": "a hypernetwork"})
+    result = finetune(toy, latents, replace(config, rank=3, learning_rate=1e-6), init=init)
+    assert result.lidb.rank == 3
+    assert (core(result.lidb) - core(init)).norm() < 1e-3 * norm(init)
+    assert result.lidb.info["started_from"] == "a hypernetwork"
+    empty = finetune(toy, latents, replace(config, rank=3, learning_rate=1e-6))
+    assert abs(result.losses[0] - empty.losses[0]) > 1e-4
+
+
+def test_a_zero_person_is_a_cold_start(toy, latents, config):
+    zero = torch.zeros(len(toy.layout.layers), 1, config.basis.down_dim)
+    init = LiDB(toy.layout, config.basis, zero, torch.zeros(len(zero), config.basis.up_dim, 1))
+    result = finetune(toy, latents, config, init=init)
+    assert norm(result.lidb) > 0
+
+
+def test_frozen_sides_and_layers_do_not_move(toy, latents, config):
+    frozen = finetune(toy, latents, replace(config, freeze_down=True)).lidb
+    assert torch.equal(frozen.down, start_down(config.basis, toy.layout, 2))
+    free = finetune(toy, latents, config).lidb
+    assert (free.down - frozen.down).abs().max() > 1e-4
+    unet_only = finetune(toy, latents, replace(config, train_text_encoder=False)).lidb
+    text = torch.tensor([layer.is_text for layer in toy.layout.layers])
+    assert unet_only.up[text].abs().sum() == 0
+    assert (unet_only.up[~text].abs().sum((1, 2)) > 0).all()
+    assert torch.equal(unet_only.down[text], frozen.down[text])
+
+
+def test_text_is_encoded_once_per_step_or_once_in_all(toy, latents, config):
+    finetune(toy, latents, replace(config, steps=4))
+    assert toy.encoded == [["a [v] face"] * 3] * 4
+    toy.encoded.clear()
+    finetune(toy, latents, replace(config, steps=4, train_text_encoder=False))
+    assert len(toy.encoded) == 1
+
+
+def test_frozen_text_layers_of_a_given_person_still_act(toy, latents, make_lidb, config):
+    init = make_lidb(0, 1)
+    text = torch.tensor([layer.is_text for layer in toy.layout.layers])
+    silent = LiDB(init.layout, init.basis, init.down, init.up * ~text[:, None, None])
+    config = replace(config, steps=1, train_text_encoder=False)
+    acting = finetune(toy, latents, config, init=init).losses[0]
+    assert abs(acting - finetune(toy, latents, config, init=silent).losses[0]) > 1e-4
+
+
+def test_class_prior_preservation_adds_its_weighted_samples(toy, latents, config):
+    prior = torch.randn(5, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    sampler = BatchSampler(toy.sigmas(), latents, replace(config, prior_weight=0.5), prior_latents=prior)
+    batch = sampler.draw(0)
+    assert sampler.prompts == ["a [v] face"] * 3 + ["a face"] * 3
+    assert torch.equal(batch.latents, torch.cat([latents.expand(3, -1, -1, -1), prior[:3]]))
+    close(batch.weight, torch.tensor([1 / 3] * 3 + [0.5 / 3] * 3))
+    result = finetune(toy, latents, replace(config, prior_weight=0.5), prior_latents=prior)
+    assert toy.encoded[0] == sampler.prompts
+    assert not torch.equal(result.lidb.up, finetune(toy, latents, config).lidb.up)
+
+
+def test_only_the_masked_region_counts(toy, latents, config):
+    mask = torch.zeros(48, 48)
+    mask[:24] = 1
+    changed = latents.clone()
+    sampler = BatchSampler(toy.sigmas(), changed, config, mask)
+    batch = sampler.draw(0)
+    assert batch.mask[:, :, 3:].abs().sum() == 0
+    close(batch.mask.mean((1, 2, 3)), torch.ones(3))
+    conditioning = toy.encode_prompts(sampler.prompts)
+    toy.denoise = lambda noisy, sigma, conditioning: torch.zeros_like(noisy)
+    loss = diffusion_loss(toy, batch, conditioning)
+    outside = batch.latents.clone()
+    outside[:, :, 3:] += 7
+    close(diffusion_loss(toy, batch._replace(latents=outside), conditioning), loss)
+    expected = (batch.latents[:, :, :3].square().mean((1, 2, 3)) / batch.sigma**2).mean()
+    close(loss, expected)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (1, 48, 48), (2, 48, 48), (2, 1, 12, 12)])
+def test_masks_of_every_shape(shape):
+    mask = latent_mask(torch.ones(shape), torch.zeros(2, 4, 6, 6))
+    assert torch.equal(mask, torch.ones(2, 1, 6, 6))
+
+
+def test_progress_is_reported_after_every_step(toy, latents, config):
+    seen = []
+    result = finetune(toy, latents, config, callback=seen.append)
+    assert [p.step for p in seen] == [1, 2, 3]
+    assert {p.total for p in seen} == {3}
+    assert tuple(p.loss for p in seen) == result.losses
+    assert seen[0].seconds <= seen[1].seconds <= seen[2].seconds <= result.seconds
+    assert seen[-1].remaining_seconds == 0 < seen[0].remaining_seconds
+
+
+@pytest.mark.parametrize("stop_at", [1, 2])
+def test_an_interruption_passes_through_and_leaves_the_model_as_it_was(toy, latents, config, stop_at):
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(progress):
+        if progress.step == stop_at:
+            raise Interrupted
+
+    before = frozen_state(toy)
+    with pytest.raises(Interrupted):
+        finetune(toy, latents, config, callback=interrupt)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in toy.net.state_dict().items())
+    assert not any(module._forward_hooks for module in toy.modules.values())
+
+
+def test_nan_stops_and_keeps_the_last_good_person(toy, latents, config):
+    sound, calls = toy.denoise, []
+
+    def nan_at_the_third_step(*args):
+        calls.append(1)
+        return sound(*args) * (math.nan if len(calls) == 3 else 1)
+
+    toy.denoise = nan_at_the_third_step
+    with pytest.raises(FinetuneDiverged, match=r"step 3 of 5.*Lower the learning rate") as error:
+        finetune(toy, latents, replace(config, steps=5))
+    assert error.value.step == 3 and len(error.value.losses) == 2
+    toy.denoise = sound
+    assert torch.equal(error.value.lidb.up, finetune(toy, latents, replace(config, steps=1)).lidb.up)
+
+
+def test_an_absurd_rate_diverges_with_an_error(toy, latents, config):
+    with pytest.raises(FinetuneDiverged) as error:
+        finetune(toy, latents, replace(config, steps=40, learning_rate=1e6))
+    assert error.value.lidb.up.isfinite().all()
+
+
+def test_works_inside_inference_mode(toy, latents, config):
+    expected = finetune(toy, latents, config)
+    with torch.inference_mode():
+        given = latents.clone()
+        init = LiDB(toy.layout, config.basis, expected.lidb.down.clone(), expected.lidb.up.clone())
+        result = finetune(toy, given, config, mask=torch.ones(6, 6), init=init)
+    assert result.lidb.rank == 2 and not result.lidb.up.is_inference()
+
+
+def test_the_person_says_how_it_was_made(toy, latents, config):
+    info = finetune(toy, latents, replace(config, seed=7)).lidb.info
+    assert info["prompt"] == "a [v] face" and info["token"] == "[v]"
+    assert (info["steps"], info["seed"], info["started_from"]) == ("3", "7", "nothing")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"steps": 0},
+        {"rank": 0},
+        {"rank": 51},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"learning_rate": math.inf},
+        {"down_lr_scale": -1.0},
+        {"final_lr_scale": math.nan},
+        {"prior_weight": -0.1},
+        {"max_grad_norm": 0.0},
+        {"min_timestep": 0.5, "max_timestep": 0.5},
+        {"max_timestep": 1.1},
+        {"prompt": "  "},
+        {"class_prompt": "", "prior_weight": 1.0},
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense(setting):
+    with pytest.raises(FinetuneError, match=next(iter(setting))):
+        FinetuneConfig(**setting)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"latents": torch.zeros(0, 4, 6, 6)}, "at least one photo"),
+        ({"latents": torch.zeros(4, 6, 6)}, "shape"),
+        ({"latents": torch.full((1, 4, 6, 6), math.nan)}, "NaN"),
+        ({"mask": torch.zeros(48, 48)}, "empty one"),
+        ({"mask": torch.ones(3, 48, 48)}, "each of the 1 photos, got 3"),
+        ({"mask": torch.full((48, 48), math.nan)}, "MASK"),
+        ({"prior_weight": 1.0}, "needs pictures of the class"),
+        ({"prior_weight": 1.0, "prior_latents": torch.zeros(1, 4, 8, 8)}, "width and height"),
+    ],
+)
+def test_inputs_that_make_no_sense(toy, latents, config, arguments, message):
+    config = replace(config, prior_weight=arguments.get("prior_weight", 0.0))
+    inputs = {"latents": latents} | {name: value for name, value in arguments.items() if name != "prior_weight"}
+    with pytest.raises(FinetuneError, match=message):
+        finetune(toy, config=config, **inputs)
+    assert toy.encoded == []
+
+
+def test_a_person_of_higher_rank_or_another_model_is_refused_early(toy, latents, make_lidb, config):
+    with pytest.raises(FinetuneError, match="rank from 3"):
+        finetune(toy, latents, config, init=make_lidb(0, 3))
+    init = make_lidb(0, 1)
+    stranger = LiDB(Layout("sdxl", init.layout.layers), init.basis, init.down, init.up)
+    with pytest.raises(LayoutError, match="SDXL"):
+        finetune(toy, latents, config, init=stranger)
+    assert toy.encoded == []

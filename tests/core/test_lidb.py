@@ -1,0 +1,127 @@
+"""The algebra on the core equals the algebra on the full matrices."""
+
+import pytest
+import torch
+
+from hdb_core.basis import BasisRecipe
+from hdb_core.errors import LiDBError
+from hdb_core.layout import Layer, Layout
+from hdb_core.lidb import LiDB, core, cosine, delta_weight, expand, inner, norm, start_down, truncate, weighted_sum
+
+close = torch.testing.assert_close
+EXACT = {"atol": 2e-4, "rtol": 1e-5}
+
+
+def dense(lidb):
+    return [delta_weight(lidb, i) for i in range(len(lidb.layout.layers))]
+
+
+def flat(lidb):
+    return torch.cat([weight.flatten() for weight in dense(lidb)])
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_inner_products_norms_and_cosines(make_lidb, rank):
+    a, b = make_lidb(0, rank), make_lidb(1, rank + 1)
+    close(inner(a, b), torch.stack([(x * y).sum() for x, y in zip(dense(a), dense(b), strict=True)]), **EXACT)
+    close(norm(a), flat(a).norm(), **EXACT)
+    close(cosine(a, b), torch.nn.functional.cosine_similarity(flat(a), flat(b), dim=0), **EXACT)
+    close(cosine(a, a), torch.ones_like(norm(a)), **EXACT)
+    close(norm(a), core(a).norm(), **EXACT)
+
+
+def test_expand_gives_the_factors_of_delta_weight(make_lidb):
+    lidb = make_lidb(0, 3)
+    factors = expand(lidb)
+    assert list(factors) == [layer.name for layer in lidb.layout.layers]
+    for layer, weight in zip(lidb.layout.layers, dense(lidb), strict=True):
+        up, down = factors[layer.name]
+        assert up.shape == (layer.out_features, 3) and down.shape == (3, layer.in_features)
+        close(up @ down, weight)
+
+
+def test_truncation_is_the_best_approximation(make_lidb):
+    lidb = make_lidb(0, 4)
+    shorter = truncate(lidb, 2)
+    assert shorter.rank == 2
+    for weight, approximation in zip(dense(lidb), dense(shorter), strict=True):
+        u, s, vh = torch.linalg.svd(weight)
+        close(approximation, (u[:, :2] * s[:2]) @ vh[:2], **EXACT)
+
+
+def test_canonical_form_keeps_the_person_and_forgets_the_factors(make_lidb):
+    lidb = make_lidb(0, 3)
+    mixed = LiDB(lidb.layout, lidb.basis, lidb.down * -7, lidb.up / -7)
+    canonical, other = truncate(lidb, 3), truncate(mixed, 9)
+    close(flat(canonical), flat(lidb), **EXACT)
+    close(canonical.down, other.down)
+    close(canonical.up, other.up)
+    close(canonical.down.norm(dim=2), canonical.up.norm(dim=1))
+    assert (canonical.down.norm(dim=2).diff(dim=1) <= 0).all()
+
+
+def test_a_zero_person_has_a_canonical_form(make_lidb):
+    lidb = make_lidb(0, 2)
+    zero = truncate(LiDB(lidb.layout, lidb.basis, lidb.down, torch.zeros_like(lidb.up)), 1)
+    assert zero.up.isfinite().all() and zero.down.isfinite().all()
+    assert norm(zero) < 1e-12
+    assert cosine(zero, lidb) == 0
+
+
+def test_weighted_sums(make_lidb):
+    a, b = make_lidb(0, 2), make_lidb(1, 1)
+    total = weighted_sum([a, b], [0.25, -2.0])
+    assert total.rank == 3
+    close(flat(total), 0.25 * flat(a) - 2.0 * flat(b), **EXACT)
+    close(flat(weighted_sum([a, b], [0.25, -2.0], rank=2)), flat(truncate(total, 2)), **EXACT)
+
+
+def test_a_sum_of_many_stays_exact_at_full_rank(make_lidb):
+    people = [make_lidb(seed, 3) for seed in range(12)]
+    total = weighted_sum(people, [1.0] * 12)
+    assert total.rank == total.basis.max_rank < 36
+    close(flat(total), sum(flat(p) for p in people), **EXACT)
+
+
+def test_gradients_flow_into_both_factors(make_lidb):
+    lidb = make_lidb(0, 2)
+    lidb.down.requires_grad_(), lidb.up.requires_grad_()
+    tracked = LiDB(lidb.layout, lidb.basis, lidb.down, lidb.up)
+    delta_weight(tracked, 1).square().sum().backward()
+    for factor in (lidb.down, lidb.up):
+        assert factor.grad[1].abs().sum() > 0
+        assert factor.grad[0].abs().sum() == 0
+
+
+def test_start_down_is_orthonormal_and_has_no_effect_beyond_narrow_layers():
+    layout = Layout("sd1", (Layer("unet.a", 40, 30), Layer("unet.b", 2, 30)))
+    start = start_down(BasisRecipe(0, 12, 8), layout, 3)
+    close(start[0] @ start[0].T, torch.eye(3))
+    close(start[1] @ start[1].T, torch.diag(torch.tensor([1.0, 1.0, 0.0])))
+
+
+def test_memory_is_that_of_the_factors(make_lidb):
+    lidb = make_lidb(0, 2)
+    assert lidb.get_ram_usage() == 4 * lidb.num_values
+    assert lidb.num_values == len(lidb.layout.layers) * 2 * (lidb.basis.down_dim + lidb.basis.up_dim)
+
+
+@pytest.mark.parametrize("shapes", [((16, 2, 12), (16, 8, 3)), ((16, 0, 12), (16, 8, 0)), ((15, 2, 12), (15, 8, 2))])
+def test_shapes_that_do_not_fit_are_refused(toy, shapes):
+    down, up = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(LiDBError, match="Expected down"):
+        LiDB(toy.layout, BasisRecipe(0, 12, 8), down, up)
+
+
+def test_strangers_are_refused(make_lidb):
+    lidb = make_lidb(0, 1)
+    other_basis = LiDB(lidb.layout, BasisRecipe(9, lidb.basis.down_dim, lidb.basis.up_dim), lidb.down, lidb.up)
+    other_model = LiDB(Layout("sdxl", lidb.layout.layers), lidb.basis, lidb.down, lidb.up)
+    with pytest.raises(LiDBError, match="different bases"):
+        cosine(lidb, other_basis)
+    with pytest.raises(LiDBError, match="different models"):
+        weighted_sum([lidb, other_model], [1.0, 1.0])
+    with pytest.raises(LiDBError, match="one weight"):
+        weighted_sum([lidb], [])
+    with pytest.raises(LiDBError, match="at least 1"):
+        truncate(lidb, 0)
