@@ -386,9 +386,9 @@ def _encode_once(denoiser: Denoiser, prompts: Sequence[str]) -> Any:
 def _backward(loss: Tensor, factors: TrainableFactors, config: FinetuneConfig) -> tuple[float, float]:
     """Fill the gradients; the loss and the gradient norm leave the device in the step's only synchronisation."""
     (loss * _GRAD_SCALE).backward()
-    parameters = [p for p in factors.parameters() if p.grad is not None]
-    for parameter in parameters:
-        parameter.grad /= _GRAD_SCALE
+    parameters = [p for p in factors.parameters() if p.requires_grad]
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        gradient.div_(_GRAD_SCALE)
     norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
     loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
     return loss_value, norm_value

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -103,7 +104,7 @@ def find_targets(
     return {name: targets[name] for name in sorted(targets, key=_canonical_key)}
 
 
-def layout_of(targets: Mapping[str, nn.Module], family: str) -> Layout:
+def layout_of(targets: Mapping[str, Any], family: str) -> Layout:
     """The layout of what `find_targets` found."""
     layers = (Layer(name, int(m.in_features), int(m.out_features)) for name, m in targets.items())
     return Layout(family, tuple(layers))
@@ -194,7 +195,7 @@ def _unet_targets(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: module for name, module in named if name and _is_linear(module)}
 
 
-def _text_targets(encoder: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _text_targets(encoder: str, modules: Mapping[str, Any]) -> dict[str, nn.Module]:
     linears = {name: module for name, module in modules.items() if _is_linear(module)}
     found = {(match[1], match[2]): m for name, m in linears.items() if (match := _TEXT.fullmatch(name))}
     live = {i for (i, projection), m in found.items() if projection == "out_proj" and bool(m.weight.float().any())}

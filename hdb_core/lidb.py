@@ -194,7 +194,7 @@ def weighted_sum(lidbs: Sequence[LiDB], weights: Sequence[float], rank: int | No
     down = torch.cat([lidb.down for lidb in lidbs], dim=1)
     up = torch.cat([lidb.up * weight for lidb, weight in zip(lidbs, weights, strict=True)], dim=2)
     total = LiDB(first.layout, first.basis, down, up, {})
-    limit = min(rank or total.rank, first.basis.max_rank)
+    limit = min(total.rank if rank is None else rank, first.basis.max_rank)
     return total if total.rank <= limit else truncate(total, limit)
 
 

@@ -60,6 +60,7 @@ def save(lidb: LiDB, path: str | os.PathLike[str], rank: int | None = None, dtyp
 
     Raises:
         LiDBFileError: if the person is not finite, or the file cannot be written.
+        LiDBError: if the rank is below 1.
     """
     path = Path(path)
     tensors = _stored_tensors(lidb, rank, dtype)
@@ -120,7 +121,7 @@ def read_header(path: str | os.PathLike[str]) -> LiDBHeader:
 
 
 def _stored_tensors(lidb: LiDB, rank: int | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    rank = min(rank or lidb.rank, lidb.rank)
+    rank = lidb.rank if rank is None else min(rank, lidb.rank)
     if not (lidb.up.isfinite().all() and lidb.down.isfinite().all()):
         return {"up": lidb.up}
     if rank == lidb.rank and torch.equal(lidb.down.cpu(), start_down(lidb.basis, lidb.layout, rank)):

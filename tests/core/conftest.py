@@ -11,7 +11,6 @@ from hdb_core.lidb import LiDB
 
 WIDTH, TEXT_WIDTH, CHANNELS = 32, 24, 4
 RECIPE = BasisRecipe(seed=3, down_dim=12, up_dim=8)
-NARROW_RECIPE = BasisRecipe(seed=3, down_dim=28, up_dim=26)  # wider than the text layers
 
 
 class Attention(nn.Module):
@@ -111,9 +110,9 @@ def latents():
     return torch.randn(1, CHANNELS, 6, 6, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(params=[RECIPE, NARROW_RECIPE], ids=["basis", "narrow_layers"])
-def recipe(request):
-    return request.param
+@pytest.fixture
+def recipe():
+    return RECIPE
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hdb_core.adapters import attach
+from hdb_core.basis import BasisRecipe
 from hdb_core.errors import FinetuneDiverged, FinetuneError, LayoutError
 from hdb_core.finetune import (
     BatchSampler,
@@ -51,6 +52,7 @@ def frozen_state(toy):
         {"down_lr_scale": 1.0},
         {"min_timestep": 0.3, "max_timestep": 0.9},
         {"rank": 1, "batch_size": 1},
+        {"basis": BasisRecipe(3, 28, 26)},  # wider than the text layers
     ],
     ids=str,
 )

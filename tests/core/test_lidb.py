@@ -12,6 +12,11 @@ close = torch.testing.assert_close
 EXACT = {"atol": 2e-4, "rtol": 1e-5}
 
 
+@pytest.fixture(params=[(12, 8), (28, 26)], ids=["basis", "narrow_layers"])
+def recipe(request):
+    return BasisRecipe(3, *request.param)  # the second is wider than the text layers
+
+
 def dense(lidb):
     return [delta_weight(lidb, i) for i in range(len(lidb.layout.layers))]
 
@@ -125,3 +130,5 @@ def test_strangers_are_refused(make_lidb):
         weighted_sum([lidb], [])
     with pytest.raises(LiDBError, match="at least 1"):
         truncate(lidb, 0)
+    with pytest.raises(LiDBError, match="at least 1"):
+        weighted_sum([lidb], [1.0], rank=0)

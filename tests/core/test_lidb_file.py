@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from hdb_core.basis import BasisRecipe
-from hdb_core.errors import LiDBFileError
+from hdb_core.errors import LiDBError, LiDBFileError
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import LiDB, core, cosine, norm, start_down, truncate
 from hdb_core.lidb_file import DEFAULT_RANK, load, read_header, save
@@ -96,6 +96,12 @@ def test_truncates_on_request(tmp_path, make_lidb):
     save(lidb, path, rank=2)
     assert read_header(path).rank == 2
     assert (core(load(path)) - core(truncate(lidb, 2))).norm() < 1e-3 * norm(lidb)
+
+
+def test_rank_zero_is_refused(tmp_path, make_lidb):
+    with pytest.raises(LiDBError, match="at least 1"):
+        save(make_lidb(), tmp_path / "p.safetensors", rank=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_factors_beyond_float16_are_balanced(tmp_path, make_lidb):
