@@ -1,0 +1,84 @@
+"""Photo to person."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..hdb_core import lidb_file
+from ..hdb_core.errors import FinetuneDiverged
+from ..hdb_core.finetune import FinetuneConfig
+from ..hdb_core.lidb import LiDB
+from .host.folders import save_to_output
+from .host.training import Photos, finetune_in_host
+from .plot import loss_image
+from .types import CATEGORY, LIDB
+
+DEFAULTS = FinetuneConfig()
+
+
+class FastFinetune(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FastFinetune",
+            display_name="Fast Finetune (LiDB)",
+            category=CATEGORY,
+            description="Learns a person from one photo, or several, into a LiDB of some 100 KB. MODEL and CLIP stay as they are.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base model: SD 1.x, SD 2.x or SDXL. It is not changed."),
+                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint. It is not changed."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint; encodes the photo once."),
+                io.Image.Input("image", tooltip="One photo of the person, cropped to the face; a batch of photos of one person works too."),
+                io.String.Input("prompt", default=DEFAULTS.prompt, tooltip="Describes the photo, with a rare token such as [v] that will mean this person in your prompts."),
+                io.String.Input("class_prompt", default=DEFAULTS.class_prompt, tooltip="The same words without the token. Used for class_images."),
+                io.Int.Input("steps", default=DEFAULTS.steps, min=1, max=10000, tooltip="Training steps. More steps follow the photo more closely and leave less freedom to the prompt."),
+                io.Int.Input("rank", default=DEFAULTS.rank, min=1, max=DEFAULTS.basis.max_rank, tooltip="Rank of the LiDB while training. At least the rank of a connected lidb. Save LiDB can lower it."),
+                io.Float.Input("learning_rate", default=DEFAULTS.learning_rate, min=1e-6, max=1.0, step=1e-4, round=1e-6, tooltip="Step size (Adam). Lower it if training diverges."),
+                io.Int.Input("batch_size", default=DEFAULTS.batch_size, min=1, max=64, tooltip="Noise levels per step. More are steadier, slower and take more memory."),
+                io.Int.Input("resolution", default=0, min=0, max=2048, step=64, tooltip="The photo is resized to about resolution × resolution pixels, keeping its aspect. 0: the photo's size, at most 512 (SD 1.x), 768 (SD 2.x) or 1024 (SDXL)."),
+                io.Boolean.Input("train_text_encoder", default=DEFAULTS.train_text_encoder, tooltip="Train the text encoder together with the UNet."),
+                io.Float.Input("prior_weight", default=DEFAULTS.prior_weight, min=0.0, max=10.0, step=0.05, tooltip="Keeps other faces as they were while the person is learned. Above 0 it needs class_images."),
+                io.Int.Input("seed", default=DEFAULTS.seed, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of noise and noise levels. The same seed gives the same person on the same machine."),
+                io.Mask.Input("mask", optional=True, tooltip="Only the marked part of the photo is learned, for example the face without the background."),
+                LIDB.Input("lidb", optional=True, tooltip="Continue from this LiDB instead of from nothing."),
+                io.Image.Input("class_images", optional=True, tooltip="Pictures that the base model makes of class_prompt, for prior_weight."),
+            ],
+            outputs=[
+                LIDB.Output(display_name="lidb", tooltip="The person. Connect Apply LiDB to Model and Save LiDB."),
+                io.Image.Output(display_name="loss plot", tooltip="The loss of every step."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        clip: io.Clip.Type,
+        vae: io.Vae.Type,
+        image: io.Image.Type,
+        resolution: int,
+        mask: io.Mask.Type | None = None,
+        lidb: LiDB | None = None,
+        class_images: io.Image.Type | None = None,
+        **settings: Any,
+    ) -> io.NodeOutput:
+        config = FinetuneConfig(**settings)
+        photos = Photos(image, mask, class_images, resolution)
+        try:
+            result = finetune_in_host(model, clip, vae, photos, config, lidb, cls.hidden.unique_id)
+        except FinetuneDiverged as error:
+            raise kept(error) from None
+        plot = loss_image(result.losses)
+        return io.NodeOutput(result.lidb, plot, ui=ui.PreviewImage(plot, cls=cls))
+
+
+def kept(error: FinetuneDiverged) -> FinetuneDiverged:
+    """The same error after its last good state was saved, saying where."""
+    if not error.losses:
+        return error
+    path = save_to_output("lidb/diverged", lambda path: lidb_file.save(error.lidb, path))
+    message = f"{error} The state before that step is kept in {path.name}; Load LiDB reads it."
+    return FinetuneDiverged(message, error.lidb, error.losses, error.step)

@@ -1,0 +1,1 @@
+"""The one place that knows ModelPatcher, CLIP, VAE, folders, progress and interrupt."""

@@ -1,0 +1,78 @@
+"""Where LiDB files live: models/lidb, the output folder's lidb, and what extra_model_paths.yaml adds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import folder_paths
+
+from ...hdb_core.errors import LiDBFileError
+
+CATEGORY = "lidb"
+EXTENSION = ".safetensors"
+
+
+def register_folders() -> None:
+    """Tell the host about our folders; paths that extra_model_paths.yaml has put there come first."""
+    known, _ = folder_paths.folder_names_and_paths.get(CATEGORY, ([], set()))
+    ours = [
+        os.path.join(folder_paths.models_dir, CATEGORY),
+        os.path.join(folder_paths.get_output_directory(), CATEGORY),
+    ]
+    paths = [*known, *(path for path in ours if path not in known)]
+    folder_paths.folder_names_and_paths[CATEGORY] = (paths, {EXTENSION})
+
+
+def saved_lidbs() -> list[str]:
+    return folder_paths.get_filename_list(CATEGORY)
+
+
+def find_lidb(name: str) -> Path:
+    """The file of a name from `saved_lidbs`.
+
+    Raises:
+        LiDBFileError: the name leaves the folders, is no .safetensors, or no such file exists.
+    """
+    if ".." in Path(name).parts or os.path.isabs(name) or not name.endswith(EXTENSION):
+        raise LiDBFileError(f"{name!r} is no name of a LiDB file. Choose one from the list of Load LiDB.")
+    path = folder_paths.get_full_path(CATEGORY, name)
+    if path is None:
+        folders = ", ".join(folder_paths.get_folder_paths(CATEGORY))
+        raise LiDBFileError(
+            f"There is no LiDB file {name!r} in {folders}. Put it there, or choose another one from the list."
+        )
+    return Path(path)
+
+
+def save_to_output(prefix: str, write: Callable[[Path], object]) -> Path:
+    """Number and write a file below the output folder, as the host's own savers do.
+
+    Args:
+        prefix: for example ``lidb/person``; %year% and the like are expanded.
+        write: writes the file to the path it gets.
+
+    Raises:
+        LiDBFileError: the prefix is empty or leaves the output folder, or the folder cannot be written.
+    """
+    output = folder_paths.get_output_directory()
+    parts = Path(prefix).parts
+    if not parts or prefix.endswith(("/", "\\")) or ".." in parts or os.path.isabs(prefix) or "\0" in prefix:
+        raise LiDBFileError(
+            f"filename_prefix must be a name inside the output folder, such as lidb/person, got {prefix!r}."
+        )
+    path = None
+    try:
+        folder, filename, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
+        os.makedirs(folder, exist_ok=True)
+        path = Path(folder, f"{filename}_{counter:05}_{EXTENSION}")
+        write(path)
+    except OSError as error:
+        if path is not None:
+            path.unlink(missing_ok=True)
+        raise LiDBFileError(
+            f"Cannot write {prefix!r} below {output}: {error.strerror or error}. "
+            "Make the folder writable, free some space, or choose another filename_prefix."
+        ) from error
+    return path

@@ -1,0 +1,127 @@
+"""Apply, save, load and blend persons."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..hdb_core import lidb_file
+from ..hdb_core.errors import LiDBFileError
+from ..hdb_core.lidb import LiDB, weighted_sum
+from .host.folders import find_lidb, save_to_output, saved_lidbs
+from .host.progress import send_text
+from .host.targets import apply_lidb
+from .types import CATEGORY, LIDB
+
+
+class ApplyLiDBToModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ApplyLiDBToModel",
+            display_name="Apply LiDB to Model",
+            category=CATEGORY,
+            description="Puts a person into a MODEL and a CLIP, as a LoRA would. Both inputs stay as they are.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base model of the family that the LiDB was made for."),
+                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint. Encode your prompt with the output."),
+                LIDB.Input("lidb", tooltip="The person, from Fast Finetune or Load LiDB."),
+                io.Float.Input("strength_model", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="How strongly the person changes the MODEL. 0 leaves it as it is."),
+                io.Float.Input("strength_clip", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="How strongly the person changes the CLIP. 0 leaves it as it is."),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The MODEL with the person."),
+                io.Clip.Output(tooltip="The CLIP with the person."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: io.Model.Type, clip: io.Clip.Type, lidb: LiDB, strength_model: float, strength_clip: float
+    ) -> io.NodeOutput:
+        return io.NodeOutput(*apply_lidb(model, clip, lidb, strength_model, strength_clip))
+
+
+class SaveLiDB(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SaveLiDB",
+            display_name="Save LiDB",
+            category=CATEGORY,
+            description="Writes a person to a .safetensors file in the output folder, where Load LiDB finds it.",
+            inputs=[
+                LIDB.Input("lidb", tooltip="The person."),
+                io.String.Input("filename_prefix", default="lidb/person", tooltip="Name inside the output folder; a number is added. Load LiDB lists the folder lidb. %year%, %month%, %day% … are filled in."),
+                io.Int.Input("rank", default=lidb_file.DEFAULT_RANK, min=0, max=50, tooltip="Rank in the file: lower is smaller. A person of lower rank keeps its own. 0 keeps everything."),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, lidb: LiDB, filename_prefix: str, rank: int) -> io.NodeOutput:
+        path = save_to_output(filename_prefix, lambda path: lidb_file.save(lidb, path, rank or None))
+        name = path.relative_to(folder_paths.get_output_directory()).as_posix()
+        send_text(f"saved {name}, {path.stat().st_size / 1000:.1f} KB", cls.hidden.unique_id)
+        return io.NodeOutput(str(path), ui=ui.PreviewText(name))
+
+
+class LoadLiDB(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoadLiDB",
+            display_name="Load LiDB",
+            category=CATEGORY,
+            description="Reads a person from models/lidb or from the lidb folder of the output folder.",
+            inputs=[
+                io.Combo.Input("lidb_name", options=saved_lidbs(), tooltip="Files in models/lidb, output/lidb and the lidb paths of extra_model_paths.yaml. Press R to refresh."),
+            ],
+            outputs=[
+                LIDB.Output(display_name="lidb", tooltip="The person. Connect Apply LiDB to Model."),
+                io.String.Output(display_name="prompt", tooltip="The prompt it was made with, with its token."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, lidb_name: str | None) -> bool | str:
+        try:
+            return lidb_name is None or bool(find_lidb(lidb_name))
+        except LiDBFileError as error:
+            return str(error)
+
+    @classmethod
+    def fingerprint_inputs(cls, lidb_name: str) -> str:
+        return hashlib.sha256(find_lidb(lidb_name).read_bytes()).hexdigest()
+
+    @classmethod
+    def execute(cls, lidb_name: str) -> io.NodeOutput:
+        lidb = lidb_file.load(find_lidb(lidb_name))
+        return io.NodeOutput(lidb, lidb.info.get("prompt", ""))
+
+
+class BlendLiDB(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BlendLiDB",
+            display_name="Blend LiDB",
+            category=CATEGORY,
+            description="Mixes two persons of the same model family, or two runs of one person, into one LiDB.",
+            inputs=[
+                LIDB.Input("lidb_a", tooltip="The first person."),
+                LIDB.Input("lidb_b", tooltip="The second person, made with the same base model and prompt."),
+                io.Float.Input("blend", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="0 is the first person, 1 the second."),
+            ],
+            outputs=[LIDB.Output(display_name="lidb", tooltip="The blend. Its rank is the sum of both ranks.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, lidb_a: LiDB, lidb_b: LiDB, blend: float) -> io.NodeOutput:
+        total = weighted_sum([lidb_a, lidb_b], [1 - blend, blend])
+        return io.NodeOutput(replace(total, info={**lidb_b.info, **lidb_a.info, "made_by": "blend"}))

@@ -1,0 +1,7 @@
+"""The custom types of the pack's sockets."""
+
+from comfy_api.latest import io
+
+CATEGORY = "HyperDreamBooth"
+
+LIDB = io.Custom("LIDB")

@@ -1,0 +1,189 @@
+"""The real ComfyUI in this process, on the CPU, with this pack loaded the way the host loads it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+COMFYUI = Path(os.environ.get("HDB_COMFYUI", ROOT / ".comfyui" / "ComfyUI"))
+CHECKPOINT = "hdb_miniature.safetensors"
+
+
+@pytest.fixture(scope="session")
+def base_directory(tmp_path_factory) -> Path:
+    """models, input, output and temp of the host under test."""
+    return tmp_path_factory.mktemp("host")
+
+
+@pytest.fixture(scope="session")
+def host(base_directory: Path):
+    """ComfyUI's modules, and the pack's nodes by id."""
+    if not (COMFYUI / "main.py").is_file():
+        pytest.fail(f"No ComfyUI in {COMFYUI}. Run `python dev.py test` once: it unpacks one.")
+    sys.path.insert(0, str(COMFYUI))
+    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(base_directory)]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import folder_paths
+        import utils.extra_config  # before `nodes`, which puts a folder with another `utils` on the path
+
+        import nodes
+    finally:
+        sys.argv = arguments
+    extra = base_directory / "extra" / "people"
+    extra.mkdir(parents=True)
+    paths = base_directory / "extra_model_paths.yaml"
+    paths.write_text(f"mine:\n  base_path: {extra.parent}\n  lidb: people\n")
+    utils.extra_config.load_extra_path_config(str(paths))  # the host does so before it loads custom nodes
+    assert asyncio.run(nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"))
+    pack = sys.modules[str(ROOT).replace(".", "_x_")]
+    return SimpleNamespace(
+        folder_paths=folder_paths,
+        stock=nodes.NODE_CLASS_MAPPINGS,
+        nodes={node_id: nodes.NODE_CLASS_MAPPINGS[node_id] for node_id in NODE_IDS},
+        module=lambda name: importlib.import_module(f"{pack.__name__}.{name}"),
+        extra=extra,
+        load_file=lambda name: load_file(Path(__file__).with_name(name)),
+    )
+
+
+NODE_IDS = ("FastFinetune", "ApplyLiDBToModel", "SaveLiDB", "LoadLiDB", "BlendLiDB", "SaveLiDBAsLoRA")
+
+
+@pytest.fixture(autouse=True)
+def inference_mode():
+    """The executor runs every node in inference mode."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="session")
+def checkpoint(host, base_directory: Path) -> str:
+    """Name of a random SD 1.x miniature in the checkpoints folder."""
+    builder = host.load_file("random_checkpoint.py")
+    builder.write_checkpoint(base_directory / "models" / "checkpoints" / CHECKPOINT)
+    return CHECKPOINT
+
+
+@pytest.fixture(scope="session")
+def loaded(host, checkpoint):
+    """MODEL, CLIP, VAE from the stock loader, as one object."""
+    with torch.inference_mode():
+        model, clip, vae = host.stock["CheckpointLoaderSimple"]().load_checkpoint(checkpoint)
+    return SimpleNamespace(model=model, clip=clip, vae=vae)
+
+
+@pytest.fixture(scope="session")
+def photo() -> torch.Tensor:
+    """IMAGE (1, 128, 128, 3) in 0..1: a smooth random picture."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand(1, 3, 8, 8, generator=generator)
+    return torch.nn.functional.interpolate(coarse, size=(128, 128), mode="bicubic").clamp(0, 1).movedim(1, -1)
+
+
+def load_file(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(host):
+    """Run a node of the pack by id, with its widgets' defaults, as the executor does; returns its outputs."""
+
+    def execute(node_id: str, **inputs):
+        node = host.nodes[node_id]
+        defaults = {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
+        clone = node.PREPARE_CLASS_CLONE({})
+        return getattr(clone, node.FUNCTION)(**{**defaults, **inputs}).args
+
+    return execute
+
+
+@pytest.fixture
+def train(run, loaded, photo):
+    """A short Fast Finetune of the photo on the miniature; returns the LIDB."""
+
+    def execute(**inputs):
+        given = {
+            "model": loaded.model,
+            "clip": loaded.clip,
+            "vae": loaded.vae,
+            "image": photo,
+            "steps": 2,
+            "batch_size": 1,
+        }
+        return run("FastFinetune", **{**given, **inputs})[0]
+
+    return execute
+
+
+@pytest.fixture
+def sample(host):
+    """Latents (1, 4, 8, 8) from the stock KSampler: two steps of a prompt."""
+
+    def execute(model, clip, prompt: str = "a [v] face", seed: int = 3, control=None):
+        encode = host.stock["CLIPTextEncode"]().encode
+        positive, negative = encode(clip, prompt)[0], encode(clip, "")[0]
+        if control is not None:
+            positive, negative = control(positive, negative)
+        latent = host.stock["EmptyLatentImage"]().generate(64, 64, 1)[0]
+        sampler = host.stock["KSampler"]()
+        return sampler.sample(model, seed, 2, 4.0, "euler", "normal", positive, negative, latent)[0]["samples"]
+
+    return execute
+
+
+@pytest.fixture
+def person(host, loaded):
+    """A random LIDB for the miniature whose effect is plainly visible; no training."""
+    layout = host.module("hdb_core.layout")
+    lidb = host.module("hdb_core.lidb")
+    basis = host.module("hdb_core.basis").BasisRecipe()
+    modules, family = host.module("nodes.host.targets").target_modules(loaded.model, loaded.clip)
+    target = layout.layout_of(modules, family)
+
+    def make(seed: int, rank: int = 2, scale: float = 0.5, layers=None):
+        generator = torch.Generator().manual_seed(seed)
+        chosen = layout.Layout(family, target.layers if layers is None else target.layers[:layers])
+        down = torch.randn(len(chosen.layers), rank, basis.down_dim, generator=generator) * scale
+        up = torch.randn(len(chosen.layers), basis.up_dim, rank, generator=generator) * scale
+        return lidb.LiDB(chosen, basis, down, up, {"prompt": "a [v] face"})
+
+    return make
+
+
+@pytest.fixture
+def fingerprint(loaded, sample):
+    """Everything of the host's MODEL, CLIP and VAE that a node could leave changed, and a sampled picture.
+
+    The host itself replaces parameters when it patches weights; after training they must be the same objects, too.
+    """
+
+    def execute(same_objects: bool = True):
+        digest = hashlib.sha256()
+        roots = (loaded.model.model, loaded.clip.cond_stage_model, loaded.vae.first_stage_model)
+        for root in roots:
+            for name, tensor in root.state_dict(keep_vars=True).items():
+                digest.update(f"{name} {tensor.dtype} {id(tensor) if same_objects else ''}".encode())
+                digest.update(tensor.detach().flatten().view(torch.uint8).numpy())
+            for module in root.modules():
+                digest.update(f"{len(module._forward_hooks)} {'forward' in module.__dict__} {module.training}".encode())
+        digest.update(f"{loaded.model.patches} {loaded.clip.patcher.patches} {loaded.model.model_options}".encode())
+        digest.update(f"{loaded.clip.layer_idx} {torch.is_inference_mode_enabled()}".encode())
+        digest.update(sample(loaded.model, loaded.clip).contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    return execute

@@ -1,0 +1,182 @@
+"""Apply LiDB to Model: exact, on clones only, and chained with LoRA and ControlNet nodes of the host."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+
+@pytest.fixture
+def apply(run, loaded):
+    def execute(lidb, model=None, clip=None, strength_model=1.0, strength_clip=1.0):
+        given = {"model": model or loaded.model, "clip": clip or loaded.clip, "lidb": lidb}
+        return run("ApplyLiDBToModel", **given, strength_model=strength_model, strength_clip=strength_clip)
+
+    return execute
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference, relative to the size of the first."""
+    return float((a - b).abs().max() / a.abs().mean())
+
+
+def test_every_layer_is_patched(apply, person):
+    model, clip = apply(person(1))
+    assert len(model.patches) == 56
+    assert len(clip.patcher.patches) == 8
+    assert all(len(patches) == 1 for patches in (*model.patches.values(), *clip.patcher.patches.values()))
+
+
+def test_merged_weights_are_exact(apply, host, person, loaded):
+    lidb = person(1)
+    model, clip = apply(lidb, strength_model=0.7, strength_clip=-0.4)
+    keys = host.module("hdb_core.layout").host_keys(lidb.layout)
+    delta_weight = host.module("hdb_core.lidb").delta_weight
+    for index, layer in enumerate(lidb.layout.layers):
+        patcher, strength = (clip.patcher, -0.4) if layer.is_text else (model, 0.7)
+        weight = loaded_weight(patcher, keys[layer.name])
+        merged = merged_weight(patcher, keys[layer.name])
+        torch.testing.assert_close(merged, weight.float() + strength * delta_weight(lidb, index), rtol=0, atol=1e-5)
+
+
+def loaded_weight(patcher, key: str) -> torch.Tensor:
+    return patcher.model_state_dict()[key]
+
+
+def merged_weight(patcher, key: str) -> torch.Tensor:
+    import comfy.lora
+
+    weight = loaded_weight(patcher, key).float()
+    return comfy.lora.calculate_weight(patcher.patches[key], weight.clone(), key)
+
+
+def test_patch_equals_the_training_path(apply, host, person, loaded, monkeypatch):
+    """What training sees through its output-side path is what sampling gets from the patches."""
+    training = host.module("nodes.host.training")
+    attach = host.module("hdb_core.adapters").attach
+    expand = host.module("hdb_core.lidb").expand
+    monkeypatch.setattr(training, "autocast_dtype", lambda device: None)
+    lidb = person(1)
+    noisy, sigma = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([2.0, 0.5])
+
+    def predict(model, clip, factors):
+        modules, family = host.module("nodes.host.targets").target_modules(model, clip)
+        with (
+            training.training(model, clip, modules, family, 128) as denoiser,
+            attach(denoiser.modules, factors),
+            torch.no_grad(),
+        ):
+            conditioning = denoiser.encode_prompts(["a [v] face", "a face"])
+            return conditioning.text, denoiser.denoise(noisy.clone(), sigma.clone(), conditioning)
+
+    base_text, base = predict(loaded.model, loaded.clip, {})
+    hook_text, hooked = predict(loaded.model, loaded.clip, expand(lidb))
+    patch_text, patched = predict(*apply(lidb), {})
+    assert difference(base, hooked) > 0.1
+    assert difference(base_text, hook_text) > 0.1
+    # The host stores text weights in float16, so its merged weights are rounded.
+    assert difference(hook_text, patch_text) < 0.02
+    assert difference(hooked, patched) < 0.02
+
+
+def test_strength_zero_changes_nothing(apply, person, loaded, sample):
+    model, clip = apply(person(1), strength_model=0.0, strength_clip=0.0)
+    assert torch.equal(sample(model, clip), sample(loaded.model, loaded.clip))
+
+
+@pytest.mark.parametrize(("strength_model", "strength_clip"), [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (-1.0, 1.0)])
+def test_each_strength_counts(apply, person, loaded, sample, strength_model, strength_clip):
+    picture = sample(*apply(person(1), strength_model=strength_model, strength_clip=strength_clip))
+    assert torch.isfinite(picture).all()
+    assert difference(picture, sample(loaded.model, loaded.clip)) > 1e-3
+    assert difference(picture, sample(*apply(person(1)))) > 1e-3
+
+
+def test_inputs_are_not_mutated(apply, person, fingerprint, sample):
+    before = fingerprint(same_objects=False)
+    lidb = person(1)
+    down, up = lidb.down.clone(), lidb.up.clone()
+    sample(*apply(lidb))
+    assert fingerprint(same_objects=False) == before
+    assert torch.equal(down, lidb.down)
+    assert torch.equal(up, lidb.up)
+
+
+def test_two_people_do_not_clobber_each_other(apply, person, sample):
+    first, second = apply(person(1)), apply(person(2))
+    one, two = sample(*first), sample(*second)
+    assert difference(one, two) > 1e-3
+    assert torch.equal(one, sample(*first))
+    assert torch.equal(two, sample(*second))
+
+
+@pytest.fixture
+def stock_lora(host, base_directory):
+    """A random LoRA file for some layers, read by the stock Load LoRA node."""
+    generator = torch.Generator().manual_seed(9)
+    weights = {}
+    for prefix, width in (
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", 320),
+        ("lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2", (320, 1280)),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1", (3072, 768)),
+    ):
+        out_features, in_features = width if isinstance(width, tuple) else (width, width)
+        weights[f"{prefix}.lora_up.weight"] = torch.randn(out_features, 4, generator=generator) * 0.1
+        weights[f"{prefix}.lora_down.weight"] = torch.randn(4, in_features, generator=generator) * 0.1
+    path = base_directory / "models" / "loras" / "style.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, path)
+    return lambda model, clip: host.stock["LoraLoader"]().load_lora(model, clip, path.name, 1.0, 1.0)
+
+
+def test_chains_with_a_stock_lora_in_any_order(apply, person, loaded, sample, stock_lora):
+    lora_only = sample(*stock_lora(loaded.model, loaded.clip))
+    person_only = sample(*apply(person(1)))
+    model, clip = stock_lora(loaded.model, loaded.clip)
+    lora_first = sample(*apply(person(1), model, clip))
+    person_first = sample(*stock_lora(*apply(person(1))))
+    assert difference(lora_first, person_first) < 0.05
+    assert difference(lora_first, lora_only) > 0.2
+    assert difference(lora_first, person_only) > 0.2
+
+
+@pytest.fixture
+def control(host, base_directory):
+    """A random ControlNet through the stock nodes, as a function of (positive, negative)."""
+    import comfy.cldm.cldm
+    import comfy.ops
+
+    builder = host.load_file("random_checkpoint.py")
+    generator = torch.Generator().manual_seed(4)
+    config = {
+        key: value
+        for key, value in builder.MINIATURE_UNET.items()
+        if key not in ("out_channels", "transformer_depth_output")
+    }
+    weights = builder.state_dict_of(
+        lambda: comfy.cldm.cldm.ControlNet(**config, hint_channels=3, operations=comfy.ops.disable_weight_init),
+        generator,
+    )
+    path = base_directory / "models" / "controlnet" / "random.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"control_model.{key}": weight for key, weight in weights.items()}, path)
+    net = host.stock["ControlNetLoader"]().load_controlnet(path.name)[0]
+    hint = torch.rand(1, 64, 64, 3, generator=generator)
+    add = host.stock["ControlNetApplyAdvanced"]().apply_controlnet
+    return lambda positive, negative: add(positive, negative, net, hint, 0.3, 0.0, 1.0)
+
+
+def test_chains_with_a_stock_controlnet(apply, person, loaded, sample, control):
+    pictures = SimpleNamespace(
+        base=sample(loaded.model, loaded.clip),
+        controlled=sample(loaded.model, loaded.clip, control=control),
+        person=sample(*apply(person(1))),
+        both=sample(*apply(person(1)), control=control),
+    )
+    assert difference(pictures.person, pictures.both) > 1e-3  # control changes the picture
+    assert difference(pictures.controlled, pictures.both) > 1e-3  # the person is still there
+    assert torch.equal(pictures.person, sample(*apply(person(1))))
+    assert torch.equal(pictures.base, sample(loaded.model, loaded.clip))

@@ -1,0 +1,164 @@
+"""Bad input: a plain sentence that says what to do, before heavy work, and nothing is lost."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+def image(height=128, width=128, batch=1, channels=3):
+    return torch.rand(batch, height, width, channels, generator=torch.Generator().manual_seed(0))
+
+
+def mask(height=128, width=128, value=0.0):
+    return torch.full((1, height, width), value)
+
+
+BAD_INPUT = {
+    "no photo": ({"image": image(batch=0)}, "There is no photo"),
+    "1 x 1 photo": ({"image": image(1, 1)}, "1 × 1 pixels.*larger photo"),
+    "thin photo": ({"image": image(100, 4000), "resolution": 128}, "Crop the photo"),
+    "two channels": ({"image": image(channels=2)}, "batch, height, width, 3"),
+    "NaN photo": ({"image": image() * float("nan")}, "NaN"),
+    "empty mask": ({"mask": mask()}, "mask is empty.*Mask Editor"),
+    "empty mask of Load Image": ({"mask": mask(64, 64)}, "mask is empty"),
+    "mask of another size": ({"mask": mask(64, 64, 1.0)}, "128 × 128 pixels, the mask 64 × 64"),
+    "two masks for one photo": ({"mask": mask(value=1.0).expand(2, -1, -1)}, "one MASK"),
+    "empty prompt": ({"prompt": "  "}, "prompt"),
+    "rank 0": ({"rank": 0}, "rank"),
+    "rank above the basis": ({"rank": 51}, "rank: 1 to 50"),
+    "steps 0": ({"steps": 0}, "steps"),
+    "batch 0": ({"batch_size": 0}, "batch_size"),
+    "learning rate 0": ({"learning_rate": 0.0}, "learning_rate"),
+    "prior without pictures": ({"prior_weight": 1.0}, "class_images"),
+    "prior with an empty class prompt": (
+        {"prior_weight": 1.0, "class_prompt": "", "class_images": image()},
+        "class_prompt",
+    ),
+}
+
+
+@pytest.mark.parametrize(("inputs", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_fast_finetune_refuses(train, host, inputs, message):
+    errors = host.module("hdb_core.errors")
+    with pytest.raises(errors.HDBError, match=message):
+        train(**inputs)
+
+
+def test_rank_below_the_connected_lidb(train, host, person):
+    errors = host.module("hdb_core.errors")
+    with pytest.raises(errors.FinetuneError, match="rank from 4"):
+        train(lidb=person(1, rank=4), rank=2)
+
+
+def test_huge_photo_is_made_smaller(train):
+    assert train(image=image(4000, 6000), resolution=128, steps=1).rank == 4
+
+
+@pytest.fixture(scope="session")
+def sd2(host):
+    """MODEL and CLIP of the SD 2.x family, random and small, made by the host's own classes."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.sd
+    import comfy.supported_models
+    from comfy.supported_models_base import ClipTarget
+    from comfy.text_encoders import sd2_clip
+
+    builder = host.load_file("random_checkpoint.py")
+    with torch.inference_mode():
+        unet = {
+            **builder.MINIATURE_UNET,
+            "context_dim": 1024,
+            "use_linear_in_transformer": True,
+            "num_head_channels": 64,
+            "num_heads": -1,
+        }
+        config = comfy.supported_models.SD20({**unet, "dtype": torch.float32})
+        config.unet_config = {**unet, "dtype": torch.float32}
+        config.set_inference_dtype(torch.float32, None)
+        base = comfy.model_base.BaseModel(config)
+        generator = torch.Generator().manual_seed(0)
+        base.diffusion_model.load_state_dict(builder.randomise(base.diffusion_model.state_dict(), generator))
+        model = comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+        target = ClipTarget(sd2_clip.SD2Tokenizer, sd2_clip.SD2ClipModel)
+        clip = comfy.sd.CLIP(target, model_options={"clip_h_model_config": {"num_hidden_layers": 3}})
+        clip.cond_stage_model.load_state_dict(builder.randomise(clip.cond_stage_model.state_dict(), generator))
+    return SimpleNamespace(model=model, clip=clip)
+
+
+def test_another_family_trains_too(train, sd2):
+    lidb = train(model=sd2.model, clip=sd2.clip, steps=1)
+    assert lidb.layout.describe() == "SD 2.x, 56 UNet + 12 text layers"
+    assert (lidb.up.flatten(1).norm(dim=1) > 0).sum() >= 56 + 4
+
+
+@pytest.mark.parametrize("node_id", ["FastFinetune", "ApplyLiDBToModel"])
+def test_model_of_another_family(run, train, host, loaded, sd2, person, node_id):
+    errors = host.module("hdb_core.errors")
+    inputs = {"model": sd2.model, "clip": sd2.clip, "lidb": person(1)}
+    with pytest.raises(errors.LayoutError, match=r"SD 1\.x, 56 UNet \+ 8 text layers.*SD 2\.x"):
+        train(**inputs) if node_id == "FastFinetune" else run(node_id, **inputs)
+
+
+@pytest.mark.parametrize("node_id", ["FastFinetune", "ApplyLiDBToModel"])
+def test_clip_of_another_family(run, train, host, loaded, sd2, person, node_id):
+    errors = host.module("hdb_core.errors")
+    inputs = {"model": loaded.model, "clip": sd2.clip, "lidb": person(1)}
+    with pytest.raises(errors.LayoutError, match=r"needs a CLIP with clip_l.*clip_h.*same checkpoint"):
+        train(**inputs) if node_id == "FastFinetune" else run(node_id, **inputs)
+
+
+@pytest.mark.parametrize("node_id", ["FastFinetune", "ApplyLiDBToModel"])
+def test_checkpoint_without_clip(run, train, host, loaded, person, node_id):
+    errors = host.module("hdb_core.errors")
+    inputs = {"model": loaded.model, "clip": None, "lidb": person(1)}
+    with pytest.raises(errors.LayoutError, match="no text encoder"):
+        train(**inputs) if node_id == "FastFinetune" else run(node_id, **inputs)
+
+
+def test_unknown_model(run, host, loaded, person):
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    errors = host.module("hdb_core.errors")
+    flux = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 8}
+    flux |= {"hidden_size": 32, "mlp_ratio": 1.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1}
+    flux |= {"axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False}
+    config = comfy.supported_models.Flux(flux)
+    config.unet_config["dtype"] = torch.float32
+    config.set_inference_dtype(torch.float32, None)
+    model = comfy.model_patcher.ModelPatcher(comfy.model_base.Flux(config), torch.device("cpu"), torch.device("cpu"))
+    with pytest.raises(errors.LayoutError, match=r"SD 1\.x, SD 2\.x and SDXL, but the connected MODEL is Flux"):
+        run("ApplyLiDBToModel", model=model, clip=loaded.clip, lidb=person(1))
+
+
+def test_lidb_of_a_larger_model_of_the_same_family(run, host, loaded, person):
+    layout = host.module("hdb_core.layout")
+    errors = host.module("hdb_core.errors")
+    lidb = host.module("hdb_core.lidb")
+    small = person(1)
+    extra = layout.Layer("unet.down_blocks.2.attentions.1.transformer_blocks.0.attn1.to_q", 1280, 1280)
+    larger = layout.Layout("sd1", (*small.layout.layers, extra))
+    down, up = torch.cat([small.down, small.down[:1]]), torch.cat([small.up, small.up[:1]])
+    with pytest.raises(errors.LayoutError, match="1 of its 65 layers"):
+        run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=lidb.LiDB(larger, small.basis, down, up))
+
+
+def test_blend_of_other_models(run, host, person):
+    errors = host.module("hdb_core.errors")
+    with pytest.raises(errors.LiDBError, match="different models"):
+        run("BlendLiDB", lidb_a=person(1), lidb_b=person(2, layers=8))
+
+
+def test_vae_of_another_family(train, host, loaded, monkeypatch):
+    import comfy.sd
+    import comfy.taesd.taesd
+
+    errors = host.module("hdb_core.errors")
+    other = comfy.taesd.taesd.TAESD(latent_channels=16)
+    with pytest.raises(errors.FinetuneError, match=r"4 channels.*VAE that belongs"):
+        train(vae=comfy.sd.VAE(sd=other.state_dict()))

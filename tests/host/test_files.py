@@ -1,0 +1,143 @@
+"""Save LiDB, Load LiDB and Save LiDB as LoRA on the host's folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def load_name(host, path: str) -> str:
+    """The name under which Load LiDB lists a file of the output folder."""
+    return Path(path).relative_to(Path(host.folder_paths.get_output_directory(), "lidb")).as_posix()
+
+
+def test_save_load_apply_gives_the_same_picture(run, host, train, sample, loaded):
+    lidb = train(steps=2, learning_rate=0.1)
+    (path,) = run("SaveLiDB", lidb=lidb, filename_prefix="lidb/same", rank=0)
+    again, prompt = run("LoadLiDB", lidb_name=load_name(host, path))
+    assert prompt == "a [v] face"
+    assert again.rank == lidb.rank
+    direct, through_file = (
+        sample(*run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=one)) for one in (lidb, again)
+    )
+    base = sample(loaded.model, loaded.clip)
+    moved = (direct - base).abs().mean()
+    assert moved > 0
+    assert (direct - through_file).abs().mean() < 0.02 * moved
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(1, 1), (2, 2), (3, 3), (50, 4), (0, 4)])
+def test_rank_of_the_file(run, host, person, rank, expected):
+    (path,) = run("SaveLiDB", lidb=person(1, rank=4), filename_prefix="lidb/rank", rank=rank)
+    assert run("LoadLiDB", lidb_name=load_name(host, path))[0].rank == expected
+
+
+def test_files_are_numbered_and_listed_at_once(run, host, person):
+    paths = [Path(run("SaveLiDB", lidb=person(1), filename_prefix="lidb/numbered")[0]) for _ in range(2)]
+    assert [path.name for path in paths] == ["numbered_00001_.safetensors", "numbered_00002_.safetensors"]
+    options = next(i for i in host.nodes["LoadLiDB"].GET_SCHEMA().inputs if i.id == "lidb_name")
+    assert "COMBO" in options.get_io_type()
+    assert {path.name for path in paths} <= set(
+        host.nodes["LoadLiDB"].INPUT_TYPES()["required"]["lidb_name"][1]["options"]
+    )
+
+
+@pytest.mark.parametrize("place", ["models", "yaml", "subfolder"])
+def test_found_where_models_live(run, host, person, base_directory, place):
+    (path,) = run("SaveLiDB", lidb=person(7), filename_prefix=f"elsewhere/{place}")
+    folder = {
+        "models": base_directory / "models" / "lidb",
+        "yaml": host.extra,
+        "subfolder": base_directory / "models" / "lidb" / "family",
+    }[place]
+    folder.mkdir(parents=True, exist_ok=True)
+    os.replace(path, folder / f"{place}.safetensors")
+    name = os.path.join("family", "subfolder.safetensors") if place == "subfolder" else f"{place}.safetensors"
+    assert name in host.folder_paths.get_filename_list("lidb")
+    assert run("LoadLiDB", lidb_name=name)[0].rank == 2
+
+
+def test_other_files_are_not_listed(host):
+    stray = host.extra / "notes.txt"
+    stray.write_text("no person")
+    assert stray.name not in host.folder_paths.get_filename_list("lidb")
+
+
+def test_a_changed_file_is_read_again(run, host, person):
+    node = host.nodes["LoadLiDB"]
+    (path,) = run("SaveLiDB", lidb=person(1), filename_prefix="lidb/changed")
+    name = load_name(host, path)
+    first = node.fingerprint_inputs(lidb_name=name)
+    assert first == node.fingerprint_inputs(lidb_name=name)
+    (other,) = run("SaveLiDB", lidb=person(2), filename_prefix="lidb/other")
+    os.replace(other, path)
+    assert first != node.fingerprint_inputs(lidb_name=name)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "a/../../b.safetensors", "/etc/passwd", "missing.safetensors", "person.ckpt", ""]
+)
+def test_names_outside_the_folders_are_refused(run, host, base_directory, name):
+    (base_directory / "models" / "secret.safetensors").write_bytes(b"secret")
+    errors = host.module("hdb_core.errors")
+    message = host.nodes["LoadLiDB"].validate_inputs(lidb_name=name)
+    assert isinstance(message, str)
+    assert "list" in message
+    with pytest.raises(errors.LiDBFileError):
+        run("LoadLiDB", lidb_name=name)
+
+
+@pytest.mark.parametrize("node_id", ["SaveLiDB", "SaveLiDBAsLoRA"])
+@pytest.mark.parametrize("prefix", ["../person", "lidb/../../person", "/tmp/person", "", "lidb/"])
+def test_prefixes_outside_the_output_folder_are_refused(run, host, person, node_id, prefix):
+    errors = host.module("hdb_core.errors")
+    with pytest.raises(errors.LiDBFileError, match="inside the output folder"):
+        run(node_id, lidb=person(1), filename_prefix=prefix)
+
+
+@pytest.mark.parametrize("node_id", ["SaveLiDB", "SaveLiDBAsLoRA"])
+def test_a_folder_that_cannot_be_written(run, host, person, node_id):
+    errors = host.module("hdb_core.errors")
+    blocked = Path(host.folder_paths.get_output_directory(), "blocked")
+    blocked.parent.mkdir(parents=True, exist_ok=True)
+    blocked.write_text("a file where a folder should be")  # root may write anywhere, so permissions prove nothing
+    with pytest.raises(errors.LiDBFileError, match="Cannot write"):
+        run(node_id, lidb=person(1), filename_prefix="blocked/person")
+
+
+def test_read_only_folder(run, host, person):
+    errors = host.module("hdb_core.errors")
+    folder = Path(host.folder_paths.get_output_directory(), "readonly")
+    folder.mkdir(parents=True)
+    folder.chmod(0o555)
+    try:
+        if os.access(folder, os.W_OK):
+            pytest.skip("this user may write into read-only folders")
+        with pytest.raises(errors.LiDBFileError, match="Cannot write"):
+            run("SaveLiDB", lidb=person(1), filename_prefix="readonly/person")
+    finally:
+        folder.chmod(0o755)
+
+
+def test_export_equals_the_lidb_in_the_stock_lora_loader(run, host, person, sample, loaded):
+    lidb = person(3)
+    (path,) = run("SaveLiDBAsLoRA", lidb=lidb)
+    host.folder_paths.add_model_folder_path("loras", str(Path(path).parent))  # the server does so when it starts
+    model, clip = host.stock["LoraLoader"]().load_lora(loaded.model, loaded.clip, Path(path).name, 1.0, 1.0)
+    assert (len(model.patches), len(clip.patcher.patches)) == (56, 8)
+    exported = sample(model, clip)
+    direct = sample(*run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=lidb))
+    moved = (direct - sample(loaded.model, loaded.clip)).abs().mean()
+    assert (direct - exported).abs().mean() < 0.05 * moved
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.25, 1.0])
+def test_blend_is_the_weighted_sum(run, host, person, blend):
+    core = host.module("hdb_core.lidb").core
+    first, second = person(1), person(2)
+    (both,) = run("BlendLiDB", lidb_a=first, lidb_b=second, blend=blend)
+    torch.testing.assert_close(core(both), (1 - blend) * core(first) + blend * core(second), atol=1e-4, rtol=1e-4)
+    assert both.info["prompt"] == "a [v] face"
