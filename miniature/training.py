@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+LOG_EVERY = 50
+_ENDS = ("embedding", "conv_in", "conv_out")  # first and last layers, which Muon's recipe leaves to AdamW
+
 
 class Trainer:
     """Steps a bf16 model through float32 master weights, keeps their EMA, logs and checkpoints.
@@ -15,28 +18,45 @@ class Trainer:
         model: float32 on entry; becomes bfloat16 in place and stays so.
         folder: receives ``state.pt`` (atomically replaced) and ``log.csv``.
         steps: length of the cosine schedule, after which the rate is zero.
-        rate: peak learning rate of AdamW, reached after ``warmup`` steps.
+        rate: peak learning rate, reached after ``warmup`` steps.
+        muon: step the inner matrices and kernels with Muon (its updates scaled to the size of AdamW's), the rest with AdamW.
         ema: decay of the averaged weights; the average starts slower so that early steps do not linger in it.
     """
 
     def __init__(self, model: nn.Module, folder: Path, *, steps: int, rate: float, warmup: int = 200, ema: float = 0.9995,
-                 weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.99)) -> None:  # fmt: skip
+                 muon: bool = False) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         self.model, self.folder, self.steps, self.rate, self.warmup, self.decay = model, folder, steps, rate, warmup, ema
-        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.masters = [p.detach().clone().float() for p in model.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self.masters = [p.detach().clone(memory_format=torch.contiguous_format).float() for _, p in named]
         self.average = [m.clone() for m in self.masters]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=rate, betas=betas, weight_decay=weight_decay, fused=True)
+        self.optimizers = self._optimizers(muon)
         model.to(torch.bfloat16)
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.step_count, self._losses, self._saved, self._started = 0, [], time.time(), time.time()
         if (folder / "state.pt").exists():
             self._restore(torch.load(folder / "state.pt", weights_only=True))
 
+    def _optimizers(self, muon: bool) -> list[torch.optim.Optimizer]:
+        inner = [muon and m.ndim >= 2 and not any(end in name for end in _ENDS)
+                 for name, m in zip(self.names, self.masters, strict=True)]  # fmt: skip
+        # Muon takes matrices only: a kernel is seen as the matrix (out, in * height * width) over the same memory.
+        self._stepped = [m.view(len(m), -1) if is_inner else m for m, is_inner in zip(self.masters, inner, strict=True)]
+        rest = [m for m, is_inner in zip(self._stepped, inner, strict=True) if not is_inner]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        ]
+        if any(inner):
+            matrices = [m for m, is_inner in zip(self._stepped, inner, strict=True) if is_inner]
+            optimizers.append(torch.optim.Muon(matrices, lr=self.rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        return optimizers
+
     def _restore(self, state: dict) -> None:
         for target, source in zip(self.masters + self.average, state["masters"] + state["average"], strict=True):
             target.copy_(source)
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step_count = state["step"]
         self._publish()
 
@@ -59,21 +79,22 @@ class Trainer:
         value = loss.item()
         if value != value or abs(value) == float("inf"):
             raise RuntimeError(f"loss is {value} at step {self.step_count}")
-        for master, param in zip(self.masters, self.params, strict=True):
-            master.grad = param.grad.float()
+        for master, param in zip(self._stepped, self.params, strict=True):
+            master.grad = param.grad.float().reshape(master.shape)
             param.grad = None
-        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        torch.nn.utils.clip_grad_norm_(self._stepped, 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             self.step_count += 1
             decay = min(self.decay, (1 + self.step_count) / (10 + self.step_count))
             torch._foreach_lerp_(self.average, self.masters, 1 - decay)
         self._publish()
         self._losses.append(value)
-        if self.step_count % 50 == 0:
+        if self.step_count % LOG_EVERY == 0:
             self._log()
         if time.time() - self._saved > 180 or self.step_count >= self.steps:
             self.save()
@@ -88,7 +109,7 @@ class Trainer:
         """Writes ``state.pt``; a kill at any moment leaves the old or the new one."""
         partial = self.folder / "state.partial"
         state = {"masters": self.masters, "average": self.average, "names": self.names,
-                 "optimizer": self.optimizer.state_dict(), "step": self.step_count}  # fmt: skip
+                 "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step_count}  # fmt: skip
         torch.save(state, partial)
         os.replace(partial, self.folder / "state.pt")
         self._saved = time.time()

@@ -1,0 +1,172 @@
+"""The miniature's weights: packed for the repository, expanded to the single file that ComfyUI's stock loader reads.
+
+``python -m miniature.checkpoint pack`` writes ``weights/`` from finished trainings; ``expand`` writes the checkpoint.
+Packed matrices are int8 with a float16 scale a row; token rows that no caption uses are left out and come back as zeros.
+"""
+
+import argparse
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+FORMAT = "hyperdreambooth-miniature"
+CLIP_LAYERS = 12
+_SCALE = "::scale"
+_TOKEN_ROWS = "text_encoder.embeddings.token_embedding.rows"
+_TOKEN_WEIGHT = "text_encoder.embeddings.token_embedding.weight"
+_VOCABULARY = 49408
+
+_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+_ENDS = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+         "conv_norm_out": "out.0", "conv_out": "out.2"}  # fmt: skip
+
+
+def ldm_name(name: str, layers_per_block: int = 1) -> str:
+    """The original Stable Diffusion name of a diffusers UNet parameter: "conv_in.weight" is "input_blocks.0.0.weight"."""
+    for ours, theirs in _ENDS.items():
+        if name.startswith(ours + "."):
+            return theirs + name.removeprefix(ours)
+    part, rest = re.fullmatch(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(.*)", name).groups()
+    kind, index, rest = re.fullmatch(r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", rest).groups()
+    if kind == "resnets":
+        module, leaf = rest.split(".", 1)
+        rest = f"{_RESNET[module]}.{leaf}"
+    slot, j = {"resnets": 0, "attentions": 1}.get(kind), int(index)
+    if part == "mid_block":
+        return f"middle_block.{2 * j if kind == 'resnets' else 1}.{rest}"
+    block, stride = int(part.split(".")[1]), layers_per_block + 1
+    if kind == "downsamplers":
+        return f"input_blocks.{(block + 1) * stride}.0.op.{rest.removeprefix('conv.')}"
+    if kind == "upsamplers":
+        return f"output_blocks.{block * stride + layers_per_block}.2.{rest}"
+    side = f"input_blocks.{1 + block * stride + j}" if part.startswith("down") else f"output_blocks.{block * stride + j}"
+    return f"{side}.{slot}.{rest}"
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix or kernel (out, ...) as int8 of the same shape and a float16 scale (out,)."""
+    scale = (weight.flatten(1).abs().amax(1) / 127).clamp(min=1e-8).half()
+    rows = scale.float().view(-1, *[1] * (weight.ndim - 1))
+    return torch.round(weight / rows).clamp(-127, 127).to(torch.int8), scale
+
+
+def pack_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """float32 weights to their packed form."""
+    packed = {}
+    for name, weight in state.items():
+        if weight.ndim >= 2 and weight.numel() >= 4096:
+            packed[name], packed[name + _SCALE] = quantize(weight)
+        else:
+            packed[name] = weight.half()
+    return {name: weight.contiguous() for name, weight in packed.items()}
+
+
+def unpack_tensors(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Packed weights back to float32."""
+    state = {}
+    for name, weight in packed.items():
+        if name.endswith(_SCALE):
+            continue
+        scale = packed.get(name + _SCALE)
+        state[name] = weight.float() if scale is None else weight * scale.float().view(-1, *[1] * (weight.ndim - 1))
+    return state
+
+
+def read_packed(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The packed tensors and the header of a file in ``weights/``."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+
+
+def checkpoint_tensors(base: dict[str, torch.Tensor], vae: dict[str, torch.Tensor], vae_scale: float) -> dict[str, torch.Tensor]:
+    """The tensors of an SD 1.x checkpoint file.
+
+    Args:
+        base: unpacked weights of ``miniature.base``'s ``unet.*`` and ``text_encoder.*``, the token rows with their indices.
+        vae: unpacked weights of ``AutoencoderTiny``.
+        vae_scale: what raw encoder outputs are divided by, so that the host's 0.18215 brings them to unit variance.
+    """
+    out = {}
+    for name, weight in base.items():
+        if name.startswith("unet."):
+            out["model.diffusion_model." + ldm_name(name.removeprefix("unet."))] = weight
+    text = {name.removeprefix("text_encoder."): w for name, w in base.items() if name.startswith("text_encoder.")}
+    rows = text.pop(_TOKEN_ROWS.removeprefix("text_encoder.")).long()
+    tokens = torch.zeros(_VOCABULARY, 768)
+    tokens[rows] = text[_TOKEN_WEIGHT.removeprefix("text_encoder.")]
+    text[_TOKEN_WEIGHT.removeprefix("text_encoder.")] = tokens
+    first = {name: w for name, w in text.items() if name.startswith("encoder.layers.0.")}
+    trained = 1 + max(int(name.split(".")[2]) for name in text if name.startswith("encoder.layers."))
+    for layer in range(trained, CLIP_LAYERS):
+        for name, weight in first.items():
+            is_norm_weight = "layer_norm" in name and name.endswith("weight")
+            identity = torch.ones_like(weight) if is_norm_weight else torch.zeros_like(weight)
+            text[name.replace("layers.0.", f"layers.{layer}.")] = identity
+    out |= {f"cond_stage_model.transformer.text_model.{name}": weight for name, weight in text.items()}
+    for name, weight in vae.items():
+        side, index, leaf = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.*)", name).groups()
+        out[f"first_stage_model.taesd_{side}.{int(index) + (side == 'decoder')}.{leaf}"] = weight
+    out["first_stage_model.vae_scale"] = torch.tensor(vae_scale)
+    out["first_stage_model.vae_shift"] = torch.tensor(0.0)
+    return {name: weight.half().contiguous() if weight.ndim else weight for name, weight in out.items()}
+
+
+def expand(source_dir: Path, target: Path) -> None:
+    """Writes the single-file checkpoint for the stock ``CheckpointLoaderSimple``, atomically.
+
+    Args:
+        source_dir: the repository's ``weights/``.
+        target: the file to make, for example ``models/checkpoints/hdb_miniature.safetensors``.
+
+    Raises:
+        FileNotFoundError: A packed file is missing.
+    """
+    base, _ = read_packed(source_dir / "miniature_base.safetensors")
+    vae, header = read_packed(source_dir / "miniature_vae.safetensors")
+    rows = base.pop(_TOKEN_ROWS)
+    tensors = checkpoint_tensors(unpack_tensors(base) | {_TOKEN_ROWS: rows}, unpack_tensors(vae), float(header["vae_scale"]))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"format": FORMAT})
+    os.replace(partial, target)
+
+
+def _pack(runs: Path, target: Path) -> None:
+    from .base import load_tokenizer, tokenize
+    from .pictures import training_picture
+    from .training import load_average
+
+    target.mkdir(exist_ok=True)
+    std = json.loads((runs / "latents" / "std.json").read_text())["std"]
+    header = {"format": FORMAT, "version": "1", "vae_scale": repr(0.18215 * std)}
+    vae = {name: weight.half() for name, weight in load_average(runs / "vae").items()}
+    save_file(vae, target / "miniature_vae.safetensors", metadata=header)
+    base = load_average(runs / "base")
+    captions = [training_picture(i, False)[1] for i in range(20_000)]
+    rows = torch.unique(tokenize(load_tokenizer(), captions))
+    base[_TOKEN_WEIGHT] = base[_TOKEN_WEIGHT][rows]
+    packed = pack_tensors(base) | {_TOKEN_ROWS: rows.to(torch.int32)}
+    save_file(packed, target / "miniature_base.safetensors", metadata={"format": FORMAT, "version": "1"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("pack", "expand"))
+    parser.add_argument("--runs", type=Path, default=Path(".runs"))
+    parser.add_argument("--weights", type=Path, default=Path(__file__).parent.parent / "weights")
+    parser.add_argument("--target", type=Path, default=Path(".runs/hdb_miniature.safetensors"))
+    args = parser.parse_args()
+    if args.command == "pack":
+        _pack(args.runs, args.weights)
+    else:
+        expand(args.weights, args.target)
+
+
+if __name__ == "__main__":
+    main()
