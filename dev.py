@@ -12,7 +12,6 @@ from pathlib import Path
 
 from devtools.environment import ROOT, SetupError, prepare
 
-
 EPILOG = """
 commands:
   demo    one photo in, that person's pictures out; results in output/

@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / ".comfyui"
@@ -217,13 +218,11 @@ def _ensure_checkpoint(host: Host) -> None:
     if target.is_file() and _read(stamp) == wanted:
         return
     _say("Expanding the miniature base model …")
-    partial = target.with_suffix(".partial")
+    stamp.unlink(missing_ok=True)
     _run(
-        [str(host.python), "-m", "miniature.checkpoint", str(weights), str(partial)],
+        [str(host.python), "-m", "miniature.checkpoint", "expand", "--weights", str(weights), "--target", str(target)],
         "The miniature base model could not be expanded",
     )
-    stamp.unlink(missing_ok=True)
-    partial.replace(target)
     stamp.write_text(wanted)
 
 
@@ -244,17 +243,33 @@ def _lock(path: Path) -> Iterator[None]:
                 except BlockingIOError:
                     _say("Another dev.py is preparing the environment: waiting …")
                     fcntl.flock(file, fcntl.LOCK_EX)
+                os.set_inheritable(file.fileno(), True)
         except OSError as error:
             raise SetupError(f"Could not lock {path} ({error}). Is another dev.py preparing?") from error
         yield
 
 
 def _run(command: list[str], failure: str) -> None:
-    """Runs a command with its output in `.comfyui/install.log`; raises SetupError with the likely cause."""
+    """Runs a command with its output in `.comfyui/install.log`; raises SetupError with the likely cause.
+
+    On a console the last line of output is shown while it runs.
+    """
     log = STATE / "install.log"
-    with log.open("w", encoding="utf-8", errors="replace") as out:
-        done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode == 0:
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    text_mode: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}
+    show = sys.stderr.isatty()
+    with (
+        log.open("w", **text_mode) as out,
+        # The child inherits the lock: should it outlive a killed parent, the next run waits for it.
+        subprocess.Popen(command, cwd=ROOT, close_fds=False, **pipes, **text_mode) as child,
+    ):
+        for line in child.stdout or ():
+            out.write(line)
+            if show:
+                print(f"\r\033[K  {line.strip()[:100]}", end="", file=sys.stderr, flush=True)
+    if show:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    if child.returncode == 0:
         return
     text = log.read_text(encoding="utf-8", errors="replace")
     if "No space left" in text or "not enough space" in text:
@@ -262,7 +277,7 @@ def _run(command: list[str], failure: str) -> None:
     elif "ConnectionError" in text or "NewConnectionError" in text or "getaddrinfo" in text:
         reason = "no network connection to the package index"
     else:
-        lines = [line for line in text.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        lines = [line for line in text.splitlines() if line.strip()] or [f"exit code {child.returncode}"]
         reason = next((line for line in reversed(lines) if "ERROR" in line or "Error" in line), lines[-1]).strip()
     raise SetupError(f"{failure}: {reason} (all output: {log}).")
 

@@ -1,10 +1,37 @@
-"""What all tiers share: the repository importable by its top-level names, without shadowing the host's own modules."""
+"""What all tiers share: the repository importable by its top-level names, and one live server where a tier asks for it."""
 
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # At the end, never at the front: `nodes` must stay the host's module where a test runs the host in process.
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
+
+from devtools.comfy_server import ComfyServer
+from devtools.environment import Host, SetupError
+
+
+@pytest.fixture(scope="session")
+def prepared_host():
+    """The ComfyUI that dev.py prepared."""
+    try:
+        return Host.from_environ()
+    except SetupError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def server(prepared_host, tmp_path_factory):
+    """A running ComfyUI with this pack; it writes to a temporary folder."""
+    with ComfyServer(prepared_host, tmp_path_factory.mktemp("comfyui")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def object_info(server):
+    """Every registered node's schema."""
+    return server.object_info()

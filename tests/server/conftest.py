@@ -1,33 +1,8 @@
-"""One live server for the whole tier."""
-
-from pathlib import Path
+"""Prompts for the live server."""
 
 import pytest
 
-from devtools.comfy_server import ComfyServer
-from devtools.environment import CHECKPOINT, Host, SetupError
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
-
-
-@pytest.fixture(scope="session")
-def host():
-    try:
-        return Host.from_environ()
-    except SetupError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def server(host, tmp_path_factory):
-    with ComfyServer(host, tmp_path_factory.mktemp("comfyui")) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def object_info(server):
-    return server.object_info()
+from devtools.environment import CHECKPOINT
 
 
 @pytest.fixture

@@ -56,28 +56,28 @@ def test_interrupt_then_sample_again(server, sampling_prompt):
     assert server.images(server.run(sampling_prompt), "7")
 
 
-def test_taken_port_is_named(host, tmp_path):
+def test_taken_port_is_named(prepared_host, tmp_path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ServerError, match=f"Port {port} is taken"):
-            ComfyServer(host, tmp_path, port=port).start()
+            ComfyServer(prepared_host, tmp_path, port=port).start()
 
 
-def test_server_that_cannot_start_shows_its_log(host, tmp_path):
+def test_server_that_cannot_start_shows_its_log(prepared_host, tmp_path):
     with pytest.raises(ServerError, match="unrecognized arguments: --no-such-option"):
-        ComfyServer(host, tmp_path, options=("--no-such-option",)).start()
+        ComfyServer(prepared_host, tmp_path, options=("--no-such-option",)).start()
 
 
-def test_server_that_dies_is_noticed(host, tmp_path, sampling_prompt):
+def test_server_that_dies_is_noticed(prepared_host, tmp_path, sampling_prompt):
     sampling_prompt["5"]["inputs"]["steps"] = 1000
-    with ComfyServer(host, tmp_path) as victim, pytest.raises(ServerError, match="ended with code"):
+    with ComfyServer(prepared_host, tmp_path) as victim, pytest.raises(ServerError, match="ended with code"):
         victim.run(sampling_prompt, lambda event: victim._process.kill())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")
-def test_server_ends_with_a_killed_caller(host, tmp_path):
+def test_server_ends_with_a_killed_caller(prepared_host, tmp_path):
     script = f"""
         from pathlib import Path
         from devtools.comfy_server import ComfyServer
@@ -90,7 +90,7 @@ def test_server_ends_with_a_killed_caller(host, tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)],
         cwd=ROOT,
-        env={**os.environ, **host.environ()},
+        env={**os.environ, **prepared_host.environ()},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

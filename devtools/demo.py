@@ -1,0 +1,212 @@
+"""One photo in, that person's pictures out, through ComfyUI; run by `python dev.py demo`."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import io
+import json
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import workflow
+from .comfy_server import ComfyServer, Progress, PromptError, PromptInterrupted, ServerError, raise_on_terminate
+from .environment import CHECKPOINT, ROOT, Host, SetupError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from miniature.people import Context
+
+OUTPUT = ROOT / "output"
+WORKFLOW = ROOT / "example_workflows" / "photo to person.json"
+PHOTO = ROOT / "example_workflows" / "input" / "hdb_photo.png"
+PERSON_SEED = 20_000_000  # whom the photo shows: the first person of the test split
+TOKEN = "[v]"
+SD15_LAYERS = 128 + 48  # attention of UNet and text encoder
+STAGES = {"CheckpointLoaderSimple": "load", "FastFinetune": "finetune", "KSampler": "sample", "VAEDecode": "decode"}
+TILE = 256
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="dev.py demo", description=__doc__)
+    parser.add_argument("--steps", type=int, help="of FastFinetune (default: the workflow's)")
+    parser.add_argument(
+        "--seeds", type=int, default=4, help="pictures for each prompt, all judged (default: %(default)s)"
+    )
+    parser.add_argument("--gpu", action="store_true", help="use the GPU (default: CPU, enough for the miniature)")
+    args = parser.parse_args()
+    raise_on_terminate()
+    try:
+        OUTPUT.mkdir(exist_ok=True)
+        run(Host.from_environ(), steps=args.steps, seeds=args.seeds, cpu=not args.gpu)
+    except (ServerError, SetupError, PromptError, PromptInterrupted, workflow.WorkflowError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        hint = " Free some space and run this again." if error.errno == errno.ENOSPC else ""
+        print(f"\n{error}.{hint}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped, and the server with it.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(host: Host, steps: int | None, seeds: int, cpu: bool) -> None:
+    """The whole demonstration; writes `demo_person.safetensors`, `demo.png` and `demo.json` to `output/`."""
+    if not (host.base / "models" / "checkpoints" / CHECKPOINT).is_file():
+        raise SetupError(f"The miniature base model {CHECKPOINT} is not in place: is weights/ complete?")
+    plain, scenes = f"a {TOKEN} face", scene_prompts()
+    since = time.monotonic()
+    print("Starting ComfyUI …", flush=True)
+    with ComfyServer(host, host.base, cpu=cpu) as server:
+        session = Session(server, steps, seeds, {"start": time.monotonic() - since})
+        after = {text: session.pictures(text, strength=1.0) for text in (plain, *scenes)}
+        before = {text: session.pictures(text, strength=0.0) for text in (plain, *scenes)}
+    person = OUTPUT / "demo_person.safetensors"
+    shutil.copy(session.saved, person)
+    print("Judging …", flush=True)
+    since = time.monotonic()
+    scores = judged(scenes, before, after)
+    session.seconds["judge"] = time.monotonic() - since
+    report = {
+        **sizes(person),
+        **scores,
+        "steps": session.steps,
+        "seeds": seeds,
+        "prompts": list(scenes),
+        "seconds": {name: round(value, 1) for name, value in session.seconds.items()},
+    }
+    tiles = {"the photo": decoded(PHOTO.read_bytes()), f"“{plain}” before": before[plain][0]}
+    tiles |= {f"“{plain}” after": after[plain][0]} | {f"“{text}”": after[text][0] for text in scenes}
+    labelled(tiles).save(OUTPUT / "demo.png")
+    (OUTPUT / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(summary(report))
+
+
+class Session:
+    """The example workflow in a running server, queued once for each prompt; the server's cache keeps the person."""
+
+    def __init__(self, server: ComfyServer, steps: int | None, seeds: int, seconds: dict[str, float]) -> None:
+        self.server, self.seconds = server, seconds
+        self.saved = Path()
+        prompt = workflow.to_prompt(workflow.load(WORKFLOW), server.object_info())
+        (finetune,), (self._apply,), (sampler,), (photo,) = (
+            workflow.nodes_of(prompt, kind) for kind in ("FastFinetune", "ApplyLiDBToModel", "KSampler", "LoadImage")
+        )
+        (self._save,), (self._pictures,) = (workflow.nodes_of(prompt, kind) for kind in ("SaveLiDB", "SaveImage"))
+        self._text = prompt[sampler]["inputs"]["positive"][0]
+        self._steps = {} if steps is None else {"steps": steps}
+        shutil.copy(PHOTO, server.input)
+        self._prompt = workflow.edited(
+            prompt,
+            {
+                finetune: self._steps,
+                photo: {"image": PHOTO.name},
+                prompt[sampler]["inputs"]["latent_image"][0]: {"batch_size": seeds},
+            },
+        )
+        self.steps = self._prompt[finetune]["inputs"]["steps"]
+
+    def pictures(self, text: str, strength: float) -> list[Image]:
+        """The pictures of a prompt, one for each seed, with the person at a strength (0: the base model)."""
+        strengths = {"strength_model": strength, "strength_clip": strength}
+        prompt = workflow.edited(self._prompt, {self._text: {"text": text}, self._apply: strengths})
+        label = f"“{text}” {'after' if strength else 'before'}"
+        since = time.monotonic()
+        result = self.server.run(prompt, lambda progress: show(label, progress))
+        print(f"\r\033[K{label}: {time.monotonic() - since:.0f} s", flush=True)
+        for node, taken in result.seconds.items():
+            if stage := STAGES.get(prompt[node]["class_type"]):
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + taken
+        if self._save in result.outputs:
+            self.saved = self.server.output / result.outputs[self._save]["text"][0]
+        return [decoded(data) for data in self.server.images(result, self._pictures)]
+
+
+def scene_prompts() -> dict[str, Context]:
+    """Three prompts that contradict the photo in expression, clothing and background, and what they ask for."""
+    from miniature.captions import context_words, prompt
+    from miniature.people import Context
+
+    contexts = (
+        Context(expression="surprised", clothing="hoodie", clothing_color="red", background="forest"),
+        Context(expression="sad", accessory="glasses", clothing="suit", clothing_color="black", background="city"),
+        Context(
+            expression="smiling", clothing="overalls", clothing_color="yellow", background="snow", style="painting"
+        ),
+    )
+    return {prompt(context_words(c).values(), c.style, TOKEN): c for c in contexts}
+
+
+def judged(
+    scenes: Mapping[str, Context], before: Mapping[str, Sequence[Image]], after: Mapping[str, Sequence[Image]]
+) -> dict[str, Any]:
+    """The judge's scores of the scene pictures, without and with the person."""
+    raise NotImplementedError
+
+
+def sizes(person: Path) -> dict[str, int]:
+    """Bytes of the person's file, and of the same person on SD 1.5: as many numbers a layer, the same header."""
+    from hdb_core.lidb_file import read_header
+
+    header = read_header(person)
+    down, up = header.basis.down_dim, header.basis.up_dim
+    numbers = up if header.shared_down else down + up
+    per_layer = 2 * numbers * header.rank  # float16
+    lidb_bytes = person.stat().st_size
+    overhead = lidb_bytes - per_layer * len(header.layout.layers)
+    return {"lidb_bytes": lidb_bytes, "lidb_bytes_sd15": overhead + per_layer * SD15_LAYERS, "rank": header.rank}
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    lines = [
+        f"The person: {report['lidb_bytes'] / 1000:.1f} KB at rank {report['rank']}.",
+        f"On SD 1.5 it would be {report['lidb_bytes_sd15'] / 1000:.1f} KB ({SD15_LAYERS} layers, counted).",
+        f"Learned in {report['seconds'].get('finetune', 0):.0f} s, {report['steps']} steps.",
+        *(
+            f"{k.capitalize()}: {report[k]['before']:.2f} before, {report[k]['after']:.2f} after"
+            for k in ("identity", "edit")
+        ),
+        "Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items()),
+        f"In {OUTPUT}: demo.png, demo_person.safetensors, demo.json",
+    ]
+    return "\n".join(lines)
+
+
+def show(label: str, progress: Progress) -> None:
+    """One console line that follows a node."""
+    stage = STAGES.get(progress.class_type, progress.class_type)
+    eta = f", {progress.eta:.0f} s left" if progress.value else ""
+    print(f"\r\033[K{label}: {stage} {progress.value}/{progress.maximum}{eta}", end="", flush=True)
+
+
+def decoded(data: bytes) -> Image:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def labelled(tiles: Mapping[str, Image]) -> Image:
+    """Pictures in a row of three, each with its label below."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, columns, text_height = ImageFont.load_default(14), 3, 56
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (columns * (TILE + 8) + 8, rows * (TILE + text_height + 8) + 8), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (label, tile) in enumerate(tiles.items()):
+        x, y = 8 + index % columns * (TILE + 8), 8 + index // columns * (TILE + text_height + 8)
+        sheet.paste(tile.resize((TILE, TILE), Image.Resampling.LANCZOS), (x, y))
+        draw.multiline_text((x, y + TILE + 4), "\n".join(textwrap.wrap(label, 36)), "black", font)
+    return sheet
+
+
+if __name__ == "__main__":
+    sys.exit(main())
