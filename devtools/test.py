@@ -9,7 +9,7 @@ import time
 from .environment import ROOT
 
 # From pure functions in milliseconds to a browser. One process each: what a tier imports or patches stays in it.
-TIERS = ("core", "miniature", "host", "server", "browser")
+TIERS = ("devtools", "core", "miniature", "host", "server", "browser")
 LINT = ("check", "format --check")
 NO_TESTS_COLLECTED = 5
 

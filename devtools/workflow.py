@@ -112,7 +112,10 @@ def _widget_values(name: str, node: Mapping[str, Any], schema: Mapping[str, Any]
 
 def _checked(where: str, value: Any, kind: Any, options: Mapping[str, Any]) -> Any:
     if isinstance(kind, list) or kind == "COMBO":
-        # Lists of files are the server's business: they name what is on its disk.
+        choices = kind if isinstance(kind, list) else options.get("options", ())
+        # A choice of files depends on the server's disk, and the server checks it.
+        if value not in choices and not Path(str(value)).suffix:
+            raise WorkflowError(f"{where} is {value!r}, expected one of {', '.join(map(str, choices))}.")
         return value
     types = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
     if not isinstance(value, types[kind]) or (kind != "BOOLEAN" and isinstance(value, bool)):

@@ -3,6 +3,7 @@
 import copy
 import io
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -105,11 +106,20 @@ def test_an_error_in_training_leaves_the_host_as_it_was(server, sampling_prompt,
     assert before == after
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_example_workflows_run(path, server, object_info):
-    shutil.copy(PHOTO, server.input)
+# No miniature ControlNet is shipped; tests/host runs that chain with a random one.
+RUNNABLE = [path for path in WORKFLOWS if "ControlNet" not in path.stem]
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
+def test_example_workflows_run(path, server, object_info, training_prompt):
+    saved = server.run(training_prompt).outputs
+    person = Path(saved["11"]["text"][0]).name if "11" in saved else "person_00001_.safetensors"
     prompt = to_prompt(load(path), object_info)
-    quick = {"FastFinetune": {"steps": 2, "batch_size": 1}, "KSampler": {"steps": 2}}
+    quick = {
+        "FastFinetune": {"steps": 2, "batch_size": 1},
+        "KSampler": {"steps": 2},
+        "LoadLiDB": {"lidb_name": person},
+    }
     changes = {node: inputs for kind, inputs in quick.items() for node in nodes_of(prompt, kind)}
     result = server.run(edited(prompt, changes))
-    assert any(server.images(result, node) for kind in ("SaveImage", "PreviewImage") for node in nodes_of(prompt, kind))
+    assert any(server.images(result, node) for node in nodes_of(prompt, "SaveImage"))
