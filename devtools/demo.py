@@ -21,7 +21,7 @@ from .environment import CHECKPOINT, ROOT, Host, SetupError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from miniature.people import Context
+    from miniature.prompts import EvaluationPrompt
 
 OUTPUT = ROOT / "output"
 WORKFLOW = ROOT / "example_workflows" / "photo to person.json"
@@ -30,7 +30,9 @@ PERSON_SEED = 20_000_000  # whom the photo shows: the first person of the test s
 TOKEN = "[v]"
 SD15_LAYERS = 128 + 48  # attention of UNet and text encoder
 STAGES = {"CheckpointLoaderSimple": "load", "FastFinetune": "finetune", "KSampler": "sample", "VAEDecode": "decode"}
+SCORES = ("identity", "retrieval", "edit", "joint")
 TILE = 256
+CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # back to an empty line
 
 
 def main() -> int:
@@ -62,13 +64,14 @@ def run(host: Host, steps: int | None, seeds: int, cpu: bool) -> None:
     """The whole demonstration; writes `demo_person.safetensors`, `demo.png` and `demo.json` to `output/`."""
     if not (host.base / "models" / "checkpoints" / CHECKPOINT).is_file():
         raise SetupError(f"The miniature base model {CHECKPOINT} is not in place: is weights/ complete?")
-    plain, scenes = f"a {TOKEN} face", scene_prompts()
+    scenes = scene_prompts()
+    plain, edits = f"a {TOKEN} face", [scene.text(TOKEN) for scene in scenes]
     since = time.monotonic()
     print("Starting ComfyUI …", flush=True)
     with ComfyServer(host, host.base, cpu=cpu) as server:
         session = Session(server, steps, seeds, {"start": time.monotonic() - since})
-        after = {text: session.pictures(text, strength=1.0) for text in (plain, *scenes)}
-        before = {text: session.pictures(text, strength=0.0) for text in (plain, *scenes)}
+        after = {text: session.pictures(text, strength=1.0) for text in (plain, *edits)}
+        before = {text: session.pictures(text, strength=0.0) for text in (plain, *edits)}
     person = OUTPUT / "demo_person.safetensors"
     shutil.copy(session.saved, person)
     print("Judging …", flush=True)
@@ -80,11 +83,11 @@ def run(host: Host, steps: int | None, seeds: int, cpu: bool) -> None:
         **scores,
         "steps": session.steps,
         "seeds": seeds,
-        "prompts": list(scenes),
+        "prompts": edits,
         "seconds": {name: round(value, 1) for name, value in session.seconds.items()},
     }
     tiles = {"the photo": decoded(PHOTO.read_bytes()), f"“{plain}” before": before[plain][0]}
-    tiles |= {f"“{plain}” after": after[plain][0]} | {f"“{text}”": after[text][0] for text in scenes}
+    tiles |= {f"“{plain}” after": after[plain][0]} | {f"“{text}”": after[text][0] for text in edits}
     labelled(tiles).save(OUTPUT / "demo.png")
     (OUTPUT / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(summary(report))
@@ -103,7 +106,6 @@ class Session:
         (self._save,), (self._pictures,) = (workflow.nodes_of(prompt, kind) for kind in ("SaveLiDB", "SaveImage"))
         self._text = prompt[sampler]["inputs"]["positive"][0]
         self._steps = {} if steps is None else {"steps": steps}
-        shutil.copy(PHOTO, server.input)
         self._prompt = workflow.edited(
             prompt,
             {
@@ -121,7 +123,7 @@ class Session:
         label = f"“{text}” {'after' if strength else 'before'}"
         since = time.monotonic()
         result = self.server.run(prompt, lambda progress: show(label, progress))
-        print(f"\r\033[K{label}: {time.monotonic() - since:.0f} s", flush=True)
+        print(f"{CLEAR}{label}: {time.monotonic() - since:.0f} s", flush=True)
         for node, taken in result.seconds.items():
             if stage := STAGES.get(prompt[node]["class_type"]):
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + taken
@@ -130,26 +132,35 @@ class Session:
         return [decoded(data) for data in self.server.images(result, self._pictures)]
 
 
-def scene_prompts() -> dict[str, Context]:
-    """Three prompts that contradict the photo in expression, clothing and background, and what they ask for."""
-    from miniature.captions import context_words, prompt
-    from miniature.people import Context
+def scene_prompts() -> list[EvaluationPrompt]:
+    """Three prompts that contradict the photo's expression, clothing and background: plain, with an accessory, a style."""
+    from miniature.prompts import evaluation_photo, evaluation_prompts
 
-    contexts = (
-        Context(expression="surprised", clothing="hoodie", clothing_color="red", background="forest"),
-        Context(expression="sad", accessory="glasses", clothing="suit", clothing_color="black", background="city"),
-        Context(
-            expression="smiling", clothing="overalls", clothing_color="yellow", background="snow", style="painting"
-        ),
-    )
-    return {prompt(context_words(c).values(), c.style, TOKEN): c for c in contexts}
+    prompts = evaluation_prompts(*evaluation_photo(PERSON_SEED))
+    return [next(prompt for prompt in prompts if prompt.kind == kind) for kind in ("plain", "accessory", "painting")]
 
 
 def judged(
-    scenes: Mapping[str, Context], before: Mapping[str, Sequence[Image]], after: Mapping[str, Sequence[Image]]
-) -> dict[str, Any]:
-    """The judge's scores of the scene pictures, without and with the person."""
-    raise NotImplementedError
+    scenes: Sequence[EvaluationPrompt], before: Mapping[str, Sequence[Image]], after: Mapping[str, Sequence[Image]]
+) -> dict[str, dict[str, float]]:
+    """The judge's scores of the scene pictures, without and with the person: score → before, after → mean."""
+    import numpy as np
+
+    from miniature.judge import Judge
+    from miniature.prompts import evaluation_photo
+    from miniature.scores import ceilings, score_pictures, summarise
+
+    judge = Judge.load("a")
+    person, photo = evaluation_photo(PERSON_SEED)
+    ceiling = dict(zip(scenes, ceilings(judge, person, scenes), strict=True))
+    report: dict[str, dict[str, float]] = {name: {} for name in SCORES}
+    for column, pictures in (("before", before), ("after", after)):
+        prompts = [scene for scene in scenes for _ in pictures[scene.text(TOKEN)]]
+        readings = judge.read(np.stack([np.asarray(p) for scene in scenes for p in pictures[scene.text(TOKEN)]]))
+        means = summarise(score_pictures(readings, person, photo, prompts, [ceiling[prompt] for prompt in prompts]))
+        for name in SCORES:
+            report[name][column] = round(means[name].value, 3)
+    return report
 
 
 def sizes(person: Path) -> dict[str, int]:
@@ -170,10 +181,7 @@ def summary(report: Mapping[str, Any]) -> str:
         f"The person: {report['lidb_bytes'] / 1000:.1f} KB at rank {report['rank']}.",
         f"On SD 1.5 it would be {report['lidb_bytes_sd15'] / 1000:.1f} KB ({SD15_LAYERS} layers, counted).",
         f"Learned in {report['seconds'].get('finetune', 0):.0f} s, {report['steps']} steps.",
-        *(
-            f"{k.capitalize()}: {report[k]['before']:.2f} before, {report[k]['after']:.2f} after"
-            for k in ("identity", "edit")
-        ),
+        *(f"{k.capitalize()}: {report[k]['before']:.2f} before, {report[k]['after']:.2f} after" for k in SCORES),
         "Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items()),
         f"In {OUTPUT}: demo.png, demo_person.safetensors, demo.json",
     ]
@@ -182,9 +190,11 @@ def summary(report: Mapping[str, Any]) -> str:
 
 def show(label: str, progress: Progress) -> None:
     """One console line that follows a node."""
+    if not CLEAR:
+        return
     stage = STAGES.get(progress.class_type, progress.class_type)
     eta = f", {progress.eta:.0f} s left" if progress.value else ""
-    print(f"\r\033[K{label}: {stage} {progress.value}/{progress.maximum}{eta}", end="", flush=True)
+    print(f"{CLEAR}{label}: {stage} {progress.value}/{progress.maximum}{eta}", end="", flush=True)
 
 
 def decoded(data: bytes) -> Image:

@@ -177,8 +177,7 @@ def _ensure_base(host: Host, own_models: bool) -> None:
         (base / folder).mkdir(parents=True, exist_ok=True)
     _link(base / "custom_nodes" / PACK, ROOT)
     for photo in (ROOT / "example_workflows" / "input").glob("*.png"):
-        if not (base / "input" / photo.name).exists():
-            shutil.copy(photo, base / "input")
+        shutil.copy(photo, base / "input")
     # The user's own models, too; JSON is YAML.
     yaml = base / "extra_model_paths.yaml"
     if own_models:
@@ -209,7 +208,7 @@ def _link(link: Path, target: Path) -> None:
 def _ensure_checkpoint(host: Host) -> None:
     """Expands the compact `weights/` to the single-file checkpoint that stock loaders read."""
     weights, expander = ROOT / "weights", ROOT / "miniature" / "checkpoint.py"
-    if not weights.is_dir() or not expander.is_file():
+    if not (weights / "miniature_base.safetensors").is_file():
         _say("The miniature base model is not in weights/: continuing without it.")
         return
     target = host.base / "models" / "checkpoints" / CHECKPOINT

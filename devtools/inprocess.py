@@ -1,0 +1,76 @@
+"""The real ComfyUI inside this process, on the CPU, with this pack loaded as the host loads it: for tests, benchmarks."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .environment import ROOT, SetupError
+
+
+@dataclass(frozen=True)
+class InProcessHost:
+    """A booted host.
+
+    Attributes:
+        folder_paths: the host's module of that name.
+        nodes: node id → class, the host's own and the pack's.
+        package: the name under which the host imported the pack.
+    """
+
+    folder_paths: ModuleType
+    nodes: Mapping[str, Any]
+    package: str
+
+    def module(self, name: str) -> ModuleType:
+        """A module of the pack as the host knows it, such as ``hdb_core.lidb``: its classes are those of the nodes."""
+        return importlib.import_module(f"{self.package}.{name}")
+
+    def run(self, node_id: str, **inputs: Any) -> tuple:
+        """A node's outputs for these inputs and its widgets' defaults. The caller sets inference mode, as the executor does."""
+        node = self.nodes[node_id]
+        if not hasattr(node, "GET_SCHEMA"):
+            return getattr(node(), node.FUNCTION)(**inputs)
+        defaults = {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
+        clone = node.PREPARE_CLASS_CLONE({})
+        return getattr(clone, node.FUNCTION)(**{**defaults, **inputs}).args
+
+
+def boot(comfyui: Path, base: Path, options: Sequence[str] = (), extra_paths: Path | None = None) -> InProcessHost:
+    """Imports the host, once a process.
+
+    Args:
+        comfyui: its folder.
+        base: the folder of models, input, output, temp.
+        options: more of its command line.
+        extra_paths: an ``extra_model_paths.yaml``.
+
+    Raises:
+        SetupError: there is no host in `comfyui`, or it could not load the pack.
+    """
+    if not (comfyui / "main.py").is_file():
+        raise SetupError(f"No ComfyUI in {comfyui}. Run `python dev.py test` once: it unpacks one.")
+    sys.path.insert(0, str(comfyui))
+    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(base), *options]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import folder_paths
+        import utils.extra_config  # before `nodes`, which puts a folder with another `utils` on the path
+
+        import nodes
+    finally:
+        sys.argv = arguments
+    if extra_paths is not None:  # the host does so before it loads custom nodes
+        utils.extra_config.load_extra_path_config(str(extra_paths))
+    if not asyncio.run(nodes.load_custom_node(str(ROOT), module_parent="custom_nodes")):
+        raise SetupError("ComfyUI could not load this pack; its log says why.")
+    package = str(ROOT).replace(".", "_x_")  # the host names a pack by its path
+    return InProcessHost(folder_paths, nodes.NODE_CLASS_MAPPINGS, package)
