@@ -27,16 +27,32 @@ class ApplyLiDBToModel(io.ComfyNode):
             description="Puts a person into a MODEL and a CLIP, as a LoRA would. Both inputs stay as they are.",
             inputs=[
                 io.Model.Input("model", tooltip="The base model of the family that the LiDB was made for."),
-                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint. Encode your prompt with the output."),
+                io.Clip.Input(
+                    "clip", tooltip="The text encoder of the same checkpoint. Encode your prompt with the output."
+                ),
                 LIDB.Input("lidb", tooltip="The person, from Fast Finetune or Load LiDB."),
-                io.Float.Input("strength_model", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="How strongly the person changes the MODEL. 0 leaves it as it is."),
-                io.Float.Input("strength_clip", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="How strongly the person changes the CLIP. 0 leaves it as it is."),
+                io.Float.Input(
+                    "strength_model",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How strongly the person changes the MODEL. 0 leaves it as it is.",
+                ),
+                io.Float.Input(
+                    "strength_clip",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How strongly the person changes the CLIP. 0 leaves it as it is.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The MODEL with the person."),
                 io.Clip.Output(tooltip="The CLIP with the person."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
@@ -55,13 +71,23 @@ class SaveLiDB(io.ComfyNode):
             description="Writes a person to a .safetensors file in the output folder, where Load LiDB finds it.",
             inputs=[
                 LIDB.Input("lidb", tooltip="The person."),
-                io.String.Input("filename_prefix", default="lidb/person", tooltip="Name inside the output folder; a number is added. Load LiDB lists the folder lidb. %year%, %month%, %day% … are filled in."),
-                io.Int.Input("rank", default=lidb_file.DEFAULT_RANK, min=0, max=50, tooltip="Rank in the file: lower is smaller. A person of lower rank keeps its own. 0 keeps everything."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="lidb/person",
+                    tooltip="Name inside the output folder; a number is added. Load LiDB lists the folder lidb. %year%, %month%, %day% … are filled in.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=lidb_file.DEFAULT_RANK,
+                    min=0,
+                    max=50,
+                    tooltip="Rank in the file: lower is smaller. A person of lower rank keeps its own. 0 keeps everything.",
+                ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, lidb: LiDB, filename_prefix: str, rank: int) -> io.NodeOutput:
@@ -80,13 +106,17 @@ class LoadLiDB(io.ComfyNode):
             category=CATEGORY,
             description="Reads a person from models/lidb or from the lidb folder of the output folder.",
             inputs=[
-                io.Combo.Input("lidb_name", options=saved_lidbs(), tooltip="Files in models/lidb, output/lidb and the lidb paths of extra_model_paths.yaml. Press R to refresh."),
+                io.Combo.Input(
+                    "lidb_name",
+                    options=saved_lidbs(),
+                    tooltip="Files in models/lidb, output/lidb and the lidb paths of extra_model_paths.yaml. Press R to refresh.",
+                ),
             ],
             outputs=[
                 LIDB.Output(display_name="lidb", tooltip="The person. Connect Apply LiDB to Model."),
                 io.String.Output(display_name="prompt", tooltip="The prompt it was made with, with its token."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def validate_inputs(cls, lidb_name: str | None) -> bool | str:
@@ -116,10 +146,12 @@ class BlendLiDB(io.ComfyNode):
             inputs=[
                 LIDB.Input("lidb_a", tooltip="The first person."),
                 LIDB.Input("lidb_b", tooltip="The second person, made with the same base model and prompt."),
-                io.Float.Input("blend", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="0 is the first person, 1 the second."),
+                io.Float.Input(
+                    "blend", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="0 is the first person, 1 the second."
+                ),
             ],
             outputs=[LIDB.Output(display_name="lidb", tooltip="The blend. Its rank is the sum of both ranks.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, lidb_a: LiDB, lidb_b: LiDB, blend: float) -> io.NodeOutput:

@@ -42,12 +42,16 @@ class SaveLiDBAsLoRA(io.ComfyNode):
             description="Writes a person as an ordinary LoRA that the stock Load LoRA node and other programs read. Some 30 times larger than a LiDB.",
             inputs=[
                 LIDB.Input("lidb", tooltip="The person."),
-                io.String.Input("filename_prefix", default="loras/person", tooltip="Name inside the output folder; a number is added. Load LoRA lists the folder loras."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="loras/person",
+                    tooltip="Name inside the output folder; a number is added. Load LoRA lists the folder loras.",
+                ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, lidb: LiDB, filename_prefix: str) -> io.NodeOutput:
