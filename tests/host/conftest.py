@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import importlib.util
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from devtools.inprocess import boot
 
 ROOT = Path(__file__).resolve().parents[2]
 COMFYUI = Path(os.environ.get("HDB_COMFYUI", ROOT / ".comfyui" / "ComfyUI"))
@@ -27,32 +27,17 @@ def base_directory(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def host(base_directory: Path):
     """ComfyUI's modules, and the pack's nodes by id."""
-    if not (COMFYUI / "main.py").is_file():
-        pytest.fail(f"No ComfyUI in {COMFYUI}. Run `python dev.py test` once: it unpacks one.")
-    sys.path.insert(0, str(COMFYUI))
-    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(base_directory)]
-    try:
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
-        import folder_paths
-        import utils.extra_config  # before `nodes`, which puts a folder with another `utils` on the path
-
-        import nodes
-    finally:
-        sys.argv = arguments
     extra = base_directory / "extra" / "people"
     extra.mkdir(parents=True)
     paths = base_directory / "extra_model_paths.yaml"
     paths.write_text(f"mine:\n  base_path: {extra.parent}\n  lidb: people\n")
-    utils.extra_config.load_extra_path_config(str(paths))  # the host does so before it loads custom nodes
-    assert asyncio.run(nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"))
-    pack = sys.modules[str(ROOT).replace(".", "_x_")]
+    booted = boot(COMFYUI, base_directory, extra_paths=paths)
     return SimpleNamespace(
-        folder_paths=folder_paths,
-        stock=nodes.NODE_CLASS_MAPPINGS,
-        nodes={node_id: nodes.NODE_CLASS_MAPPINGS[node_id] for node_id in NODE_IDS},
-        module=lambda name: importlib.import_module(f"{pack.__name__}.{name}"),
+        folder_paths=booted.folder_paths,
+        stock=booted.nodes,
+        nodes={node_id: booted.nodes[node_id] for node_id in NODE_IDS},
+        module=booted.module,
+        run=booted.run,
         extra=extra,
         load_file=lambda name: load_file(Path(__file__).with_name(name)),
     )
@@ -102,14 +87,7 @@ def load_file(path: Path):
 @pytest.fixture
 def run(host):
     """Run a node of the pack by id, with its widgets' defaults, as the executor does; returns its outputs."""
-
-    def execute(node_id: str, **inputs):
-        node = host.nodes[node_id]
-        defaults = {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
-        clone = node.PREPARE_CLASS_CLONE({})
-        return getattr(clone, node.FUNCTION)(**{**defaults, **inputs}).args
-
-    return execute
+    return host.run
 
 
 @pytest.fixture
