@@ -224,15 +224,10 @@ class TrainableFactors(nn.Module):
         self.up = nn.Parameter(up.to(device))
         self.bases = bases_of(recipe, layout, device)
         self.info = _describe(config, init)
-        self.frozen = {layer.name for layer in layout.layers if layer.is_text and not config.train_text_encoder}
 
     def forward(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Layer name → (up (out, R), down (R, in)), differentiable except for frozen layers."""
-        factors = expand_factors(self.bases, self.down, self.up)
-        return {
-            name: (up.detach(), down.detach()) if name in self.frozen else (up, down)
-            for name, (up, down) in factors.items()
-        }
+        """Layer name → (up (out, R), down (R, in)), differentiable."""
+        return expand_factors(self.bases, self.down, self.up)
 
     def snapshot(self) -> LiDB:
         """The present state as a person on the CPU."""
@@ -379,6 +374,7 @@ def _train(
 
 
 def _encode_once(denoiser: Denoiser, prompts: Sequence[str]) -> Any:
+    """Conditioning without a graph: text layers then get no gradient, and stay as they are."""
     with torch.no_grad():
         return denoiser.encode_prompts(prompts)
 

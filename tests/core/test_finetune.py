@@ -265,9 +265,11 @@ def test_nan_stops_and_keeps_the_last_good_person(toy, latents, config):
     assert torch.equal(error.value.lidb.up, finetune(toy, latents, replace(config, steps=1)).lidb.up)
 
 
-def test_an_absurd_rate_diverges_with_an_error(toy, latents, config):
-    with pytest.raises(FinetuneDiverged) as error:
-        finetune(toy, latents, replace(config, steps=40, learning_rate=1e6))
+def test_an_exploding_loss_stops_before_it_is_infinite(toy, latents, config):
+    losses = []
+    with pytest.raises(FinetuneDiverged, match=r"its loss is \d") as error:
+        finetune(toy, latents, replace(config, steps=40, learning_rate=20.0), callback=lambda p: losses.append(p.loss))
+    assert error.value.losses == tuple(losses) and max(losses) < 100
     assert error.value.lidb.up.isfinite().all()
 
 
