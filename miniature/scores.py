@@ -73,16 +73,18 @@ def identity(readings: Readings, people: Readings, visible: np.ndarray | None = 
     return np.einsum("nmi,ni->nm", scores, shown / shown.sum(1, keepdims=True)).astype(np.float32)
 
 
-@lru_cache(maxsize=8)
-def _last_people(split: str) -> tuple[Person, ...]:
-    return tuple(sample_person(seed) for seed in SPLITS[split][-GALLERY_SIZE:])
+@cache
+def _last_people(split: str) -> Readings:
+    return true_readings([(sample_person(seed), Context()) for seed in SPLITS[split][-GALLERY_SIZE:]])
 
 
 def gallery(person: Person) -> Readings:
     """The person and 999 strangers of the same split (of the test split, for seeds outside all of them), person first."""
     split = next((name for name, seeds in SPLITS.items() if person.seed in seeds), "test")
-    strangers = [p for p in _last_people(split) if p.seed != person.seed][: GALLERY_SIZE - 1]
-    return true_readings([(p, Context()) for p in (person, *strangers)])
+    strangers, own = _last_people(split), true_readings([(person, Context())])
+    rows = [i for i, seed in enumerate(SPLITS[split][-GALLERY_SIZE:]) if seed != person.seed][: GALLERY_SIZE - 1]
+    return Readings(np.concatenate([own.names, strangers.names[rows]]),
+                    np.concatenate([own.factors, strangers.factors[rows]]))  # fmt: skip
 
 
 def shown(readings: Readings, expected: Sequence[Mapping[str, str]]) -> list[dict[str, bool]]:
@@ -99,18 +101,24 @@ def _frequencies(attribute: str) -> np.ndarray:
     return np.bincount(world().index(attribute), minlength=len(ATTRIBUTES[attribute])) / len(world())
 
 
-def leak(readings: Readings, photo_context: Context, prompts: Sequence[EvaluationPrompt]) -> list[float]:
-    """How much of the photo's unprompted context each picture repeats: 0 as often as chance has it, 1 all of it."""
-    scores = []
+def leak(readings: Readings, photo_context: Context, prompts: Sequence[EvaluationPrompt]) -> list[float | None]:
+    """How much of the photo's unprompted context each picture repeats: 0 as often as chance has it, 1 all of it.
+
+    None for prompts that judge identity: they leave nothing over but the accessory. Bare eyes are no accessory.
+    """
+    names = [n for n in CONTEXT_ATTRIBUTES if (n, getattr(photo_context, n)) != ("accessory", "bare eyes")]
+    scores: list[float | None] = []
     for i, prompt in enumerate(prompts):
+        if prompt.judges_identity:
+            scores.append(None)
+            continue
         excess = room = 0.0
-        for name in CONTEXT_ATTRIBUTES:
-            if name not in prompt.expected:
-                value = ATTRIBUTES[name].index(getattr(photo_context, name))
-                chance = _frequencies(name)[value]
-                excess += (readings.index(name)[i] == value) - chance
-                room += 1 - chance
-        scores.append(excess / room)
+        for name in (n for n in names if n not in prompt.expected):
+            value = ATTRIBUTES[name].index(getattr(photo_context, name))
+            chance = _frequencies(name)[value]
+            excess += (readings.index(name)[i] == value) - chance
+            room += 1 - chance
+        scores.append(float(excess / room))
     return scores
 
 
@@ -177,8 +185,7 @@ def score_pictures(readings: Readings, person: Person, photo_context: Context, p
             retrieval=bool(right[i]) if judged else None,
             edit=bool(edits[i]) if prompt.expected else None,
             joint=bool(right[i] and edits[i]) if judged else None,
-            # With everything prompted only the accessory could leak: too little to say.
-            leak=None if judged else leaks[i],
+            leak=leaks[i],
         ))  # fmt: skip
     return scores
 
