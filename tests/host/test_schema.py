@@ -1,0 +1,64 @@
+"""What users read: tooltips, help pages, defaults that run, layer counts of the model families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_socket_and_widget_has_a_tooltip(host):
+    for node_id, node in host.nodes.items():
+        schema = node.GET_SCHEMA()
+        assert schema.node_id == node_id == node.__name__
+        assert schema.description
+        assert all(slot.tooltip for slot in (*schema.inputs, *schema.outputs)), node_id
+
+
+def test_every_node_has_a_help_page_that_names_its_inputs(host):
+    assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} == set(host.nodes)
+    for node_id, node in host.nodes.items():
+        page = (ROOT / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
+        assert [slot.id for slot in node.GET_SCHEMA().inputs if slot.id not in page] == []
+
+
+def test_widget_limits_are_those_of_the_settings(host):
+    widgets = {slot.id: slot for slot in host.nodes["FastFinetune"].GET_SCHEMA().inputs}
+    config = host.module("hdb_core.finetune").FinetuneConfig
+    for name in ("steps", "rank", "batch_size"):
+        for value in (widgets[name].min, widgets[name].max):
+            assert getattr(config(**{name: value}), name) == value
+        with pytest.raises(host.module("hdb_core.errors").FinetuneError):
+            config(**{name: widgets[name].min - 1})
+
+
+SDXL_UNET = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "context_dim": 2048,
+    "num_heads": -1, "num_head_channels": 64, "use_spatial_transformer": True, "use_linear_in_transformer": True,
+    "channel_mult": (1, 2, 4), "num_res_blocks": [2, 2, 2], "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10,
+    "adm_in_channels": 2816, "num_classes": "sequential",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_layers_of_full_size_models(host, family):
+    """Names and counts on the host's own modules, without memory for their weights."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from comfy.utils import unet_to_diffusers
+
+    layout = host.module("hdb_core.layout")
+    config = host.load_file("random_checkpoint.py").FULL_UNET if family == "sd1" else SDXL_UNET
+    with torch.device("meta"):
+        unet = UNetModel(**config, operations=comfy.ops.disable_weight_init)
+    found = layout.layout_of(layout.find_targets(dict(unet.named_modules()), {}, family), family)
+    assert len(found.layers) == {"sd1": 128, "sdxl": 560}[family]
+    host_names = unet_to_diffusers({**config, "transformer_depth": list(config["transformer_depth"])})
+    keys = layout.host_keys(found)
+    for layer in found.layers:
+        name = layer.name.removeprefix("unet.") + ".weight"
+        assert keys[layer.name] == f"diffusion_model.{host_names[name]}"
