@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 SIZE = (512, 320)
-MARGIN = 36
+MARGIN = 44
+FONT_SIZE = 16
 BACKGROUND, AXIS, RAW, SMOOTH = (24, 24, 28), (150, 150, 155), (70, 84, 110), (120, 190, 255)
 SMOOTHING = 0.9
 
@@ -43,10 +44,12 @@ def loss_plot(losses: Sequence[float], steps: int) -> Image.Image:
         else:
             x, y = points(values)[0]
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
-    draw.text((left, top - 20), f"loss {curve[-1]:.4f} (smoothed), step {len(losses)} of {steps}", fill=AXIS)
-    draw.text((4, top - 6), f"{highest:.2g}", fill=AXIS)
-    draw.text((4, bottom - 6), "0", fill=AXIS)
-    draw.text((right - 20, bottom + 6), str(steps), fill=AXIS)
+    font = ImageFont.load_default(FONT_SIZE)
+    title = f"loss {curve[-1]:.4f} (smoothed), step {len(losses)} of {steps}"
+    draw.text((left, top - 12), title, AXIS, font, anchor="ls")
+    draw.text((left - 6, top), f"{highest:.2g}", AXIS, font, anchor="rm")
+    draw.text((left - 6, bottom), "0", AXIS, font, anchor="rm")
+    draw.text((right, bottom + 8), str(steps), AXIS, font, anchor="ra")
     return image
 
 

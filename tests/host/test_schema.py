@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,17 @@ def test_widget_limits_are_those_of_the_settings(host):
             assert getattr(config(**{name: value}), name) == value
         with pytest.raises(host.module("hdb_core.errors").FinetuneError):
             config(**{name: widgets[name].min - 1})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_example_workflows_use_the_defaults(host, path):
+    """Training settings are decided in one place; a workflow that pins other ones would hide the change."""
+    saved = [node for node in json.loads(path.read_text(encoding="utf-8"))["nodes"] if node["type"] in host.nodes]
+    assert saved
+    for node in saved:
+        widgets = [i for i in host.nodes[node["type"]].GET_SCHEMA().inputs if getattr(i, "default", None) is not None]
+        if widgets:  # the name of a file has no default
+            assert node["widgets_values"] == [widget.default for widget in widgets]
 
 
 SDXL_UNET = {
