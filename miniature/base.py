@@ -106,22 +106,29 @@ def diffusion_loss(base: nn.Module, latents: torch.Tensor, tokens: torch.Tensor,
 
 
 class LatentSet:
-    """All encoded training pictures in memory with their captions, drawn anew each time.
+    """The encoded training pictures in memory with their captions, drawn anew each time.
 
     Args:
-        folder: what ``miniature.latents`` wrote.
+        folder: what ``miniature.latents`` wrote, or is still writing: ``reload`` takes up new files.
         tokenizer: CLIP's.
         generator: draws batches and captions.
     """
 
     def __init__(self, folder: Path, tokenizer: CLIPTokenizer, generator: np.random.Generator) -> None:
-        scale = json.loads((folder / "std.json").read_text())["std"]
-        self.tokenizer, self.rng, self.sets = tokenizer, generator, {}
-        for name in ("singles", "pairs"):
-            files = sorted(folder.glob(f"{name}_*.npy"))
-            indices = np.concatenate([chunk_indices(int(f.stem.split("_")[1]), name == "pairs") for f in files])
-            self.sets[name] = (np.concatenate([np.load(f) for f in files]), indices)
-        self.scale = scale
+        self.folder, self.tokenizer, self.rng = folder, tokenizer, generator
+        self.scale = json.loads((folder / "std.json").read_text())["std"]
+        self.num_files, self.sets = 0, {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Reads the folder again if it has grown."""
+        files = {name: sorted(self.folder.glob(f"{name}_*.npy")) for name in ("singles", "pairs")}
+        if len(files["singles"]) == self.num_files:
+            return
+        self.num_files = len(files["singles"])
+        for name, paths in files.items():
+            indices = [chunk_indices(int(path.stem.split("_")[1]), name == "pairs") for path in paths]
+            self.sets[name] = np.concatenate([np.load(path) for path in paths]), np.concatenate(indices)
 
     def batch(self, count: int, pairs: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 unit-variance latents (count, 4, 16, 16 or 32) and tokens (count, 77)."""
@@ -151,6 +158,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed + 7919 * trainer.step_count)
     signal = alphas_cumprod()
     while trainer.step_count < min(args.steps, args.stop or args.steps):
+        if trainer.step_count % 200 == 0:
+            data.reload()
         pairs = trainer.step_count % 12 == 11
         latents, tokens = data.batch(args.batch // 2 if pairs else args.batch, pairs)
         trainer.step(diffusion_loss(base, latents, tokens, generator, signal))

@@ -80,7 +80,8 @@ class Trainer:
         if value != value or abs(value) == float("inf"):
             raise RuntimeError(f"loss is {value} at step {self.step_count}")
         for master, param in zip(self._stepped, self.params, strict=True):
-            master.grad = param.grad.float().reshape(master.shape)
+            # Contiguous as the master is: the fused AdamW reads raw memory, whatever the strides say.
+            master.grad = param.grad.to(torch.float32, memory_format=torch.contiguous_format).reshape(master.shape)
             param.grad = None
         torch.nn.utils.clip_grad_norm_(self._stepped, 1.0)
         for optimizer in self.optimizers:
