@@ -151,7 +151,8 @@ def fingerprint(loaded, sample):
     """
 
     def execute(same_objects: bool = True):
-        digest = hashlib.sha256()
+        # First of all: it makes the host take out patches that an earlier sampling has left in place.
+        digest = hashlib.sha256(sample(loaded.model, loaded.clip).contiguous().view(torch.uint8).numpy())
         roots = (loaded.model.model, loaded.clip.cond_stage_model, loaded.vae.first_stage_model)
         for root in roots:
             for name, tensor in root.state_dict(keep_vars=True).items():
@@ -161,7 +162,6 @@ def fingerprint(loaded, sample):
                 digest.update(f"{len(module._forward_hooks)} {'forward' in module.__dict__} {module.training}".encode())
         digest.update(f"{loaded.model.patches} {loaded.clip.patcher.patches} {loaded.model.model_options}".encode())
         digest.update(f"{loaded.clip.layer_idx} {torch.is_inference_mode_enabled()}".encode())
-        digest.update(sample(loaded.model, loaded.clip).contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     return execute
