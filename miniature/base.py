@@ -62,7 +62,9 @@ def load_tokenizer(root: Path = Path(".comfyui")) -> CLIPTokenizer:
     """
     for folder in sorted(root.rglob("sd1_tokenizer")):
         return CLIPTokenizer.from_pretrained(folder)
-    raise FileNotFoundError(f"no sd1_tokenizer below {root.resolve()}; run `python dev.py serve` once to unpack ComfyUI")
+    raise FileNotFoundError(
+        f"no sd1_tokenizer below {root.resolve()}; run `python dev.py serve` once to unpack ComfyUI"
+    )
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:

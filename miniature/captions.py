@@ -4,6 +4,8 @@ A caption names any subset of the nameable attributes, or nothing. A rare token 
 so that "a [v] face" means "a face" until somebody personalises it. Geometry is never named.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from .people import Context, Person
@@ -57,7 +59,7 @@ def context_words(context: Context) -> dict[str, str]:
     return words
 
 
-def prompt(words=(), style: str = "photo", token: str = "") -> str:
+def prompt(words: Iterable[str] = (), style: str = "photo", token: str = "") -> str:
     """A caption: style, "a face" (with the token, if any), then the words, separated by commas."""
     subject = f"a {token} face" if token else "a face"
     return _STYLE_PREFIX[style] + ", ".join((subject, *words))

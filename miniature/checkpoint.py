@@ -45,7 +45,9 @@ def ldm_name(name: str, layers_per_block: int = 1) -> str:
         return f"input_blocks.{(block + 1) * stride}.0.op.{rest.removeprefix('conv.')}"
     if kind == "upsamplers":
         return f"output_blocks.{block * stride + layers_per_block}.2.{rest}"
-    side = f"input_blocks.{1 + block * stride + j}" if part.startswith("down") else f"output_blocks.{block * stride + j}"
+    side = (
+        f"input_blocks.{1 + block * stride + j}" if part.startswith("down") else f"output_blocks.{block * stride + j}"
+    )
     return f"{side}.{slot}.{rest}"
 
 
@@ -81,10 +83,13 @@ def unpack_tensors(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def read_packed(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The packed tensors and the header of a file in ``weights/``."""
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        names = list(file.keys())
+        return {name: file.get_tensor(name) for name in names}, file.metadata()
 
 
-def checkpoint_tensors(base: dict[str, torch.Tensor], vae: dict[str, torch.Tensor], vae_scale: float) -> dict[str, torch.Tensor]:
+def checkpoint_tensors(
+    base: dict[str, torch.Tensor], vae: dict[str, torch.Tensor], vae_scale: float
+) -> dict[str, torch.Tensor]:
     """The tensors of an SD 1.x checkpoint file.
 
     Args:
@@ -130,7 +135,9 @@ def expand(source_dir: Path, target: Path) -> None:
     base, _ = read_packed(source_dir / "miniature_base.safetensors")
     vae, header = read_packed(source_dir / "miniature_vae.safetensors")
     rows = base.pop(_TOKEN_ROWS)
-    tensors = checkpoint_tensors(unpack_tensors(base) | {_TOKEN_ROWS: rows}, unpack_tensors(vae), float(header["vae_scale"]))
+    tensors = checkpoint_tensors(
+        unpack_tensors(base) | {_TOKEN_ROWS: rows}, unpack_tensors(vae), float(header["vae_scale"])
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
     save_file(tensors, partial, metadata={"format": FORMAT})

@@ -5,7 +5,8 @@ Coordinates are the avataaars canvas (264 wide); the picture shows the square of
 
 import io
 import re
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import python_avatars
 import resvg_py
 from PIL import Image
 
-from .people import CLOTHING_COLORS, WALLS, Context, Person
+from .people import CLOTHING_COLORS, GEOMETRY, WALLS, Context, Person
 from .styles import apply_style
 
 VIEW = 214.0
@@ -50,16 +51,21 @@ _BODY = (
     "34,94.05 34,88 L34,74 C34,68.05 38.32,63.12 44,62.17 L44,56 C44,25.07 69.07,0 100,0 Z"
 )
 
+_NECK = (
+    "M44,94 C44,124.9 69.07,150 100,150 C130.9,150 156,124.9 156,94 L156,102 C156,132.9 130.9,158 100,158 "
+    "C69.07,158 44,132.9 44,102 Z"
+)
 
-def _hex(rgb) -> str:
+
+def _hex(rgb: tuple[int, int, int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*rgb)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _part(path: str) -> str:
     """The inner SVG of a part, its ids made unique and metadata of drawing programs dropped."""
     svg = (_PARTS / f"{path}.svg").read_text(encoding="utf-8")
-    svg = re.sub(r"<\?xml.*?\?>|<title.*?</title>|<desc.*?</desc>|<metadata.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r"<\?xml.*?\?>|<title.*?</title>|<desc.*?</desc>|<metadata.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s(?!xlink:)[a-z]+:[a-z-]+="[^"]*"', "", svg)
     svg = re.sub(r"<svg[^>]*>", "", svg, count=1).rsplit("</svg>", 1)[0]
     prefix = path.replace("/", "_")
@@ -67,13 +73,13 @@ def _part(path: str) -> str:
     return re.sub(r"#((?:path|mask|filter|linearGradient|rect|clip)[\w-]*)", rf"#{prefix}_\1", svg)
 
 
-def _colored(path: str, rgb, literals: tuple[str, ...] = ()) -> str:
+def _colored(path: str, rgb: tuple[int, int, int], literals: tuple[str, ...] = ()) -> str:
     """A part with its colour group filled; ``literals`` are fixed colours of the drawing to replace as well."""
     svg = _part(path)
     for group in _COLOR_GROUPS:
         svg = re.sub(rf'(<g id="\w*_{group}"[^>]*?)fill=""', rf'\1fill="{_hex(rgb)}"', svg)
     for literal in literals:
-        svg = re.sub(literal, _hex(rgb), svg, flags=re.I)
+        svg = re.sub(literal, _hex(rgb), svg, flags=re.IGNORECASE)
     return svg
 
 
@@ -108,66 +114,93 @@ def _scaled(value: float, low: float, high: float) -> float:
     return low + (value + 1) / 2 * (high - low)
 
 
-def _person_svg(person: Person, context: Context) -> str:
-    g = dict(zip(("face", "spacing", "eye", "mouth", "mouth_y", "nose", "brow_y", "brow_tilt", "mark_x", "mark_y"),
-                 person.geometry, strict=True))  # fmt: skip
-    eye_spacing = _scaled(g["spacing"], -7, 7)
-    mouth = _about(54, 20, _scaled(g["mouth"], 0.65, 1.45), _scaled(g["mouth"], 0.85, 1.15))
-    nose = _scaled(g["nose"], 0.65, 1.6)
-    features = [
-        _group(f"translate(28 40) {_about(28, 10, nose, nose)}", _part("nose/default").replace("0.16", "0.34")),
-        _group(f"translate(2 {52 + _scaled(g['mouth_y'], -5, 6):.3f}) {mouth}", _part(f"mouth/{_MOUTHS[context.expression]}")),
-        _group("translate(0 8)", _eyes(context.expression, eye_spacing, _scaled(g["eye"], 0.7, 1.5))),
-        _group(f"translate(0 {_scaled(g['brow_y'], -9, 4):.3f})", _brows(_scaled(g["brow_tilt"], -16, 16))),
-    ]  # fmt: skip
-    mark = (f'<circle cx="{132 + _scaled(g["mark_x"], -40, 40):.3f}" cy="{_scaled(g["mark_y"], 92, 152):.3f}" r="4.6" '
-            'fill="#3a1d16"/>')  # fmt: skip
-    skin = _hex(person.skin_rgb)
-    head = [f'<g transform="translate(32 36)"><path d="{_BODY}" fill="{skin}"/>'
-            '<path d="M44,94 C44,124.9 69.07,150 100,150 C130.9,150 156,124.9 156,94 L156,102 C156,132.9 130.9,158 100,158 '
-            'C69.07,158 44,132.9 44,102 Z" fill="#000" fill-opacity="0.1"/></g>']  # fmt: skip
+def _face_svg(shape: dict[str, float], expression: str) -> str:
+    """Nose, mouth, eyes and brows, on the face's own origin."""
+    nose = _scaled(shape["nose_size"], 0.65, 1.6)
+    mouth = _about(54, 20, _scaled(shape["mouth_width"], 0.65, 1.45), _scaled(shape["mouth_width"], 0.85, 1.15))
+    mouth_y = 52 + _scaled(shape["mouth_height"], -5, 6)
+    eyes = _eyes(expression, _scaled(shape["eye_spacing"], -7, 7), _scaled(shape["eye_size"], 0.7, 1.5))
+    brows = _brows(_scaled(shape["brow_tilt"], -16, 16))
+    return (
+        _group(f"translate(28 40) {_about(28, 10, nose, nose)}", _part("nose/default").replace("0.16", "0.34"))
+        + _group(f"translate(2 {mouth_y:.3f}) {mouth}", _part(f"mouth/{_MOUTHS[expression]}"))
+        + _group("translate(0 8)", eyes)
+        + _group(f"translate(0 {_scaled(shape['brow_height'], -9, 4):.3f})", brows)
+    )
+
+
+def _head_svg(person: Person, context: Context) -> str:
+    """Body, facial hair, face, mark, hair and glasses, from back to front."""
+    shape = dict(zip(GEOMETRY, person.geometry, strict=True))
+    body = f'<path d="{_BODY}" fill="{_hex(person.skin_rgb)}"/><path d="{_NECK}" fill="#000" fill-opacity="0.1"/>'
+    x, y = 132 + _scaled(shape["mark_x"], -40, 40), _scaled(shape["mark_y"], 92, 152)
+    head = [_group("translate(32 36)", body)]
     if person.facial_hair in _FACIAL_HAIR:
-        head.append(_group("translate(49 72)", _colored(f"facial_hair/{_FACIAL_HAIR[person.facial_hair]}", person.hair_rgb)))
-    head += [_group("translate(76 82)", "".join(features)), mark]
+        beard = _colored(f"facial_hair/{_FACIAL_HAIR[person.facial_hair]}", person.hair_rgb)
+        head.append(_group("translate(49 72)", beard))
+    head.append(_group("translate(76 82)", _face_svg(shape, context.expression)))
+    head.append(f'<circle cx="{x:.3f}" cy="{y:.3f}" r="4.6" fill="#3a1d16"/>')
     head.append(_colored(f"top/hair/{_HAIR[person.hair_shape]}", person.hair_rgb, ("#724133",)))
     if context.accessory in _ACCESSORIES:
-        glasses = _about(71, 20, _scaled(g["spacing"], 0.94, 1.1), 1.0)
-        head.append(_group(f"translate(62 85) {glasses}", _part(f"accessories/{_ACCESSORIES[context.accessory]}")))
-    clothes = _colored(f"clothes/{_CLOTHING[context.clothing]}", CLOTHING_COLORS[context.clothing_color],
-                       ("#3A4C5A", "#2F4351") if context.clothing == "suit" else ())  # fmt: skip
-    dressed = _group("translate(0 170)", clothes)
-    head_group = _group(_about(132, 120, _scaled(g["face"], 0.86, 1.14), 1.0), "".join(head))
-    x, y = context.shift
-    place = f"translate({x:.3f} {y:.3f}) rotate({context.tilt:.3f} 132 150) {_about(132, 130, context.scale, context.scale)}"
-    return _group(place, head_group + dressed)
+        glasses = _part(f"accessories/{_ACCESSORIES[context.accessory]}")
+        width = _scaled(shape["eye_spacing"], 0.94, 1.1)
+        head.append(_group(f"translate(62 85) {_about(71, 20, width, 1.0)}", glasses))
+    return _group(_about(132, 120, _scaled(shape["face_width"], 0.86, 1.14), 1.0), "".join(head))
+
+
+def _person_svg(person: Person, context: Context) -> str:
+    suit = ("#3A4C5A", "#2F4351") if context.clothing == "suit" else ()
+    clothes = _colored(f"clothes/{_CLOTHING[context.clothing]}", CLOTHING_COLORS[context.clothing_color], suit)
+    (x, y), zoom = context.shift, context.scale
+    place = f"translate({x:.3f} {y:.3f}) rotate({context.tilt:.3f} 132 150) {_about(132, 130, zoom, zoom)}"
+    return _group(place, _head_svg(person, context) + _group("translate(0 170)", clothes))
+
+
+def _beach(x: float, y: float, band: Callable[[float, float, str], str]) -> str:
+    sun = f'<circle cx="{x + 30}" cy="{y + 34}" r="17" fill="#fff3a8"/>'
+    return band(0, 0.45, "#8fd3f4") + sun + band(0.45, 0.7, "#2a8fc7") + band(0.7, 1, "#f0d9a0")
+
+
+def _tree(x: float, y: float, height: float) -> str:
+    foot = y + 0.6 * height + 24
+    return f'<polygon points="{x},{y + 18} {x - 26},{foot} {x + 26},{foot}" fill="#1f6b3a"/>'
+
+
+def _house(x: float, y: float, height: float) -> str:
+    top = x * 7 % 50
+    windows = (
+        f'<rect x="{x + 5 + 10 * i}" y="{y + 44 + 22 * j + top}" width="7" height="11" fill="#f8e08a"/>'
+        for i in range(2)
+        for j in range(6)
+    )
+    return f'<rect x="{x}" y="{y + 30 + top}" width="27" height="{height}" fill="#5d6a82"/>' + "".join(windows)
+
+
+def _peak(x: float, y: float, height: float) -> str:
+    foot = y + 0.6 * height + 14
+    rock = f'<polygon points="{x},{y + 40} {x - 60},{foot} {x + 60},{foot}" fill="#8296b4"/>'
+    return rock + f'<polygon points="{x},{y + 40} {x - 21},{y + 71} {x + 21},{y + 71}" fill="#ffffff"/>'
 
 
 def _background_svg(background: str, x: float, y: float, width: float, height: float) -> str:
-    def rect(top: float, bottom: float, color: str) -> str:
-        return f'<rect x="{x}" y="{y + top * height}" width="{width}" height="{(bottom - top) * height}" fill="{color}"/>'
+    def band(top: float, bottom: float, color: str) -> str:
+        return (
+            f'<rect x="{x}" y="{y + top * height}" width="{width}" height="{(bottom - top) * height}" fill="{color}"/>'
+        )
 
-    def each(step: float, shape) -> str:
-        return "".join(shape(x + i * step) for i in range(int(width / step) + 2))
+    def row(step: float, shape: Callable[[float, float, float], str]) -> str:
+        return "".join(shape(x + i * step, y, height) for i in range(int(width / step) + 2))
 
-    horizon = y + 0.6 * height
-    if background == "beach":
-        sun = f'<circle cx="{x + 30}" cy="{y + 34}" r="17" fill="#fff3a8"/>'
-        return rect(0, 0.45, "#8fd3f4") + sun + rect(0.45, 0.7, "#2a8fc7") + rect(0.7, 1, "#f0d9a0")
-    if background == "forest":
-        tree = lambda cx: f'<polygon points="{cx},{y + 18} {cx - 26},{horizon + 24} {cx + 26},{horizon + 24}" fill="#1f6b3a"/>'  # noqa: E731
-        return rect(0, 0.7, "#bfe6c8") + each(38, tree) + rect(0.7, 1, "#4f7d3a")
-    if background == "city":
-        house = lambda cx: (  # noqa: E731
-            f'<rect x="{cx}" y="{y + 30 + (cx * 7 % 50)}" width="27" height="{height}" fill="#5d6a82"/>'
-            + "".join(f'<rect x="{cx + 5 + 10 * i}" y="{y + 44 + 22 * j + (cx * 7 % 50)}" width="7" height="11" fill="#f8e08a"/>'
-                      for i in range(2) for j in range(6)))  # fmt: skip
-        return rect(0, 1, "#c9d4e4") + each(33, house)
-    if background == "snow":
-        peak = lambda cx: (  # noqa: E731
-            f'<polygon points="{cx},{y + 40} {cx - 60},{horizon + 14} {cx + 60},{horizon + 14}" fill="#8296b4"/>'
-            f'<polygon points="{cx},{y + 40} {cx - 21},{y + 71} {cx + 21},{y + 71}" fill="#ffffff"/>')
-        return rect(0, 0.65, "#a9c6ee") + each(78, peak) + rect(0.65, 1, "#f4f8ff")
-    return rect(0, 1, _hex(WALLS[background.removesuffix(" wall")]))
+    match background:
+        case "beach":
+            return _beach(x, y, band)
+        case "forest":
+            return band(0, 0.7, "#bfe6c8") + row(38, _tree) + band(0.7, 1, "#4f7d3a")
+        case "city":
+            return band(0, 1, "#c9d4e4") + row(33, _house)
+        case "snow":
+            return band(0, 0.65, "#a9c6ee") + row(78, _peak) + band(0.65, 1, "#f4f8ff")
+    return band(0, 1, _hex(WALLS[background.removesuffix(" wall")]))
 
 
 _CLIPS = ('<clipPath id="half_left"><rect x="-30" y="-40" width="86" height="140"/></clipPath>'

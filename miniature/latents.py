@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderTiny
 
 from .pictures import CHUNK, is_pair
 from .training import load_average
@@ -23,7 +24,7 @@ def chunk_indices(chunk: int, pairs: bool) -> list[int]:
 
 
 @torch.inference_mode()
-def encode(vae, pictures: np.ndarray, batch: int = 32) -> np.ndarray:
+def encode(vae: AutoencoderTiny, pictures: np.ndarray, batch: int = 32) -> np.ndarray:
     """uint8 RGB (N, H, W, 3) to float16 raw latents (N, 4, H/8, W/8)."""
     parts = [vae.encoder(to_tensor(pictures[i : i + batch]).to(torch.bfloat16, memory_format=torch.channels_last)).float()
              for i in range(0, len(pictures), batch)]  # fmt: skip

@@ -5,6 +5,7 @@ no caption ever names, so that a caption cannot replace a photo. Everything in a
 the same person to the next.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +56,7 @@ SCENES = ("beach", "forest", "city", "snow")
 BACKGROUNDS = (*(f"{color} wall" for color in WALLS), *SCENES)
 STYLES = ("photo", "pencil sketch", "pixel art", "night", "painting")
 
-SPLITS = {"train": range(0, 10_000_000), "dev": range(10_000_000, 11_000_000), "test": range(20_000_000, 21_000_000)}
+SPLITS = {"train": range(10_000_000), "dev": range(10_000_000, 11_000_000), "test": range(20_000_000, 21_000_000)}
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _rng(seed: int, salt: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, *salt.encode()]))
 
 
-def _pick(rng: np.random.Generator, options, p=None) -> str:
+def _pick(rng: np.random.Generator, options: Iterable[str], p: list[float] | None = None) -> str:
     return str(rng.choice(list(options), p=p))
 
 

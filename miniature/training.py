@@ -1,5 +1,6 @@
 """What the trainings of the miniature share: bf16 weights with float32 masters, an EMA, checkpoints that resume."""
 
+import math
 import os
 import time
 from pathlib import Path
@@ -26,7 +27,14 @@ class Trainer:
     def __init__(self, model: nn.Module, folder: Path, *, steps: int, rate: float, warmup: int = 200, ema: float = 0.9995,
                  muon: bool = False) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        self.model, self.folder, self.steps, self.rate, self.warmup, self.decay = model, folder, steps, rate, warmup, ema
+        self.model, self.folder, self.steps, self.rate, self.warmup, self.decay = (
+            model,
+            folder,
+            steps,
+            rate,
+            warmup,
+            ema,
+        )
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.masters = [p.detach().clone(memory_format=torch.contiguous_format).float() for _, p in named]
@@ -49,7 +57,9 @@ class Trainer:
         ]
         if any(inner):
             matrices = [m for m, is_inner in zip(self._stepped, inner, strict=True) if is_inner]
-            optimizers.append(torch.optim.Muon(matrices, lr=self.rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+            optimizers.append(
+                torch.optim.Muon(matrices, lr=self.rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            )
         return optimizers
 
     def _restore(self, state: dict) -> None:
@@ -67,7 +77,11 @@ class Trainer:
     def learning_rate(self) -> float:
         """The rate of the coming step: linear warm-up, then a cosine to zero."""
         fraction = torch.tensor(min(1.0, self.step_count / self.steps))
-        return self.rate * min(1.0, (self.step_count + 1) / self.warmup) * float(0.5 * (1 + torch.cos(torch.pi * fraction)))
+        return (
+            self.rate
+            * min(1.0, (self.step_count + 1) / self.warmup)
+            * float(0.5 * (1 + torch.cos(torch.pi * fraction)))
+        )
 
     def step(self, loss: torch.Tensor) -> None:
         """Back-propagates a scalar loss, steps, and every so often logs and saves.
@@ -77,7 +91,7 @@ class Trainer:
         """
         loss.backward()
         value = loss.item()
-        if value != value or abs(value) == float("inf"):
+        if not math.isfinite(value):
             raise RuntimeError(f"loss is {value} at step {self.step_count}")
         for master, param in zip(self._stepped, self.params, strict=True):
             # Contiguous as the master is: the fused AdamW reads raw memory, whatever the strides say.

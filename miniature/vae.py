@@ -65,7 +65,9 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=64)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--freeze-encoder", action="store_true", help="train only the decoder, latents stay as they are")
+    parser.add_argument(
+        "--freeze-encoder", action="store_true", help="train only the decoder, latents stay as they are"
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     vae = build_vae()
