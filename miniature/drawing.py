@@ -14,7 +14,7 @@ import python_avatars
 import resvg_py
 from PIL import Image
 
-from .people import CLOTHING_COLORS, GEOMETRY, WALLS, Context, Person
+from .people import CLOTHING_COLORS, GEOMETRY, RGB, WALLS, Context, Person
 from .styles import apply_style
 
 VIEW = 214.0
@@ -57,8 +57,8 @@ _NECK = (
 )
 
 
-def _hex(rgb: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*rgb)
+def _hex(color: RGB) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 @cache
@@ -73,13 +73,18 @@ def _part(path: str) -> str:
     return re.sub(r"#((?:path|mask|filter|linearGradient|rect|clip)[\w-]*)", rf"#{prefix}_\1", svg)
 
 
-def _colored(path: str, rgb: tuple[int, int, int], literals: tuple[str, ...] = ()) -> str:
-    """A part with its colour group filled; ``literals`` are fixed colours of the drawing to replace as well."""
+def _colored(path: str, color: RGB) -> str:
+    """A part with its colour group filled."""
     svg = _part(path)
     for group in _COLOR_GROUPS:
-        svg = re.sub(rf'(<g id="\w*_{group}"[^>]*?)fill=""', rf'\1fill="{_hex(rgb)}"', svg)
-    for literal in literals:
-        svg = re.sub(literal, _hex(rgb), svg, flags=re.IGNORECASE)
+        svg = re.sub(rf'(<g id="\w*_{group}"[^>]*?)fill=""', rf'\1fill="{_hex(color)}"', svg)
+    return svg
+
+
+def _replace_colors(svg: str, colors: dict[str, RGB]) -> str:
+    """Fixed colours of a drawing, as "#rrggbb", replaced."""
+    for literal, color in colors.items():
+        svg = re.sub(literal, _hex(color), svg, flags=re.IGNORECASE)
     return svg
 
 
@@ -140,7 +145,8 @@ def _head_svg(person: Person, context: Context) -> str:
         head.append(_group("translate(49 72)", beard))
     head.append(_group("translate(76 82)", _face_svg(shape, context.expression)))
     head.append(f'<circle cx="{x:.3f}" cy="{y:.3f}" r="4.6" fill="#3a1d16"/>')
-    head.append(_colored(f"top/hair/{_HAIR[person.hair_shape]}", person.hair_rgb, ("#724133",)))
+    hair = _colored(f"top/hair/{_HAIR[person.hair_shape]}", person.hair_rgb)
+    head.append(_replace_colors(hair, {"#724133": person.hair_rgb}))
     if context.accessory in _ACCESSORIES:
         glasses = _part(f"accessories/{_ACCESSORIES[context.accessory]}")
         width = _scaled(shape["eye_spacing"], 0.94, 1.1)
@@ -148,9 +154,17 @@ def _head_svg(person: Person, context: Context) -> str:
     return _group(_about(132, 120, _scaled(shape["face_width"], 0.86, 1.14), 1.0), "".join(head))
 
 
+def _clothes_svg(clothing: str, color: RGB) -> str:
+    path = f"clothes/{_CLOTHING[clothing]}"
+    if clothing != "suit":
+        return _colored(path, color)
+    # White shirt, coloured jacket, darker lapels: all in one colour, a suit would look like a shirt.
+    red, green, blue = (int(0.72 * value) for value in color)
+    return _replace_colors(_colored(path, (244, 244, 244)), {"#3A4C5A": color, "#2F4351": (red, green, blue)})
+
+
 def _person_svg(person: Person, context: Context) -> str:
-    suit = ("#3A4C5A", "#2F4351") if context.clothing == "suit" else ()
-    clothes = _colored(f"clothes/{_CLOTHING[context.clothing]}", CLOTHING_COLORS[context.clothing_color], suit)
+    clothes = _clothes_svg(context.clothing, CLOTHING_COLORS[context.clothing_color])
     (x, y), zoom = context.shift, context.scale
     place = f"translate({x:.3f} {y:.3f}) rotate({context.tilt:.3f} 132 150) {_about(132, 130, zoom, zoom)}"
     return _group(place, _head_svg(person, context) + _group("translate(0 170)", clothes))

@@ -1,6 +1,7 @@
 """The judges: two networks that read every attribute and factor off a picture, ``python -m miniature.judge``.
 
-Architecture ``a`` is a residual convolutional network, ``b`` an MLP-Mixer over patches. Both see rendered training
+Architecture ``a`` is a residual convolutional network, ``b`` an MLP-Mixer over
+patches of a small convolutional stem. Both see rendered training
 people only, slightly damaged; neither is ever used to train or select what it judges.
 Source: Tolstikhin et al., MLP-Mixer: An all-MLP Architecture for Vision, arXiv 2105.01601 (architecture b).
 """
@@ -132,19 +133,26 @@ class _Mixer(nn.Module):
 
 
 class MixerJudge(nn.Module):
-    """Architecture ``b``: the same interface, 8 x 8 patches mixed by MLPs, no convolution after the patches."""
+    """Architecture ``b``: the same interface, 256 overlapping patches mixed by MLPs that know every position."""
 
     def __init__(self) -> None:
         super().__init__()
         tokens, channels = 256, 112
-        self.patches = nn.Linear(3 * 8 * 8, channels)
-        self.blocks = nn.Sequential(*(_Mixer(tokens, channels) for _ in range(6)), nn.LayerNorm(channels))
+        self.patches = nn.Sequential(
+            nn.Conv2d(3, 24, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(24, 64, 3, stride=2, padding=1),
+            nn.GroupNorm(8, 64),
+            nn.GELU(),
+            nn.Conv2d(64, channels, 3, stride=2, padding=1),
+        )
+        self.blocks = nn.Sequential(*(_Mixer(tokens, channels) for _ in range(5)), nn.LayerNorm(channels))
         self.pool = nn.Linear(tokens, 16)
         self.head = nn.Sequential(nn.Linear(16 * channels, 256), nn.GELU(), nn.Linear(256, NUM_OUTPUTS))
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        patches = F.pixel_unshuffle(pictures, 8).flatten(2).transpose(1, 2)
-        return self.head(self.pool(self.blocks(self.patches(patches)).transpose(1, 2)).flatten(1))
+        tokens = self.blocks(self.patches(pictures).flatten(2).transpose(1, 2))
+        return self.head(self.pool(tokens.transpose(1, 2)).flatten(1))
 
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {"a": ConvJudge, "b": MixerJudge}

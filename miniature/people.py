@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+RGB = tuple[int, int, int]
+
 HAIR_SHAPES = ("short", "bob", "bun", "afro", "curly", "long", "mullet", "quiff")
 HAIR_COLORS = {
     "black": (28, 24, 30),
@@ -66,9 +68,9 @@ class Person:
     seed: int
     hair_shape: str
     hair_color: str
-    hair_rgb: tuple[int, int, int]
+    hair_rgb: RGB
     skin: str
-    skin_rgb: tuple[int, int, int]
+    skin_rgb: RGB
     facial_hair: str
     geometry: tuple[float, ...]
 
@@ -96,7 +98,7 @@ def _pick(rng: np.random.Generator, options: Iterable[str], p: list[float] | Non
     return str(rng.choice(list(options), p=p))
 
 
-def _rgb(color: np.ndarray) -> tuple[int, int, int]:
+def _rgb(color: np.ndarray) -> RGB:
     r, g, b = np.clip(np.round(color), 0, 255).astype(int).tolist()
     return r, g, b
 
