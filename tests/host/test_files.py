@@ -78,10 +78,20 @@ def test_a_changed_file_is_read_again(run, host, person):
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret.safetensors", "a/../../b.safetensors", "/absolute.safetensors", "missing.safetensors", "person.ckpt", ""]
+    "name",
+    [
+        "../secret.safetensors",
+        "a/../../b.safetensors",
+        "/absolute.safetensors",
+        "missing.safetensors",
+        "person.ckpt",
+        "",
+    ],
 )
 def test_names_outside_the_folders_are_refused(run, host, base_directory, name):
-    (base_directory / "models" / "secret.safetensors").write_bytes(b"secret")
+    secret = base_directory / "models" / "secret.safetensors"
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_bytes(b"secret")
     errors = host.module("hdb_core.errors")
     message = host.nodes["LoadLiDB"].validate_inputs(lidb_name=name)
     assert isinstance(message, str)
