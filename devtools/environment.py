@@ -262,10 +262,15 @@ def _run(command: list[str], failure: str) -> None:
         # The child inherits the lock: should it outlive a killed parent, the next run waits for it.
         subprocess.Popen(command, cwd=ROOT, close_fds=False, **pipes, **text_mode) as child,
     ):
-        for line in child.stdout or ():
-            out.write(line)
-            if show:
-                print(f"\r\033[K  {line.strip()[:100]}", end="", file=sys.stderr, flush=True)
+        try:
+            for line in child.stdout or ():
+                out.write(line)
+                if show:
+                    print(f"\r\033[K  {line.strip()[:100]}", end="", file=sys.stderr, flush=True)
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
     if show:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     if child.returncode == 0:
