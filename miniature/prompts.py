@@ -82,9 +82,7 @@ def evaluation_prompts(person: Person, photo: Context, short: bool = False) -> l
     A short one has a single one-word edit and a single style; which ones, goes round from seed to seed.
     """
     rng = np.random.Generator(np.random.PCG64([person.seed, *b"prompts"]))
-    # The world draws a suit like a shirt of its colour: neither contradicts the other, and no picture shows a suit.
-    clothing = [c for c in CLOTHING if c != "suit" and not (photo.clothing == "suit" and c == "shirt")]
-    options = {"expression": EXPRESSIONS, "clothing": clothing, "clothing_color": tuple(CLOTHING_COLORS),
+    options = {"expression": EXPRESSIONS, "clothing": CLOTHING, "clothing_color": tuple(CLOTHING_COLORS),
                "background": BACKGROUNDS, "accessory": ACCESSORIES[1:]}  # fmt: skip
     others = {name: _others(rng, values, getattr(photo, name)) for name, values in options.items()}
     scenes = _others(rng, SCENES, photo.background)
