@@ -18,7 +18,7 @@ Factors = tuple[Tensor, Tensor]
 
 
 def low_rank_output(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """``y + (x · downᵀ) · upᵀ`` in the dtype of the activations.
+    """``y + (x · downᵀ) · upᵀ`` in the dtype and on the device of the activations.
 
     Args:
         x: (..., in), the input of a linear layer; (B, T, in) if the factors are per sample.
@@ -29,8 +29,8 @@ def low_rank_output(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
     Returns:
         A new tensor with the shape and dtype of `y`.
     """
-    hidden = (x @ down.to(x.dtype).mT).to(y.dtype)
-    up = up.to(y.dtype)
+    hidden = (x @ down.to(x).mT).to(y.dtype)
+    up = up.to(y)
     if up.ndim == 3:
         return torch.baddbmm(y, hidden, up.mT)
     return torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), up.mT).view(y.shape)

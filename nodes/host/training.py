@@ -212,9 +212,10 @@ def training_clone(patcher: ModelPatcher) -> ModelPatcher:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """bfloat16 where it is fast, None elsewhere: float16 gradients would underflow without loss scaling."""
     if device.type == "cpu":
-        # Twice as fast with AMX, gradients within 1e-4 (cosine); slower than float32 where it is emulated.
-        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        return torch.bfloat16 if has_amx() else None
+        # At least twice as fast where the CPU multiplies it, gradients within 1e-4 (cosine); slower where it is emulated.
+        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+        return torch.bfloat16 if native else None
     return torch.bfloat16 if device.type == "cuda" and comfy.model_management.should_use_bf16(device) else None
 
 
