@@ -1,0 +1,49 @@
+"""The demonstration's fixed parts: whom its photo shows, what it asks for, what it counts."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from devtools import demo
+from hdb_core.basis import BasisRecipe
+from hdb_core.layout import Layer, Layout
+from hdb_core.lidb import LiDB
+from hdb_core.lidb_file import save
+from miniature.drawing import photo
+from miniature.prompts import evaluation_photo
+
+
+def test_the_photo_shows_the_person_of_the_seed():
+    shown = np.asarray(Image.open(io.BytesIO(demo.PHOTO.read_bytes())).convert("RGB"))
+    assert np.array_equal(shown, photo(*evaluation_photo(demo.PERSON_SEED)))
+
+
+def test_scenes_contradict_the_photo():
+    _, context = evaluation_photo(demo.PERSON_SEED)
+    for scene in demo.scene_prompts():
+        assert demo.TOKEN in scene.text(demo.TOKEN)
+        for name in ("expression", "clothing", "background"):
+            assert scene.expected[name] != getattr(context, name)
+
+
+def test_the_size_on_sd15_is_counted(tmp_path):
+    layers = tuple(Layer(f"text_encoder.text_model.encoder.layers.{i}.self_attn.q_proj", 768, 768) for i in range(3))
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(3, 2, 100, generator=generator), torch.randn(3, 50, 2, generator=generator)
+    path = tmp_path / "person.safetensors"
+    size = save(LiDB(Layout("sd1", layers), BasisRecipe(), down, up, {}), path)
+    counted = demo.sizes(path)
+    assert counted["lidb_bytes"] == size
+    assert counted["lidb_bytes_sd15"] - size == (176 - 3) * 150 * 2 * 2  # rank 2, float16
+
+
+def test_the_sheet_holds_every_picture_and_label():
+    tiles = {
+        f"picture {i}": Image.new("RGB", (128, 128), color) for i, color in enumerate(("red", "lime", "blue", "black"))
+    }
+    sheet = demo.labelled(tiles)
+    colors = {color for _, color in sheet.getcolors(1 << 24)}
+    assert {(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)} <= colors
+    assert sheet.height > sheet.width * 2 / 3

@@ -1,0 +1,129 @@
+"""Preparing an environment: what is in the way or unfinished is named, replaced or refused, never half-used."""
+
+import sys
+
+import pytest
+
+from devtools import environment
+from devtools.environment import SetupError
+
+
+@pytest.fixture
+def sandbox(tmp_path, monkeypatch):
+    """`.venv` and `.comfyui` in a temporary folder."""
+    monkeypatch.setattr(environment, "STATE", tmp_path / ".comfyui")
+    monkeypatch.setattr(environment, "VENV", tmp_path / ".venv")
+    environment.STATE.mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Commands are recorded, not run; making the virtual environment leaves an interpreter."""
+    seen = []
+
+    def record(command, failure):
+        seen.append(command)
+        if "venv" in command:
+            python = environment.venv_python(environment.VENV)
+            python.parent.mkdir(parents=True)
+            python.touch()
+
+    monkeypatch.setattr(environment, "_run", record)
+    return seen
+
+
+def installs(commands):
+    return sum("install" in command for command in commands)
+
+
+def test_a_finished_environment_is_not_touched_again(sandbox, commands):
+    environment._ensure_venv()
+    assert installs(commands) == 1
+    environment._ensure_venv()
+    assert installs(commands) == 1
+
+
+def test_changed_requirements_are_installed(sandbox, commands, monkeypatch):
+    environment._ensure_venv()
+    changed = sandbox / "requirements-dev.txt"
+    changed.write_text("more")
+    monkeypatch.setattr(environment, "REQUIREMENTS", (changed,))
+    environment._ensure_venv()
+    assert installs(commands) == 2
+    assert sum("venv" in command for command in commands) == 1
+
+
+def test_an_unfinished_environment_is_made_anew(sandbox, commands):
+    environment._ensure_venv()
+    (environment.VENV / "hyperdreambooth.stamp").rename(environment.VENV / "hyperdreambooth.unfinished")
+    (environment.VENV / "half a package").touch()
+    environment._ensure_venv()
+    assert not (environment.VENV / "half a package").exists()
+    assert sorted(p.name for p in environment.VENV.glob("hyperdreambooth.*")) == ["hyperdreambooth.stamp"]
+
+
+def test_an_environment_whose_python_is_gone_is_made_anew(sandbox, commands):
+    environment._ensure_venv()
+    environment.venv_python(environment.VENV).unlink()
+    environment._ensure_venv()
+    assert environment.venv_python(environment.VENV).exists()
+
+
+def test_too_little_disk_is_said_before_anything_is_made(sandbox, monkeypatch):
+    monkeypatch.setattr(environment, "DISK_FOR_VENV", 2**62)
+    with pytest.raises(SetupError, match="GB free"):
+        environment._ensure_venv()
+    assert not environment.VENV.exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("OSError: [Errno 28] No space left on device", "the disk is full"),
+        ("NewConnectionError: [Errno -3] Temporary failure", "no network connection"),
+        ("fine so far\\nERROR: No matching distribution found for torch==9\\nbye", "No matching distribution"),
+        ("nothing known", "nothing known"),
+        ("", "exit code 3"),
+    ],
+)
+def test_a_failed_command_names_its_cause(sandbox, output, reason):
+    script = f"import sys; print('{output}'); sys.exit(3)"
+    with pytest.raises(SetupError, match=reason):
+        environment._run([sys.executable, "-c", script], "It did not work")
+    assert "It did not work" not in (environment.STATE / "install.log").read_text()
+
+
+def test_a_stale_link_is_replaced(tmp_path):
+    old, new, link = tmp_path / "old", tmp_path / "new", tmp_path / "link"
+    old.mkdir()
+    new.mkdir()
+    environment._link(link, old)
+    environment._link(link, new)
+    assert link.resolve() == new
+    old.rmdir()
+    environment._link(link, old)  # dangling for now
+    environment._link(link, new)
+    assert link.resolve() == new
+
+
+def test_a_folder_in_the_place_of_the_link_is_kept(tmp_path):
+    precious = tmp_path / "link" / "precious"
+    precious.mkdir(parents=True)
+    with pytest.raises(SetupError, match="Could not link"):
+        environment._link(tmp_path / "link", tmp_path)
+    assert precious.exists()
+
+
+def test_what_is_no_comfyui_is_refused(tmp_path):
+    with pytest.raises(SetupError, match="is not a ComfyUI folder"):
+        environment._existing(tmp_path, None)
+
+
+def test_a_comfyui_without_python_names_the_places(tmp_path):
+    (tmp_path / "comfy").mkdir()
+    (tmp_path / "main.py").touch()
+    with pytest.raises(SetupError, match=r"venv.*--python"):
+        environment._existing(tmp_path, None)
+    with pytest.raises(SetupError, match=r"nowhere.*--python"):
+        environment._existing(tmp_path, tmp_path / "nowhere")
