@@ -1,0 +1,127 @@
+"""One benchmark run from its command line: the base, the people, the finished cells, the judges."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from devtools.environment import BASE, CHECKPOINT, ROOT
+from miniature.judge import ARCHITECTURES, Judge
+from miniature.people import SPLITS
+
+from .cells import Cells
+from .studio import Sampling, Studio, file_hash
+from .subjects import Subject
+
+RUNS = ROOT / ".runs" / "bench"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What methods work with. The host starts when a method first needs it.
+
+    Attributes:
+        checkpoint: the base model.
+        sampling: of every picture.
+        seeds: pictures for each prompt.
+        folder: takes cells and whatever the host writes.
+        name: of the benchmark, and so of its cells' folder.
+    """
+
+    checkpoint: Path
+    sampling: Sampling
+    seeds: int
+    folder: Path
+    name: str
+    short: bool = False
+
+    @cached_property
+    def cells(self) -> Cells:
+        settings = {"checkpoint": file_hash(self.checkpoint), "sampling": asdict(self.sampling), "seeds": self.seeds}
+        return Cells(self.folder / self.name, settings | {"short": self.short})
+
+    @cached_property
+    def studio(self) -> Studio:
+        return Studio.open(self.checkpoint, self.folder / "comfyui", self.sampling)
+
+
+def parser(description: str | None, people: int, name: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks share."""
+    options = argparse.ArgumentParser(
+        prog=f"dev.py bench {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.set_defaults(name=name)
+    options.add_argument("--split", choices=("dev", "test"), default="dev")
+    options.add_argument("--people", type=int, default=people, help="how many (default: %(default)s)")
+    options.add_argument("--first-seed", type=int, help="of the first person (default: the split's first)")
+    options.add_argument("--seeds", type=int, nargs="+", help="exactly these people instead")
+    options.add_argument("--seeds-per-prompt", type=int, default=4)
+    options.add_argument("--checkpoint", type=Path, default=BASE / "models" / "checkpoints" / CHECKPOINT)
+    options.add_argument("--weights", type=Path, default=ROOT / "weights", help="folder of the judges")
+    options.add_argument("--runs", type=Path, default=RUNS, help="folder of finished cells")
+    options.add_argument("--results", type=Path, default=RESULTS)
+    options.add_argument("--report-only", action="store_true", help="make nothing new, report what is there")
+    defaults = Sampling()
+    options.add_argument("--sampler", default=defaults.sampler_name)
+    options.add_argument("--scheduler", default=defaults.scheduler)
+    options.add_argument("--sampler-steps", type=int, default=defaults.steps)
+    options.add_argument("--cfg", type=float, default=defaults.cfg)
+    options.add_argument("--float32", action="store_true", help="sample without bfloat16: 2.5 times slower")
+    return options
+
+
+def open_bench(args: argparse.Namespace, short: bool = False) -> Bench:
+    """The run that the options describe.
+
+    Raises:
+        SystemExit: there is no checkpoint.
+    """
+    if not args.checkpoint.is_file():
+        raise SystemExit(f"No checkpoint {args.checkpoint}: complete weights/, or name one with --checkpoint.")
+    sampling = Sampling(args.sampler, args.scheduler, args.sampler_steps, args.cfg, not args.float32)
+    return Bench(args.checkpoint.resolve(), sampling, args.seeds_per_prompt, args.runs.resolve(), args.name, short)
+
+
+def chosen_subjects(args: argparse.Namespace, short: bool = False) -> list[Subject]:
+    """The people that the options name."""
+    first = SPLITS[args.split].start if args.first_seed is None else args.first_seed
+    return [Subject(seed, short) for seed in args.seeds or range(first, first + args.people)]
+
+
+def load_judges(folder: Path) -> dict[str, Judge]:
+    """The judges of a folder by architecture; the first is the one that reports.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    judges = {a: Judge.load(a, folder) for a in ARCHITECTURES if (folder / f"judge_{a}.safetensors").is_file()}
+    if not judges:
+        raise SystemExit(f"No judge_*.safetensors in {folder}. Train one with python -m miniature.judge.")
+    return judges
+
+
+def parsed_settings(pairs: Sequence[str], config: type) -> dict[str, list[Any]]:
+    """``name=value,value`` with the names and types of a dataclass's fields.
+
+    Raises:
+        SystemExit: an unknown name or a value of another type.
+    """
+    types: Mapping[str, str] = {f.name: str(f.type) for f in fields(config)}
+    readers = {"int": int, "float": float, "bool": lambda text: {"true": True, "false": False}[text.lower()]}
+    found = {}
+    for pair in pairs:
+        name, _, values = pair.partition("=")
+        kind = types.get(name, "").removesuffix(" | None")
+        if kind not in readers and kind != "str":
+            known = ", ".join(n for n, t in types.items() if t.removesuffix(" | None") in (*readers, "str"))
+            raise SystemExit(f"{pair}: expected NAME=VALUE,… with NAME one of {known}.")
+        try:
+            found[name] = [readers.get(kind, str)(value) for value in values.split(",")]
+        except (ValueError, KeyError):
+            raise SystemExit(f"{pair}: expected values of type {kind}.") from None
+    return found

@@ -1,0 +1,237 @@
+"""From judged pictures to rows of a table: means over people, standard errors, paired differences."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from miniature.judge import Judge, Readings
+from miniature.scores import (
+    Mean,
+    PictureScore,
+    ceilings,
+    diversity,
+    drift,
+    mean_over_people,
+    pull,
+    score_pictures,
+    summarise,
+)
+
+from .cells import Cell
+from .subjects import CLASS_PROMPT, Subject
+
+SCORES = ("identity", "retrieval", "edit", "joint", "leak", "drift", "diversity")
+EXTRA_SCORES = ("identity_raw", "pull")
+FACTS = ("steps", "seconds", "bytes", "flops")
+RESAMPLES = 2000
+
+
+@dataclass
+class Row:
+    """Scores and facts of one row: by name, then by person."""
+
+    name: str
+    scores: dict[str, dict[int, float]] = field(default_factory=dict)
+    kinds: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+    facts: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def people(self) -> list[int]:
+        return sorted(self.scores.get("identity", {}))
+
+    def add(self, person: int, scores: Mapping[str, float], kinds: Mapping[str, Mapping[str, float]],
+            facts: Mapping[str, Any]) -> None:  # fmt: skip
+        """One person's results."""
+        for name, value in scores.items():
+            self.scores.setdefault(name, {})[person] = value
+        for kind, own in kinds.items():
+            for name, value in own.items():
+                self.kinds.setdefault(kind, {}).setdefault(name, {})[person] = value
+        for name in FACTS:
+            if name in facts:
+                self.facts.setdefault(name, []).append(facts[name])
+
+    def mean(self, score: str) -> Mean | None:
+        """Over people, or None where the row has no such score."""
+        return mean_over_people(self.scores[score].values()) if score in self.scores else None
+
+    def fact(self, name: str) -> float | None:
+        return float(np.mean(self.facts[name])) if name in self.facts else None
+
+
+class Scorer:
+    """Reads cells with a judge; a person's readings of the base are kept for drift."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self._ceilings: dict[Subject, np.ndarray] = {}
+
+    def add(self, row: Row, subject: Subject, cell: Cell, base: Cell | None) -> None:
+        """Scores one cell into its row; ``base`` is the base's cell of the same person."""
+        prompts = subject.prompts
+        seeds = cell.pictures.shape[1]
+        readings = self._read(cell.pictures[: len(prompts)])
+        repeated = [prompt for prompt in prompts for _ in range(seeds)]
+        ceiling = np.repeat(self._ceiling(subject), seeds)
+        pictures = score_pictures(readings, subject.person, subject.context, repeated, ceiling)
+        scores = person_means(pictures)
+        if seeds > 1:
+            scores["diversity"] = diversity(readings, repeated)
+        if base is not None and base is not cell and cell.facts["prompts"][-1] == CLASS_PROMPT:
+            before, after = (self._read(c.pictures[-1:]) for c in (base, cell))
+            scores |= {"drift": drift(before, after), "pull": pull(before, after, subject.person)}
+        kinds = {p.kind: person_means([s for s in pictures if s.kind == p.kind]) for p in prompts}
+        row.add(subject.seed, scores, kinds, cell.facts)
+
+    def _read(self, pictures: np.ndarray) -> Readings:
+        return self.judge.read(pictures.reshape(-1, *pictures.shape[2:]))
+
+    def _ceiling(self, subject: Subject) -> np.ndarray:
+        if subject not in self._ceilings:
+            self._ceilings[subject] = ceilings(self.judge, subject.person, subject.prompts)
+        return self._ceilings[subject]
+
+
+def person_means(scores: Sequence[PictureScore]) -> dict[str, float]:
+    """One person's value of each score that its pictures have."""
+    return {name: mean.value for name, mean in summarise(scores).items() if name != "ceiling"}
+
+
+def difference(row: Row, other: Row, score: str) -> Mean | None:
+    """The mean over the people of both rows of the score's difference."""
+    mine, theirs = row.scores.get(score, {}), other.scores.get(score, {})
+    common = sorted(mine.keys() & theirs.keys())
+    return mean_over_people(mine[p] - theirs[p] for p in common) if common else None
+
+
+def gain_share(row: Row, base: Row, reference: Row, score: str = "identity") -> Mean | None:
+    """How much of the reference's gain over the base a row has: 1 all of it.
+
+    A ratio of means over the people of all three rows; the standard error is a bootstrap over people.
+    """
+    columns = [r.scores.get(score, {}) for r in (row, base, reference)]
+    common = sorted(set.intersection(*(set(column) for column in columns)))
+    if len(common) < 2:
+        return None
+    mine, floor, top = (np.array([column[p] for p in common]) for column in columns)
+
+    def share(picked: np.ndarray) -> float:
+        return (mine[picked] - floor[picked]).mean() / (top[picked] - floor[picked]).mean()
+
+    rng = np.random.default_rng(0)
+    draws = [share(rng.integers(len(common), size=len(common))) for _ in range(RESAMPLES)]
+    return Mean(float(share(np.arange(len(common)))), float(np.std(draws)))
+
+
+def best_checkpoint(rows: Sequence[Row], name: str) -> Row | None:
+    """The checkpoint of ``name`` with the best joint score, as a row of that name."""
+    checkpoints = [row for row in rows if row.name.startswith(f"{name}@") and row.mean("joint")]
+    if not checkpoints:
+        return None
+    best = max(checkpoints, key=lambda row: row.mean("joint").value)
+    return Row(name, best.scores, best.kinds, best.facts)
+
+
+def as_object(
+    row: Row, base: Row | None, reference: Row | None, unsaved: Row | None, second: Row | None
+) -> dict[str, Any]:
+    """A row for JSON: scores, facts, standard errors, paired differences to other rows, the second judge."""
+
+    def values(source: Row, names: Sequence[str]) -> dict[str, float | None]:
+        return {name: mean.value if (mean := source.mean(name)) else None for name in names}
+
+    def differences(other: Row | None) -> dict[str, list[float]] | None:
+        if other is None or other is row:
+            return None
+        found = {name: difference(row, other, name) for name in SCORES}
+        return {name: [d.value, d.error] for name, d in found.items() if d} or None
+
+    share = gain_share(row, base, reference) if base and reference and row is not base else None
+    errors = {name: mean.error for name in SCORES if (mean := row.mean(name))}
+    kinds = {kind: {name: mean_over_people(people.values()).value for name, people in own.items()}
+             for kind, own in row.kinds.items()}  # fmt: skip
+    return rounded({
+        "row": row.name, **values(row, SCORES), **{name: row.fact(name) for name in FACTS},
+        "people": len(row.people), **values(row, EXTRA_SCORES), "errors": errors,
+        "minus_base": differences(base), "minus_reference": differences(reference),
+        "minus_unsaved": differences(unsaved),
+        "share_of_reference_gain": [share.value, share.error] if share else None,
+        "kinds": kinds, "second_judge": values(second, SCORES) if second else None,
+    })  # fmt: skip
+
+
+def rounded(value: Any) -> Any:
+    """Floats below 1,000 to four digits, others to whole numbers, at any depth."""
+    if isinstance(value, float):
+        return round(value, 4) if abs(value) < 1000 else round(value)
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def table(objects: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table: scores in percent with their standard errors, then what a row costs."""
+    head = ["row", "people", *SCORES, "share of gain", "steps", "seconds", "TFLOP", "KB"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row in objects:
+        share = row["share_of_reference_gain"]
+        lines.append([
+            row["row"], str(row["people"]),
+            *(percent(row[name], row["errors"].get(name)) for name in SCORES),
+            percent(*share) if share else "",
+            number(row["steps"]), number(row["seconds"]), number(row["flops"], 1e12), number(row["bytes"], 1e3),
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def difference_table(objects: Sequence[Mapping[str, Any]], to: str) -> str:
+    """A Markdown table of paired differences in points: ``to`` is "base", "reference" or "unsaved"."""
+    lines = [["row", *SCORES], ["---", *["---:"] * len(SCORES)]]
+    for row in objects:
+        if found := row[f"minus_{to}"]:
+            lines.append([row["row"], *(percent(*found[name], sign=True) if name in found else "" for name in SCORES)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def percent(value: float | None, error: float | None = None, sign: bool = False) -> str:
+    """ "61.2 ± 1.4", or nothing."""
+    if value is None:
+        return ""
+    return f"{100 * value:{'+' if sign else ''}.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def number(value: float | None, unit: float = 1) -> str:
+    """Three digits or whole numbers, or nothing."""
+    return "" if value is None else f"{value / unit:,.0f}" if value >= 100 * unit else f"{value / unit:.3g}"
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's, or None where all values of a list are equal."""
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return None
+    return float(spearmanr(first, second).statistic)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole file, or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, objects: Any) -> None:
+    """A list with one object a line, or any other value indented."""
+    if isinstance(objects, list):
+        text = "[\n" + ",\n".join(json.dumps(item) for item in objects) + "\n]\n"
+    else:
+        text = json.dumps(objects, indent=1) + "\n"
+    write_text(path, text)

@@ -1,0 +1,121 @@
+"""Makes the cells of some methods and people, and reports whatever is there."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from miniature.judge import Judge
+
+from . import grid
+from .bench import Bench, load_judges
+from .cells import Cell
+from .methods import DreamBooth, Method, fill
+from .report import (
+    SCORES,
+    Row,
+    Scorer,
+    as_object,
+    best_checkpoint,
+    difference_table,
+    rank_correlation,
+    table,
+    write_json,
+    write_text,
+)
+from .subjects import Subject
+
+GRID_KINDS = ("bare", "expression", "plain", "accessory", "pencil sketch", "pixel art", "night", "painting")
+
+
+class Table:
+    """Reads finished cells of some methods and reports them."""
+
+    def __init__(
+        self, bench: Bench, methods: Sequence[Method], rows: Sequence[str], subjects: Sequence[Subject]
+    ) -> None:
+        self.bench, self.rows, self.subjects = bench, rows, subjects
+        self.settings = {row: made for method in methods for row, made in method.rows.items() if row in rows}
+
+    def cell(self, row: str, subject: Subject) -> Cell | None:
+        return self.bench.cells.read(row, self.settings[row], subject.seed)
+
+    def judged(self, judge: Judge) -> list[Row]:
+        """All rows that have a cell, with the best checkpoint of DreamBooth as its row."""
+        scorer, rows = Scorer(judge), {name: Row(name) for name in self.rows}
+        for subject in self.subjects:
+            base = self.cell("base", subject)
+            for name, row in rows.items():
+                cell = base if name == "base" else self.cell(name, subject)
+                if cell is not None:
+                    scorer.add(row, subject, cell, base)
+        found = [row for row in rows.values() if row.people]
+        best = best_checkpoint(found, "dreambooth")
+        return [*found, best] if best else found
+
+    def objects(self, judges: Sequence[Judge]) -> list[dict[str, Any]]:
+        """Every row for JSON, by the first judge with the second beside it."""
+        rows, *others = ({row.name: row for row in self.judged(judge)} for judge in judges)
+        second = others[0] if others else {}
+        base, reference = rows.get("base"), rows.get("dreambooth")
+        return [
+            as_object(row, base, reference, rows.get(name.removesuffix("_saved")), second.get(name))
+            for name, row in rows.items()
+        ]
+
+    def text(self, objects: Sequence[dict[str, Any]]) -> str:
+        """The Markdown report."""
+        parts = [table(objects), "Differences to the base, in points", difference_table(objects, "base")]
+        for other, title in (
+            ("reference", "Differences to full DreamBooth"),
+            ("unsaved", "Saved and loaded, against not"),
+        ):
+            if any(row[f"minus_{other}"] for row in objects):
+                parts += [f"{title}, in points", difference_table(objects, other)]
+        agreeing = [row for row in objects if row["second_judge"]]
+        if len(agreeing) > 2:
+            pairs = {s: ([r[s] for r in agreeing], [r["second_judge"][s] for r in agreeing]) for s in SCORES[:4]}
+            ranked = {score: rank_correlation(*pair) for score, pair in pairs.items()}
+            listed = ", ".join(f"{score} {value:.2f}" for score, value in ranked.items() if value is not None)
+            parts.append(f"Rank correlation of the rows between the two judges: {listed}.")
+        parts.append(f"Sampling: {asdict(self.bench.sampling)}, {self.bench.seeds} seeds for each prompt.")
+        return "\n\n".join(parts) + "\n"
+
+    def grid(self, people: int) -> grid.Image.Image | None:
+        """Some people's photos, and one picture of each row and kind of prompt."""
+        shown = self.subjects[:people]
+        present = {prompt.kind for subject in shown for prompt in subject.prompts}
+        columns = [kind for kind in GRID_KINDS if kind in present]
+        lines: list[tuple[str, list[np.ndarray | None]]] = []
+        for subject in shown:
+            places = {prompt.kind: i for i, prompt in enumerate(subject.prompts)}
+            lines.append((f"person {subject.seed}, the photo", [subject.photo]))
+            for row in self.rows:
+                if row != "photo" and (cell := self.cell(row, subject)) is not None:
+                    pictures = [cell.pictures[places[kind], 0] if kind in places else None for kind in columns]
+                    lines.append((row, pictures))
+        return grid.grid(lines, columns) if lines else None
+
+
+def report(made: Table, args: argparse.Namespace) -> None:
+    """Prints the table and writes JSON, Markdown and the grid under the benchmark's name."""
+    objects = made.objects(list(load_judges(args.weights).values()))
+    text = made.text(objects)
+    print(text)
+    args.results.mkdir(parents=True, exist_ok=True)
+    write_json(args.results / f"{args.name}.json", objects)
+    write_text(args.results / f"{args.name}.md", text)
+    if (sheet := made.grid(args.grid_people)) is not None:
+        grid.save(sheet, args.results / f"{args.name}.png")
+
+
+def make(bench: Bench, methods: Sequence[Method], rows: Sequence[str], subjects: Sequence[Subject],
+         reference_people: int) -> None:  # fmt: skip
+    """Fills in what is missing, person by person."""
+    for i, subject in enumerate(subjects):
+        own = [m for m in methods if i < reference_people or not isinstance(m, DreamBooth)]
+        fill(bench, own, rows, subject, lambda line: print(line, flush=True))

@@ -1,0 +1,154 @@
+"""Pictures and persons from the real ComfyUI in this process: its stock nodes and ours, as the executor runs them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from devtools.environment import Host
+from devtools.inprocess import InProcessHost, boot
+
+if TYPE_CHECKING:
+    from hdb_core.lidb import LiDB
+
+SIZE = 128
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How every picture is sampled. Fixed once, on the base.
+
+    Attributes:
+        bf16: run the UNet under autocast. Weights and patches stay float32: in bfloat16 weights (the host's own
+            --bf16-unet, which computes in float32 on a CPU) a small patch would be rounded away.
+    """
+
+    sampler_name: str = "euler"
+    scheduler: str = "normal"
+    steps: int = 20
+    cfg: float = 3.0
+    bf16: bool = True
+
+
+class Models(NamedTuple):
+    """What the stock loader returns: ModelPatcher, CLIP, VAE."""
+
+    model: Any
+    clip: Any
+    vae: Any
+
+
+class Studio:
+    """A booted host with one checkpoint loaded."""
+
+    def __init__(self, host: InProcessHost, checkpoint: Path, sampling: Sampling) -> None:
+        import comfy.utils
+
+        comfy.utils.PROGRESS_BAR_ENABLED = False
+        self.host, self.sampling = host, sampling
+        self._step_flops: dict[str, int] = {}
+        self.checkpoint_hash = file_hash(checkpoint)
+        host.folder_paths.add_model_folder_path("checkpoints", str(checkpoint.parent))
+        with torch.inference_mode():
+            self.base = Models(*host.run("CheckpointLoaderSimple", ckpt_name=checkpoint.name))
+
+    @classmethod
+    def open(cls, checkpoint: Path | None, folder: Path, sampling: Sampling) -> Studio:
+        """Boots the host that `dev.py` prepared.
+
+        Args:
+            checkpoint: the base model; None is the miniature where `dev.py` put it.
+            folder: takes whatever the host and its nodes write.
+
+        Raises:
+            SetupError: no host is there.
+            FileNotFoundError: no checkpoint is there.
+        """
+        prepared = Host.from_environ()
+        checkpoint = checkpoint or prepared.base / "models" / "checkpoints" / "hdb_miniature.safetensors"
+        if not checkpoint.is_file():
+            raise FileNotFoundError(f"No checkpoint {checkpoint}: complete weights/, or name one with --checkpoint.")
+        folder.mkdir(parents=True, exist_ok=True)
+        logging.getLogger().setLevel(logging.WARNING)
+        return cls(boot(prepared.root, folder), checkpoint.resolve(), sampling)
+
+    @torch.inference_mode()
+    def pictures(self, models: Models, prompt: str, seed: int, count: int, width: int = SIZE) -> np.ndarray:
+        """Samples a prompt as one batch, which a seed makes the same for every model: uint8 (count, 128, width, 3)."""
+        run, sampling = self.host.run, self.sampling
+        positive, negative = (run("CLIPTextEncode", clip=models.clip, text=text)[0] for text in (prompt, ""))
+        latents = run("EmptyLatentImage", width=width, height=SIZE, batch_size=count)[0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=sampling.bf16):
+            samples = run(
+                "KSampler", model=models.model, seed=seed, steps=sampling.steps, cfg=sampling.cfg, denoise=1.0,
+                sampler_name=sampling.sampler_name, scheduler=sampling.scheduler,
+                positive=positive, negative=negative, latent_image=latents,
+            )[0]  # fmt: skip
+        image = run("VAEDecode", vae=models.vae, samples=samples)[0]
+        return (image * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+    @torch.inference_mode()
+    def finetune(self, photo: np.ndarray, **settings: Any) -> tuple[LiDB, float]:
+        """FastFinetune on a photo, uint8 (128, 128, 3), and its seconds.
+
+        ``settings`` are fields of FinetuneConfig, a basis as a dict of its fields.
+        """
+        if "basis" in settings:
+            settings["basis"] = self.host.module("hdb_core.basis").BasisRecipe(**settings["basis"])
+        start = time.perf_counter()
+        lidb = self.host.run("FastFinetune", **self.base._asdict(), image=as_image(photo[None]), **settings)[0]
+        return lidb, time.perf_counter() - start
+
+    def finetune_step_flops(self, photo: np.ndarray, settings: Mapping[str, Any]) -> int:
+        """Floating-point operations of one step, counted once for each way to train."""
+        key = json.dumps({**settings, "steps": None}, sort_keys=True)
+        if key not in self._step_flops:
+            one, two = (counted_flops(lambda n=n: self.finetune(photo, **{**settings, "steps": n})) for n in (1, 2))
+            self._step_flops[key] = two - one
+        return self._step_flops[key]
+
+    @torch.inference_mode()
+    def apply(self, lidb: LiDB) -> Models:
+        """The base with a person."""
+        model, clip = self.host.run("ApplyLiDBToModel", model=self.base.model, clip=self.base.clip, lidb=lidb)
+        return Models(model, clip, self.base.vae)
+
+    @torch.inference_mode()
+    def saved(self, lidb: LiDB, name: str) -> tuple[LiDB, Path]:
+        """A person after Save LiDB and Load LiDB, and the file, below ``lidb/`` of the output folder."""
+        path = Path(self.host.run("SaveLiDB", lidb=lidb, filename_prefix=f"lidb/{name}")[0])
+        return self.load(path), path
+
+    @torch.inference_mode()
+    def load(self, path: Path) -> LiDB:
+        """A person from a file that `saved` wrote."""
+        folder = Path(self.host.folder_paths.get_output_directory(), "lidb")
+        return self.host.run("LoadLiDB", lidb_name=path.relative_to(folder).as_posix())[0]
+
+
+def as_image(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 (N, H, W, 3) as the host's IMAGE, float32 in 0..1."""
+    return torch.from_numpy(pictures.astype(np.float32) / 255)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def counted_flops(work: Callable[[], object]) -> int:
+    """Floating-point operations of matrix products, convolutions and attention in ``work``, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()

@@ -1,0 +1,68 @@
+"""One photo in, that person's pictures out: the fast fine-tune against full DreamBooth, words, and the photo itself.
+
+``python dev.py bench people --split test --people 50 --reference-people 16`` writes ``people.json`` (a row a line),
+``people.md`` and ``people.png`` to ``benchmarks/results/``. Finished cells stay in ``.runs/bench/people``: a second run
+continues. Rows:
+
+* ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
+* ``lidb_N``: FastFinetune from nothing with N steps; ``_saved``: after Save LiDB and Load LiDB;
+  ``_narrow``: with a basis of 25 × 12;
+* ``dreambooth@N``: checkpoints of full DreamBooth; ``dreambooth``: the one with the best joint score, the reference;
+* ``stranger``: the next person's LiDB; ``photo``: the given photo itself; ``render``: true pictures of the prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .common.bench import chosen_subjects, open_bench, parser
+from .common.dreambooth import DreamBoothConfig
+from .common.methods import Base, Caption, DreamBooth, FastFinetuning, Method, RealPictures, Stranger
+from .common.results import Table, make, report
+
+NARROW = {"down_dim": 25, "up_dim": 12}
+
+
+def all_methods(steps: Sequence[int], reference: DreamBoothConfig) -> list[Method]:
+    """Every method, in the order of the table."""
+    persons = [FastFinetuning(f"lidb_{n}", {"steps": n}) for n in steps]
+    narrow = [FastFinetuning(f"lidb_{n}_narrow", {"steps": n, "basis": NARROW}) for n in steps]
+    return [Base(), Caption(), *persons, *narrow, DreamBooth(reference), Stranger(persons[-1]), RealPictures()]
+
+
+def chosen_rows(methods: Iterable[Method], names: Sequence[str] | None) -> list[str]:
+    """The named rows and the base; without names all, but no saved narrow ones. ``dreambooth`` names its checkpoints.
+
+    Raises:
+        SystemExit: there is no such row.
+    """
+    known = [row for method in methods for row in method.rows]
+    if names is None:
+        return [row for row in known if not row.endswith("_narrow_saved")]
+    if unknown := set(names) - set(known) - {row.split("@")[0] for row in known}:
+        raise SystemExit(f"No row {', '.join(sorted(unknown))}. Rows: {', '.join(known)}")
+    return [row for row in known if row == "base" or row in names or row.split("@")[0] in names]
+
+
+def main() -> None:
+    options = parser(__doc__, people=50, name="people")
+    reference = DreamBoothConfig()
+    options.add_argument("--rows", nargs="+", help="only these rows (default: all)")
+    options.add_argument("--steps", type=int, nargs="+", default=[40, 150, 400], help="of FastFinetune")
+    options.add_argument("--reference-people", type=int, default=16, help="how many get full DreamBooth")
+    options.add_argument("--reference-rate", type=float, default=reference.rate)
+    options.add_argument("--reference-steps", type=int, nargs="+", default=list(reference.checkpoints))
+    options.add_argument("--short", action="store_true", help="6 prompts instead of 11")
+    options.add_argument("--grid-people", type=int, default=3)
+    args = options.parse_args()
+    config = DreamBoothConfig(rate=args.reference_rate, checkpoints=tuple(args.reference_steps))
+    methods = all_methods(args.steps, config)
+    rows = chosen_rows(methods, args.rows)
+    bench, subjects = open_bench(args, args.short), chosen_subjects(args, args.short)
+    if not args.report_only:
+        make(bench, methods, rows, subjects, args.reference_people)
+    report(Table(bench, methods, rows, subjects), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Settings of the fast fine-tune, or of full DreamBooth, compared on dev people with the short evaluation.
+
+``python dev.py bench tune --set learning_rate=0.01,0.02 rank=1,4`` tries every combination; every other setting has its
+default. ``--method dreambooth --set rate=1e-5,3e-5`` does the same for the reference, at each of its checkpoints.
+Finished cells stay in ``.runs/bench/tune``, and ``--rows`` of earlier sweeps can be repeated at no cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from hdb_core.finetune import FinetuneConfig
+
+from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
+from .common.dreambooth import DreamBoothConfig
+from .common.methods import Base, DreamBooth, FastFinetuning, Method
+from .common.results import Table, make, report
+
+
+def combinations(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every choice of one value for each setting, in order."""
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+
+
+def row_name(settings: Mapping[str, Any]) -> str:
+    """ "learning_rate=0.01 rank=4", or "defaults"."""
+    return " ".join(f"{name}={value}" for name, value in settings.items()) or "defaults"
+
+
+def swept(method: str, pairs: Sequence[str], checkpoints: Sequence[int]) -> list[Method]:
+    """A method for each combination of settings."""
+    if method == "lidb":
+        return [FastFinetuning(row_name(s), s) for s in combinations(parsed_settings(pairs, FinetuneConfig))]
+    base = DreamBoothConfig(checkpoints=tuple(checkpoints))
+    chosen = combinations(parsed_settings(pairs, DreamBoothConfig))
+    return [DreamBooth(replace(base, **settings), row_name(settings)) for settings in chosen]
+
+
+def main() -> None:
+    options = parser(__doc__, people=8, name="tune")
+    options.add_argument("--method", choices=("lidb", "dreambooth"), default="lidb")
+    options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE,…", help="settings to try")
+    options.add_argument("--checkpoints", type=int, nargs="+", default=list(DreamBoothConfig().checkpoints))
+    options.add_argument("--saved", action="store_true", help="each person after Save LiDB and Load LiDB, too")
+    options.add_argument("--full", action="store_true", help="11 prompts instead of 6")
+    options.add_argument("--grid-people", type=int, default=2)
+    args = options.parse_args()
+    methods = [Base(), *swept(args.method, args.set, args.checkpoints)]
+    rows = [row for method in methods for row in method.rows if args.saved or not row.endswith("_saved")]
+    bench, subjects = open_bench(args, not args.full), chosen_subjects(args, not args.full)
+    if not args.report_only:
+        make(bench, methods, rows, subjects, reference_people=len(subjects))
+    report(Table(bench, methods, rows, subjects), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Which rows a benchmark has, what decides their keys, and that finished cells are not made again."""
+
+import numpy as np
+import pytest
+
+from benchmarks import base, people, tune
+from benchmarks.common.bench import Bench, parsed_settings
+from benchmarks.common.cells import Cell
+from benchmarks.common.dreambooth import DreamBoothConfig
+from benchmarks.common.methods import DreamBooth, FastFinetuning, fill
+from benchmarks.common.studio import Sampling
+from benchmarks.common.subjects import Subject
+from hdb_core.finetune import FinetuneConfig
+from miniature.people import SPLITS
+
+DEV = SPLITS["dev"].start
+
+
+@pytest.fixture
+def bench(tmp_path):
+    checkpoint = tmp_path / "base.safetensors"
+    checkpoint.write_bytes(b"weights")
+    return Bench(checkpoint, Sampling(), 2, tmp_path, "people")
+
+
+class Counting:
+    """Two rows of flat pictures; counts its runs and remembers what was wanted."""
+
+    rows = {"one": {"rank": 1}, "two": {"rank": 2}}  # noqa: RUF012
+
+    def __init__(self):
+        self.asked = []
+
+    def run(self, bench, subject, wanted):
+        self.asked.append((subject.seed, sorted(wanted)))
+        for row in self.rows:
+            yield row, Cell(np.zeros((1, 2, 8, 8, 3), np.uint8), {"prompts": ["a face"]})
+
+
+def test_only_what_is_missing_is_made(bench):
+    method, lines = Counting(), []
+    fill(bench, [method], ["one"], Subject(DEV), lines.append)
+    fill(bench, [method], ["one", "two"], Subject(DEV), lines.append)
+    fill(bench, [method], ["one", "two"], Subject(DEV), lines.append)
+    fill(bench, [method], ["two"], Subject(DEV + 1), lines.append)
+    assert method.asked == [(DEV, ["one"]), (DEV, ["two"]), (DEV + 1, ["two"])]
+    assert [line.split(":")[0] for line in lines] == [f"{DEV} one", f"{DEV} two", f"{DEV + 1} two"]
+
+
+def test_a_row_is_keyed_by_every_setting_of_its_training(bench):
+    keys = {
+        bench.cells.key(settings)
+        for method in (
+            FastFinetuning("x", {"steps": 40}),
+            FastFinetuning("x", {"steps": 41}),
+            FastFinetuning("x", {"steps": 40, "basis": {"down_dim": 25}}),
+            DreamBooth(DreamBoothConfig(rate=1e-5, checkpoints=(40,))),
+            DreamBooth(DreamBoothConfig(rate=2e-5, checkpoints=(40,))),
+        )
+        for settings in method.rows.values()
+    }
+    assert len(keys) == 3 * 2 + 2
+
+
+def test_a_default_that_is_spelled_out_is_the_same_row(bench):
+    spelled = FastFinetuning("x", {"steps": 40, "rank": FinetuneConfig().rank})
+    short = FastFinetuning("x", {"steps": 40})
+    assert bench.cells.key(spelled.rows["x"]) == bench.cells.key(short.rows["x"])
+
+
+def test_a_checkpoint_does_not_depend_on_the_others(bench):
+    one, more = (DreamBooth(DreamBoothConfig(checkpoints=c)).rows["dreambooth@50"] for c in ((50,), (50, 100)))
+    assert bench.cells.key(one) == bench.cells.key(more)
+
+
+def test_rows_of_the_people_benchmark():
+    methods = people.all_methods([40, 400], DreamBoothConfig(checkpoints=(10, 20)))
+    rows = people.chosen_rows(methods, None)
+    assert rows == [
+        "base", "caption", "lidb_40", "lidb_40_saved", "lidb_400", "lidb_400_saved", "lidb_40_narrow", "lidb_400_narrow",
+        "dreambooth@10", "dreambooth@20", "stranger", "photo", "render",
+    ]  # fmt: skip
+    assert people.chosen_rows(methods, ["lidb_40", "dreambooth"]) == [
+        "base",
+        "lidb_40",
+        "dreambooth@10",
+        "dreambooth@20",
+    ]
+    with pytest.raises(SystemExit, match="lidb_41"):
+        people.chosen_rows(methods, ["lidb_41"])
+
+
+def test_sweeps():
+    methods = tune.swept("lidb", ["learning_rate=0.01,0.02", "freeze_down=true"], [])
+    assert [m.name for m in methods] == ["learning_rate=0.01 freeze_down=True", "learning_rate=0.02 freeze_down=True"]
+    assert methods[1].settings == {"learning_rate": 0.02, "freeze_down": True}
+    (reference,) = tune.swept("dreambooth", ["rate=1e-5"], [3, 5])
+    assert list(reference.rows) == ["rate=1e-05@3", "rate=1e-05@5"]
+    assert [m.name for m in tune.swept("lidb", [], [])] == ["defaults"]
+
+
+@pytest.mark.parametrize("pair", ["learning_rat=0.1", "rank=many", "basis=1", "freeze_down=perhaps"])
+def test_settings_that_make_no_sense(pair):
+    with pytest.raises(SystemExit, match=pair):
+        parsed_settings([pair], FinetuneConfig)
+
+
+def test_prompts_of_the_base_ask_for_what_they_say():
+    seeds = range(DEV, DEV + 8)
+    for asked in (*base.context_prompts(seeds), *base.identity_prompts(seeds)):
+        spoken = [v for name, v in asked.expected.items() if name not in ("background", "facial_hair")]
+        assert spoken
+        assert all(value in asked.text for value in spoken)
+    styles = [asked.expected["style"] for asked in base.style_prompts(seeds)]
+    assert len(set(styles)) == 4
+    assert "photo" not in styles
+
+
+def test_halves_of_pairs_ask_for_their_own_side():
+    for left, right in base.pair_prompts(range(DEV, DEV + 20)):
+        assert left.text == right.text
+        for side, text in zip((left, right), left.text.split(", on the right "), strict=True):
+            assert all(v in text for name, v in side.expected.items() if name not in ("facial_hair", "expression"))

@@ -1,0 +1,77 @@
+"""The benchmarks' way into the host: the same pictures for a seed, persons through files, DreamBooth that leaves no trace."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.common.dreambooth import DreamBoothConfig, dreambooth
+from benchmarks.common.studio import Sampling, Studio
+from benchmarks.common.subjects import Subject
+from miniature.people import SPLITS
+
+
+@pytest.fixture(scope="module")
+def studio(host, checkpoint, base_directory):
+    return Studio(host, base_directory / "models" / "checkpoints" / checkpoint, Sampling(steps=2))
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return Subject(SPLITS["dev"].start)
+
+
+def one_picture(studio, models=None, seed=5) -> np.ndarray:
+    return studio.pictures(models or studio.base, "a [v] face", seed, 1).astype(int)
+
+
+def test_pictures_depend_on_the_seed_alone(studio):
+    first = one_picture(studio)
+    assert first.shape == (1, 128, 128, 3)
+    np.testing.assert_array_equal(first, one_picture(studio))
+    assert (first != one_picture(studio, seed=6)).any()
+    assert studio.pictures(studio.base, "two people", 5, 2, width=256).shape == (2, 128, 256, 3)
+
+
+def test_bfloat16_pictures_are_those_of_float32(studio, host, checkpoint, base_directory):
+    exact = Studio(host, base_directory / "models" / "checkpoints" / checkpoint, Sampling(steps=2, bf16=False))
+    other_seed = np.abs(one_picture(exact) - one_picture(exact, seed=6)).mean()
+    assert np.abs(one_picture(studio) - one_picture(exact)).mean() < 0.2 * other_seed
+
+
+def test_a_person_through_a_file(studio, subject):
+    lidb, seconds = studio.finetune(subject.photo, steps=1, rank=2, basis={"down_dim": 25, "up_dim": 12})
+    loaded, path = studio.saved(lidb, "bench")
+    assert seconds > 0
+    assert path.stat().st_size < 20_000
+    assert (loaded.down.shape[1:], loaded.up.shape[1:]) == ((2, 25), (12, 2))
+    with torch.inference_mode():
+        assert (one_picture(studio, studio.apply(loaded)) != one_picture(studio)).any()
+
+
+def test_flops_of_a_step_are_linear_in_the_batch(studio, subject):
+    one, two, three = (studio.finetune_step_flops(subject.photo, {"batch_size": n}) for n in (1, 2, 3))
+    assert two > one  # the text is encoded once for all samples
+    assert three - two == pytest.approx(two - one, rel=1e-3)
+
+
+@pytest.mark.parametrize("ends_early", [False, True])
+def test_dreambooth_trains_and_puts_the_base_back(studio, subject, fingerprint, ends_early):
+    before, plain = fingerprint(), one_picture(studio)
+    config = DreamBoothConfig(rate=1e-3, checkpoints=(1, 2), batch_size=1)
+    run = dreambooth(studio, subject.photo, subject.renders[:2], config, seed=0)
+    first = next(run)
+    after_one = one_picture(studio)
+    assert (after_one != plain).any()
+    assert first.parameters > 90_000_000
+    assert first.flops > 0
+    if ends_early:
+        run.close()
+    else:
+        second = next(run)
+        assert second.flops == 2 * first.flops
+        assert (one_picture(studio) != after_one).any()
+        assert next(run, None) is None
+    assert fingerprint() == before
+    np.testing.assert_array_equal(one_picture(studio), plain)
