@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .latents import chunk_indices
 from .pictures import training_picture
-from .training import Trainer
+from .training import ENDS, Trainer
 
 TEXT_LAYERS = 2
 MAX_TOKENS = 77
@@ -148,13 +148,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12_000, help="length of the schedule")
     parser.add_argument("--stop", type=int, default=None, help="pause at this step; the schedule is resumed later")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=6e-4)
-    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     base = Base()
-    trainer = Trainer(base, args.run, steps=args.steps, rate=args.rate, muon=args.optimizer == "muon")
+    trainer = Trainer(
+        base, args.run, steps=args.steps, rate=args.rate, muon=True, adam_scale=0.3, adam_only=("text_encoder", *ENDS)
+    )
     tokenizer = load_tokenizer()
     data = LatentSet(args.latents, tokenizer, np.random.default_rng([args.seed, trainer.step_count]))
     generator = torch.Generator().manual_seed(args.seed + 7919 * trainer.step_count)

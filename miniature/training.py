@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-LOG_EVERY = 50
-_ENDS = ("embedding", "conv_in", "conv_out")  # first and last layers, which Muon's recipe leaves to AdamW
+LOG_EVERY = 25
+ENDS = ("embedding", "conv_in", "conv_out")  # first and last layers, which Muon's recipe leaves to AdamW
 
 
 class Trainer:
@@ -20,34 +20,29 @@ class Trainer:
         folder: receives ``state.pt`` (atomically replaced) and ``log.csv``.
         steps: length of the cosine schedule, after which the rate is zero.
         rate: peak learning rate, reached after ``warmup`` steps.
-        muon: step the inner matrices and kernels with Muon (its updates scaled to the size of AdamW's), the rest with AdamW.
-        ema: decay of the averaged weights; the average starts slower so that early steps do not linger in it.
+        muon: step matrices and kernels with Muon (its updates scaled to the size of AdamW's), the rest with AdamW.
+        adam_scale: AdamW's rate as a share of ``rate``.
+        adam_only: parts of the names of what Muon leaves to AdamW.
     """
 
     def __init__(self, model: nn.Module, folder: Path, *, steps: int, rate: float, warmup: int = 200, ema: float = 0.9995,
-                 muon: bool = False) -> None:  # fmt: skip
+                 muon: bool = False, adam_scale: float = 1.0, adam_only: tuple[str, ...] = ENDS) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        self.model, self.folder, self.steps, self.rate, self.warmup, self.decay = (
-            model,
-            folder,
-            steps,
-            rate,
-            warmup,
-            ema,
-        )
+        self.folder, self.steps, self.rate, self.warmup, self.decay = folder, steps, rate, warmup, ema
+        self.adam_scale = adam_scale
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.masters = [p.detach().clone(memory_format=torch.contiguous_format).float() for _, p in named]
         self.average = [m.clone() for m in self.masters]
-        self.optimizers = self._optimizers(muon)
+        self.optimizers = self._optimizers(muon, adam_only)
         model.to(torch.bfloat16)
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.step_count, self._losses, self._saved, self._started = 0, [], time.time(), time.time()
         if (folder / "state.pt").exists():
             self._restore(torch.load(folder / "state.pt", weights_only=True))
 
-    def _optimizers(self, muon: bool) -> list[torch.optim.Optimizer]:
-        inner = [muon and m.ndim >= 2 and not any(end in name for end in _ENDS)
+    def _optimizers(self, muon: bool, adam_only: tuple[str, ...]) -> list[torch.optim.Optimizer]:
+        inner = [muon and m.ndim >= 2 and not any(part in name for part in adam_only)
                  for name, m in zip(self.names, self.masters, strict=True)]  # fmt: skip
         # Muon takes matrices only: a kernel is seen as the matrix (out, in * height * width) over the same memory.
         self._stepped = [m.view(len(m), -1) if is_inner else m for m, is_inner in zip(self.masters, inner, strict=True)]
@@ -98,9 +93,9 @@ class Trainer:
             master.grad = param.grad.to(torch.float32, memory_format=torch.contiguous_format).reshape(master.shape)
             param.grad = None
         torch.nn.utils.clip_grad_norm_(self._stepped, 1.0)
-        for optimizer in self.optimizers:
+        for optimizer, scale in zip(self.optimizers, (self.adam_scale, 1.0), strict=False):
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate()
+                group["lr"] = scale * self.learning_rate()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
