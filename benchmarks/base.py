@@ -80,7 +80,8 @@ def pair_prompts(seeds: Iterable[int]) -> list[tuple[Asked, Asked]]:
         while not text:  # a tenth of the training captions are empty
             text = pair_caption(people, background, rng)
         sides = text.split(", on the left ")[1].split(", on the right ")
-        asked.append(tuple(Asked(text, spoken_of(side, *one)) for side, one in zip(sides, people, strict=True)))
+        left, right = (Asked(text, spoken_of(side, *one)) for side, one in zip(sides, people, strict=True))
+        asked.append((left, right))
     return asked
 
 

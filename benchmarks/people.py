@@ -2,11 +2,11 @@
 
 ``python dev.py bench people --split test --people 50 --reference-people 16`` writes ``people.json`` (a row a line),
 ``people.md`` and ``people.png`` to ``benchmarks/results/``. Finished cells stay in ``.runs/bench/people``: a second run
-continues. Rows:
+continues. ``--share 1/2`` and ``--share 2/2`` in two processes with OMP_NUM_THREADS=1 use two cores best. Rows:
 
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
 * ``lidb_N``: FastFinetune from nothing with N steps; ``_saved``: after Save LiDB and Load LiDB;
-  ``_narrow``: with a basis of 25 × 12;
+  ``_narrow``: with a basis of 25 × 12, for the middle N;
 * ``dreambooth@N``: checkpoints of full DreamBooth; ``dreambooth``: the one with the best joint score, the reference;
 * ``stranger``: the next person's LiDB; ``photo``: the given photo itself; ``render``: true pictures of the prompts.
 """
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from .common.bench import chosen_subjects, open_bench, parser
 from .common.dreambooth import DreamBoothConfig
 from .common.methods import Base, Caption, DreamBooth, FastFinetuning, Method, RealPictures, Stranger
-from .common.results import Table, make, report
+from .common.results import Table, add_options, make_and_report
 
 NARROW = {"down_dim": 25, "up_dim": 12}
 
@@ -26,8 +26,9 @@ NARROW = {"down_dim": 25, "up_dim": 12}
 def all_methods(steps: Sequence[int], reference: DreamBoothConfig) -> list[Method]:
     """Every method, in the order of the table."""
     persons = [FastFinetuning(f"lidb_{n}", {"steps": n}) for n in steps]
-    narrow = [FastFinetuning(f"lidb_{n}_narrow", {"steps": n, "basis": NARROW}) for n in steps]
-    return [Base(), Caption(), *persons, *narrow, DreamBooth(reference), Stranger(persons[-1]), RealPictures()]
+    middle = sorted(steps)[len(steps) // 2]
+    narrow = FastFinetuning(f"lidb_{middle}_narrow", {"steps": middle, "basis": NARROW})
+    return [Base(), Caption(), *persons, narrow, DreamBooth(reference), Stranger(persons[-1]), RealPictures()]
 
 
 def chosen_rows(methods: Iterable[Method], names: Sequence[str] | None) -> list[str]:
@@ -53,15 +54,13 @@ def main() -> None:
     options.add_argument("--reference-rate", type=float, default=reference.rate)
     options.add_argument("--reference-steps", type=int, nargs="+", default=list(reference.checkpoints))
     options.add_argument("--short", action="store_true", help="6 prompts instead of 11")
-    options.add_argument("--grid-people", type=int, default=3)
+    add_options(options, grid_people=3)
     args = options.parse_args()
     config = DreamBoothConfig(rate=args.reference_rate, checkpoints=tuple(args.reference_steps))
     methods = all_methods(args.steps, config)
     rows = chosen_rows(methods, args.rows)
     bench, subjects = open_bench(args, args.short), chosen_subjects(args, args.short)
-    if not args.report_only:
-        make(bench, methods, rows, subjects, args.reference_people)
-    report(Table(bench, methods, rows, subjects), args)
+    make_and_report(args, Table(bench, methods, rows, subjects), args.reference_people)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from hdb_core.finetune import FinetuneConfig
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
 from .common.methods import Base, DreamBooth, FastFinetuning, Method
-from .common.results import Table, make, report
+from .common.results import Table, add_options, make_and_report
 
 
 def combinations(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -46,14 +46,12 @@ def main() -> None:
     options.add_argument("--checkpoints", type=int, nargs="+", default=list(DreamBoothConfig().checkpoints))
     options.add_argument("--saved", action="store_true", help="each person after Save LiDB and Load LiDB, too")
     options.add_argument("--full", action="store_true", help="11 prompts instead of 6")
-    options.add_argument("--grid-people", type=int, default=2)
+    add_options(options, grid_people=2)
     args = options.parse_args()
     methods = [Base(), *swept(args.method, args.set, args.checkpoints)]
     rows = [row for method in methods for row in method.rows if args.saved or not row.endswith("_saved")]
     bench, subjects = open_bench(args, not args.full), chosen_subjects(args, not args.full)
-    if not args.report_only:
-        make(bench, methods, rows, subjects, reference_people=len(subjects))
-    report(Table(bench, methods, rows, subjects), args)
+    make_and_report(args, Table(bench, methods, rows, subjects), reference_people=len(subjects))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -112,7 +112,11 @@ def parsed_settings(pairs: Sequence[str], config: type) -> dict[str, list[Any]]:
         SystemExit: an unknown name or a value of another type.
     """
     types: Mapping[str, str] = {f.name: str(f.type) for f in fields(config)}
-    readers = {"int": int, "float": float, "bool": lambda text: {"true": True, "false": False}[text.lower()]}
+    readers: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": float,
+        "bool": lambda text: {"true": True, "false": False}[text.lower()],
+    }
     found = {}
     for pair in pairs:
         name, _, values = pair.partition("=")

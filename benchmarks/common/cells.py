@@ -60,7 +60,7 @@ class Cells:
         if not path.exists():
             return None
         with Image.open(path) as image:
-            facts, sheet = json.loads(image.info["facts"]), np.asarray(image.convert("RGB"))
+            facts, sheet = json.loads(image.info["facts"]), np.array(image.convert("RGB"))
         rows, columns = facts["grid"]
         height, width = sheet.shape[0] // rows, sheet.shape[1] // columns
         return Cell(sheet.reshape(rows, height, columns, width, 3).swapaxes(1, 2), facts)

@@ -6,7 +6,7 @@ Source: Ruiz et al., DreamBooth, arXiv 2208.12242; with the text encoder trained
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ class DreamBoothConfig:
     """
 
     rate: float = 2e-5
-    checkpoints: tuple[int, ...] = (50, 100, 200, 400, 800)
+    checkpoints: tuple[int, ...] = (50, 100, 200, 400)
     batch_size: int = 4
     prior_weight: float = 1.0
     weight_decay: float = 0.01
@@ -50,7 +50,7 @@ class Checkpoint(NamedTuple):
 
 def dreambooth(
     studio: Studio, photo: np.ndarray, class_pictures: np.ndarray, config: DreamBoothConfig, seed: int
-) -> Iterator[Checkpoint]:
+) -> Generator[Checkpoint]:
     """Trains all weights of UNet and text encoder in place; the generator's end, early or not, puts the base back.
 
     Args:
@@ -125,5 +125,5 @@ def trainable(*roots: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 def identity_layers(roots: Iterable[nn.Module]) -> list[nn.Module]:
     """Transformer layers of a text encoder whose output path is zero."""
-    layers = [module for root in roots for module in root.modules() if hasattr(module, "self_attn")]
+    layers: list[Any] = [module for root in roots for module in root.modules() if hasattr(module, "self_attn")]
     return [layer for layer in layers if not layer.self_attn.out_proj.weight.any()]

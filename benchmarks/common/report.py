@@ -133,10 +133,10 @@ def gain_share(row: Row, base: Row, reference: Row, score: str = "identity") -> 
 
 def best_checkpoint(rows: Sequence[Row], name: str) -> Row | None:
     """The checkpoint of ``name`` with the best joint score, as a row of that name."""
-    checkpoints = [row for row in rows if row.name.startswith(f"{name}@") and row.mean("joint")]
+    checkpoints = [(mean.value, row) for row in rows if row.name.startswith(f"{name}@") and (mean := row.mean("joint"))]
     if not checkpoints:
         return None
-    best = max(checkpoints, key=lambda row: row.mean("joint").value)
+    _, best = max(checkpoints, key=lambda pair: pair[0])
     return Row(name, best.scores, best.kinds, best.facts)
 
 
@@ -197,7 +197,8 @@ def difference_table(objects: Sequence[Mapping[str, Any]], to: str) -> str:
     lines = [["row", *SCORES], ["---", *["---:"] * len(SCORES)]]
     for row in objects:
         if found := row[f"minus_{to}"]:
-            lines.append([row["row"], *(percent(*found[name], sign=True) if name in found else "" for name in SCORES)])
+            pairs = [found.get(name, (None, None)) for name in SCORES]
+            lines.append([row["row"], *(percent(value, error, sign=True) for value, error in pairs)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

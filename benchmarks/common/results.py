@@ -38,7 +38,7 @@ class Table:
     def __init__(
         self, bench: Bench, methods: Sequence[Method], rows: Sequence[str], subjects: Sequence[Subject]
     ) -> None:
-        self.bench, self.rows, self.subjects = bench, rows, subjects
+        self.bench, self.methods, self.rows, self.subjects = bench, methods, rows, subjects
         self.settings = {row: made for method in methods for row, made in method.rows.items() if row in rows}
 
     def cell(self, row: str, subject: Subject) -> Cell | None:
@@ -101,6 +101,26 @@ class Table:
         return grid.grid(lines, columns) if lines else None
 
 
+def add_options(options: argparse.ArgumentParser, grid_people: int) -> None:
+    """The options of `make_and_report`."""
+    options.add_argument(
+        "--share", type=share, default=(0, 1), metavar="I/N", help="make every Nth person's cells only"
+    )
+    options.add_argument("--grid-people", type=int, default=grid_people)
+
+
+def share(text: str) -> tuple[int, int]:
+    """ "2/3" as (1, 3).
+
+    Raises:
+        ValueError: it is nothing of the kind.
+    """
+    part, parts = (int(number) for number in text.split("/"))
+    if not 1 <= part <= parts:
+        raise ValueError(text)
+    return part - 1, parts
+
+
 def report(made: Table, args: argparse.Namespace) -> None:
     """Prints the table and writes JSON, Markdown and the grid under the benchmark's name."""
     objects = made.objects(list(load_judges(args.weights).values()))
@@ -113,9 +133,17 @@ def report(made: Table, args: argparse.Namespace) -> None:
         grid.save(sheet, args.results / f"{args.name}.png")
 
 
-def make(bench: Bench, methods: Sequence[Method], rows: Sequence[str], subjects: Sequence[Subject],
-         reference_people: int) -> None:  # fmt: skip
-    """Fills in what is missing, person by person."""
-    for i, subject in enumerate(subjects):
-        own = [m for m in methods if i < reference_people or not isinstance(m, DreamBooth)]
-        fill(bench, own, rows, subject, lambda line: print(line, flush=True))
+def make_and_report(args: argparse.Namespace, made: Table, reference_people: int) -> None:
+    """Fills in what is missing, person by person, and reports; with --share its part of the people, and no report.
+
+    Args:
+        made: names rows, methods and people.
+        reference_people: how many of them, from the first, get full DreamBooth.
+    """
+    part, parts = args.share
+    for i, subject in enumerate(() if args.report_only else made.subjects):
+        if i % parts == part:
+            own = [m for m in made.methods if i < reference_people or not isinstance(m, DreamBooth)]
+            fill(made.bench, own, made.rows, subject, lambda line: print(line, flush=True))
+    if parts == 1:
+        report(made, args)

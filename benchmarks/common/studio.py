@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -113,7 +114,7 @@ class Studio:
         """Floating-point operations of one step, counted once for each way to train."""
         key = json.dumps({**settings, "steps": None}, sort_keys=True)
         if key not in self._step_flops:
-            one, two = (counted_flops(lambda n=n: self.finetune(photo, **{**settings, "steps": n})) for n in (1, 2))
+            one, two = (counted_flops(partial(self.finetune, photo, **{**settings, "steps": n})) for n in (1, 2))
             self._step_flops[key] = two - one
         return self._step_flops[key]
 

@@ -8,6 +8,7 @@ from benchmarks.common.bench import Bench, parsed_settings
 from benchmarks.common.cells import Cell
 from benchmarks.common.dreambooth import DreamBoothConfig
 from benchmarks.common.methods import DreamBooth, FastFinetuning, fill
+from benchmarks.common.results import share
 from benchmarks.common.studio import Sampling
 from benchmarks.common.subjects import Subject
 from hdb_core.finetune import FinetuneConfig
@@ -77,7 +78,7 @@ def test_rows_of_the_people_benchmark():
     methods = people.all_methods([40, 400], DreamBoothConfig(checkpoints=(10, 20)))
     rows = people.chosen_rows(methods, None)
     assert rows == [
-        "base", "caption", "lidb_40", "lidb_40_saved", "lidb_400", "lidb_400_saved", "lidb_40_narrow", "lidb_400_narrow",
+        "base", "caption", "lidb_40", "lidb_40_saved", "lidb_400", "lidb_400_saved", "lidb_400_narrow",
         "dreambooth@10", "dreambooth@20", "stranger", "photo", "render",
     ]  # fmt: skip
     assert people.chosen_rows(methods, ["lidb_40", "dreambooth"]) == [
@@ -121,3 +122,11 @@ def test_halves_of_pairs_ask_for_their_own_side():
         assert left.text == right.text
         for side, text in zip((left, right), left.text.split(", on the right "), strict=True):
             assert all(v in text for name, v in side.expected.items() if name not in ("facial_hair", "expression"))
+
+
+def test_shares_cover_everybody_once():
+    parts = [share(text) for text in ("1/3", "2/3", "3/3")]
+    assert sorted(i for part, parts in parts for i in range(10) if i % parts == part) == list(range(10))
+    for wrong in ("0/2", "3/2", "half"):
+        with pytest.raises(ValueError, match=r"."):
+            share(wrong)
