@@ -145,8 +145,7 @@ def expand(source_dir: Path, target: Path) -> None:
 
 
 def _pack(runs: Path, target: Path) -> None:
-    from .base import load_tokenizer, tokenize
-    from .pictures import training_picture
+    from .base import load_tokenizer, vocabulary
     from .training import load_average
 
     target.mkdir(exist_ok=True)
@@ -155,10 +154,7 @@ def _pack(runs: Path, target: Path) -> None:
     vae = {name: weight.half() for name, weight in load_average(runs / "vae").items()}
     save_file(vae, target / "miniature_vae.safetensors", metadata=header)
     base = load_average(runs / "base")
-    captions = [training_picture(i, False)[1] for i in range(20_000)]
-    rows = torch.unique(tokenize(load_tokenizer(), captions))
-    base[_TOKEN_WEIGHT] = base[_TOKEN_WEIGHT][rows]
-    packed = pack_tensors(base) | {_TOKEN_ROWS: rows.to(torch.int32)}
+    packed = pack_tensors(base) | {_TOKEN_ROWS: vocabulary(load_tokenizer()).to(torch.int32)}
     save_file(packed, target / "miniature_base.safetensors", metadata={"format": FORMAT, "version": "1"})
 
 
