@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+LATENT_FACTOR = 0.18215  # of the host: model-space latents are the VAE's times this
 FORMAT = "hyperdreambooth-miniature"
 CLIP_LAYERS = 12
 _SCALE = "::scale"
@@ -95,7 +96,7 @@ def checkpoint_tensors(
     Args:
         base: unpacked weights of ``miniature.base``'s ``unet.*`` and ``text_encoder.*``, the token rows with their indices.
         vae: unpacked weights of ``AutoencoderTiny``.
-        vae_scale: what raw encoder outputs are divided by, so that the host's 0.18215 brings them to unit variance.
+        vae_scale: what raw encoder outputs are divided by, so that the host's factor brings them to unit variance.
     """
     out = {}
     for name, weight in base.items():
@@ -144,18 +145,32 @@ def expand(source_dir: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
-def _pack(runs: Path, target: Path) -> None:
+def write_packed(
+    folder: Path, base: dict[str, torch.Tensor], rows: torch.Tensor, vae: dict[str, torch.Tensor], std: float
+) -> None:
+    """Writes ``miniature_base.safetensors`` and ``miniature_vae.safetensors``.
+
+    Args:
+        folder: where to, made if it does not exist.
+        base: float32 weights of ``miniature.base.Base``.
+        rows: the token of each row of its token embedding, int64 (V,).
+        vae: float32 weights of ``AutoencoderTiny``.
+        std: of the raw latents.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    header = {"format": FORMAT, "version": "1"}
+    halves = {name: weight.half().contiguous() for name, weight in vae.items()}
+    save_file(halves, folder / "miniature_vae.safetensors", metadata=header | {"vae_scale": repr(LATENT_FACTOR * std)})
+    packed = pack_tensors(base) | {_TOKEN_ROWS: rows.to(torch.int32)}
+    save_file(packed, folder / "miniature_base.safetensors", metadata=header)
+
+
+def _pack(runs: Path, folder: Path) -> None:
     from .base import load_tokenizer, vocabulary
     from .training import load_average
 
-    target.mkdir(exist_ok=True)
     std = json.loads((runs / "latents" / "std.json").read_text())["std"]
-    header = {"format": FORMAT, "version": "1", "vae_scale": repr(0.18215 * std)}
-    vae = {name: weight.half() for name, weight in load_average(runs / "vae").items()}
-    save_file(vae, target / "miniature_vae.safetensors", metadata=header)
-    base = load_average(runs / "base")
-    packed = pack_tensors(base) | {_TOKEN_ROWS: vocabulary(load_tokenizer()).to(torch.int32)}
-    save_file(packed, target / "miniature_base.safetensors", metadata={"format": FORMAT, "version": "1"})
+    write_packed(folder, load_average(runs / "base"), vocabulary(load_tokenizer()), load_average(runs / "vae"), std)
 
 
 def main() -> None:
