@@ -1,8 +1,7 @@
 """The judges: two networks that read every attribute and factor off a picture, ``python -m miniature.judge``.
 
-Architecture ``a`` is a residual convolutional network, ``b`` an MLP-Mixer over
-patches of a small convolutional stem. Both see rendered training
-people only, slightly damaged; neither is ever used to train or select what it judges.
+Architecture ``a`` is a residual convolutional network, ``b`` an MLP-Mixer over the patches of a small convolutional
+stem. Both see rendered training people only, slightly damaged; neither ever trains or selects what it judges.
 Source: Tolstikhin et al., MLP-Mixer: An all-MLP Architecture for Vision, arXiv 2105.01601 (architecture b).
 """
 
@@ -214,8 +213,8 @@ def damage(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
             buffer = io.BytesIO()
             Image.fromarray(picture).save(buffer, "JPEG", quality=int(rng.integers(35, 90)))
             picture = np.asarray(Image.open(buffer))
-        if rng.random() < 0.2:
-            size = int(rng.integers(64, 112))
+        if rng.random() < 0.35:
+            size = int(rng.integers(52, 112))
             small = Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR)
             picture = np.asarray(small.resize((128, 128), Image.Resampling.BICUBIC))
         damaged.append(picture)
@@ -262,7 +261,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=Path(".runs/pictures"))
     parser.add_argument("--run", type=Path, help="checkpoints; .runs/judge_a or _b unless given")
     parser.add_argument("--weights", type=Path, default=Path("weights"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
