@@ -1,0 +1,82 @@
+"""Makes every file of ``weights/`` again: ``python -m miniature.make``, or one of its stages by name.
+
+Stages resume where they were stopped. At the end ``weights/manifest.json`` says of each file how it was made.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors import safe_open
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = ROOT / "weights"
+RUNS = ROOT / ".runs"
+STAGES = {
+    "pictures": "miniature.pictures",
+    "vae": "miniature.vae",
+    "latents": "miniature.latents",
+    "base": "miniature.base",
+    "judge_a": "miniature.judge --architecture a",
+    "judge_b": "miniature.judge --architecture b",
+    "pack": "miniature.checkpoint pack",
+}
+MADE_BY = {
+    "miniature_vae.safetensors": ("pictures", "vae", "latents", "pack"),
+    "miniature_base.safetensors": ("pictures", "vae", "latents", "base", "pack"),
+    "judge_a.safetensors": ("pictures", "judge_a"),
+    "judge_b.safetensors": ("pictures", "judge_b"),
+}
+LICENCES = {
+    "code and weights": "Apache-2.0",
+    "drawings": "avataaars by Pablo Stanley, free for personal and commercial use, as packaged in python_avatars (MIT)",
+}
+
+
+def command(stage: str) -> str:
+    """The command line of a stage, from the root of the repository."""
+    return f"python -m {STAGES[stage]}"
+
+
+def describe(path: Path) -> dict:
+    """A file's entry in the manifest: bytes, hash, number of values, the stages that made it."""
+    with safe_open(path, "pt") as file:
+        values = sum(file.get_tensor(name).numel() for name in list(file.keys()))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size, "values": values,
+            "made_by": [command(stage) for stage in MADE_BY[path.name]]}  # fmt: skip
+
+
+def write_manifest(weights: Path = WEIGHTS, runs: Path = RUNS) -> None:
+    """Writes ``manifest.json`` and copies the logs of the trainings beside it."""
+    (weights / "logs").mkdir(exist_ok=True)
+    for log in sorted(runs.glob("*/log.csv")):
+        if log.parent.name in STAGES:
+            shutil.copy(log, weights / "logs" / f"{log.parent.name}.csv")
+    files = {name: describe(weights / name) for name in MADE_BY}
+    (weights / "manifest.json").write_text(json.dumps({"files": files, "licences": LICENCES}, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"of {', '.join([*STAGES, 'manifest'])}; all by default"
+    )
+    wanted = parser.parse_args().stages or [*STAGES, "manifest"]
+    if unknown := set(wanted) - {*STAGES, "manifest"}:
+        parser.error(f"no such stage: {', '.join(sorted(unknown))}")
+    for stage in wanted:
+        if stage == "manifest":
+            write_manifest()
+        else:
+            print(command(stage), flush=True)
+            subprocess.run([sys.executable, "-m", *shlex.split(STAGES[stage])], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()
