@@ -58,7 +58,6 @@ class Studio:
         comfy.utils.PROGRESS_BAR_ENABLED = False
         self.host, self.sampling = host, sampling
         self._step_flops: dict[str, int] = {}
-        self.checkpoint_hash = file_hash(checkpoint)
         host.folder_paths.add_model_folder_path("checkpoints", str(checkpoint.parent))
         with torch.inference_mode():
             self.base = Models(*host.run("CheckpointLoaderSimple", ckpt_name=checkpoint.name))
