@@ -59,10 +59,15 @@ def context_words(context: Context) -> dict[str, str]:
     return words
 
 
+def style_words(style: str) -> str:
+    """The words that begin a caption in a style: "a painting of ", nothing for a photo."""
+    return _STYLE_PREFIX[style]
+
+
 def prompt(words: Iterable[str] = (), style: str = "photo", token: str = "") -> str:
     """A caption: style, "a face" (with the token, if any), then the words, separated by commas."""
     subject = f"a {token} face" if token else "a face"
-    return _STYLE_PREFIX[style] + ", ".join((subject, *words))
+    return style_words(style) + ", ".join((subject, *words))
 
 
 def sample_caption(person: Person, context: Context, rng: np.random.Generator) -> str:

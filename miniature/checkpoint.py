@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .training import load_average
+
 LATENT_FACTOR = 0.18215  # of the host: model-space latents are the VAE's times this
 FORMAT = "hyperdreambooth-miniature"
 CLIP_LAYERS = 12
@@ -86,6 +88,11 @@ def read_packed(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with safe_open(path, "pt") as file:
         names = list(file.keys())
         return {name: file.get_tensor(name) for name in names}, file.metadata()
+
+
+def trained_weights(source: Path) -> dict[str, torch.Tensor]:
+    """float32 weights of a training, from its run's folder or from the packed file in ``weights/``."""
+    return load_average(source) if source.is_dir() else unpack_tensors(read_packed(source)[0])
 
 
 def checkpoint_tensors(
@@ -166,11 +173,12 @@ def write_packed(
 
 
 def _pack(runs: Path, folder: Path) -> None:
-    from .base import load_tokenizer, vocabulary
-    from .training import load_average
+    from .text import load_tokenizer, vocabulary
 
     std = json.loads((runs / "latents" / "std.json").read_text())["std"]
-    write_packed(folder, load_average(runs / "base"), vocabulary(load_tokenizer()), load_average(runs / "vae"), std)
+    text = {name: w for name, w in load_average(runs / "text").items() if name.startswith("text_encoder.")}
+    base = load_average(runs / "base") | text
+    write_packed(folder, base, vocabulary(load_tokenizer()), load_average(runs / "vae"), std)
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 
+from .checkpoint import trained_weights
 from .pictures import CHUNK, is_pair
-from .training import load_average
 from .vae import build_vae, to_tensor
 
 
@@ -34,12 +34,14 @@ def encode(vae: AutoencoderTiny, pictures: np.ndarray, batch: int = 32) -> np.nd
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, default=Path(".runs/pictures"))
-    parser.add_argument("--vae", type=Path, default=Path(".runs/vae"))
+    parser.add_argument(
+        "--vae", type=Path, default=Path(".runs/vae"), help="its run, or weights/miniature_vae.safetensors"
+    )
     parser.add_argument("--folder", type=Path, default=Path(".runs/latents"))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     vae = build_vae()
-    vae.load_state_dict(load_average(args.vae))
+    vae.load_state_dict(trained_weights(args.vae))
     vae = vae.to(torch.bfloat16).eval()
     for source in sorted(args.pictures.glob("singles_*.npy")):
         for name in (source.name.replace("singles", "pairs"), source.name):

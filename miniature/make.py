@@ -21,6 +21,7 @@ STAGES = {
     "pictures": "miniature.pictures",
     "vae": "miniature.vae",
     "latents": "miniature.latents",
+    "text": "miniature.text",
     "base": "miniature.base",
     "judge_a": "miniature.judge --architecture a",
     "judge_b": "miniature.judge --architecture b",
@@ -28,7 +29,7 @@ STAGES = {
 }
 MADE_BY = {
     "miniature_vae.safetensors": ("pictures", "vae", "latents", "pack"),
-    "miniature_base.safetensors": ("pictures", "vae", "latents", "base", "pack"),
+    "miniature_base.safetensors": ("pictures", "vae", "latents", "text", "base", "pack"),
     "judge_a.safetensors": ("pictures", "judge_a"),
     "judge_b.safetensors": ("pictures", "judge_b"),
 }

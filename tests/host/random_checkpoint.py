@@ -31,12 +31,12 @@ SD1_UNET = {
     "use_spatial_transformer": True,
     "use_linear_in_transformer": False,
 }
-MINIATURE_UNET = {  # two levels of 320 channels with one block each, attention everywhere
+MINIATURE_UNET = {  # two levels of 320 channels with one block each, attention at the lower
     **SD1_UNET,
     "channel_mult": (1, 1),
     "num_res_blocks": [1, 1],
-    "transformer_depth": [1, 1],
-    "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth": [0, 1],
+    "transformer_depth_output": [1, 1, 0, 0],
     "transformer_depth_middle": 1,
 }
 FULL_UNET = {

@@ -25,7 +25,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_every_layer_is_patched(apply, person):
     model, clip = apply(person(1))
-    assert len(model.patches) == 56
+    assert len(model.patches) == 32
     assert len(clip.patcher.patches) == 8
     assert all(len(patches) == 1 for patches in (*model.patches.values(), *clip.patcher.patches.values()))
 
@@ -119,7 +119,7 @@ def stock_lora(host, base_directory):
     generator = torch.Generator().manual_seed(9)
     weights = {}
     for prefix, width in (
-        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", 320),
+        ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", 320),
         ("lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2", (320, 1280)),
         ("lora_te_text_model_encoder_layers_0_mlp_fc1", (3072, 768)),
     ):

@@ -91,15 +91,15 @@ def sd2(host):
 
 def test_another_family_trains_too(train, sd2):
     lidb = train(model=sd2.model, clip=sd2.clip, steps=1)
-    assert lidb.layout.describe() == "SD 2.x, 56 UNet + 12 text layers"
-    assert (lidb.up.flatten(1).norm(dim=1) > 0).sum() >= 56 + 4
+    assert lidb.layout.describe() == "SD 2.x, 32 UNet + 12 text layers"
+    assert (lidb.up.flatten(1).norm(dim=1) > 0).sum() >= 32 + 4
 
 
 @pytest.mark.parametrize("node_id", ["FastFinetune", "ApplyLiDBToModel"])
 def test_model_of_another_family(run, train, host, loaded, sd2, person, node_id):
     errors = host.module("hdb_core.errors")
     inputs = {"model": sd2.model, "clip": sd2.clip, "lidb": person(1)}
-    with pytest.raises(errors.LayoutError, match=r"SD 1\.x, 56 UNet \+ 8 text layers.*SD 2\.x"):
+    with pytest.raises(errors.LayoutError, match=r"SD 1\.x, 32 UNet \+ 8 text layers.*SD 2\.x"):
         train(**inputs) if node_id == "FastFinetune" else run(node_id, **inputs)
 
 

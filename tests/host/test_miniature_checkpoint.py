@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from miniature.base import Base, load_tokenizer, tokenize, vocabulary
+from miniature.base import Base
 from miniature.checkpoint import expand, pack_tensors, unpack_tensors, write_packed
+from miniature.text import load_tokenizer, tokenize, vocabulary
 from miniature.vae import build_vae
 
 PROMPT = "a [v] face, smiling"
