@@ -18,7 +18,9 @@ from .training import load_average
 
 LATENT_FACTOR = 0.18215  # of the host: model-space latents are the VAE's times this
 FORMAT = "hyperdreambooth-miniature"
+BASE_FILE, VAE_FILE = "miniature_base.safetensors", "miniature_vae.safetensors"
 CLIP_LAYERS = 12
+_HEADER = {"format": FORMAT, "version": "1"}
 _SCALE = "::scale"
 _TOKEN_ROWS = "text_encoder.embeddings.token_embedding.rows"
 _TOKEN_WEIGHT = "text_encoder.embeddings.token_embedding.weight"
@@ -140,8 +142,8 @@ def expand(source_dir: Path, target: Path) -> None:
     Raises:
         FileNotFoundError: A packed file is missing.
     """
-    base, _ = read_packed(source_dir / "miniature_base.safetensors")
-    vae, header = read_packed(source_dir / "miniature_vae.safetensors")
+    base, _ = read_packed(source_dir / BASE_FILE)
+    vae, header = read_packed(source_dir / VAE_FILE)
     rows = base.pop(_TOKEN_ROWS)
     tensors = checkpoint_tensors(
         unpack_tensors(base) | {_TOKEN_ROWS: rows}, unpack_tensors(vae), float(header["vae_scale"])
@@ -152,33 +154,33 @@ def expand(source_dir: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
-def write_packed(
-    folder: Path, base: dict[str, torch.Tensor], rows: torch.Tensor, vae: dict[str, torch.Tensor], std: float
-) -> None:
-    """Writes ``miniature_base.safetensors`` and ``miniature_vae.safetensors``.
+def write_vae(folder: Path, vae: dict[str, torch.Tensor], std: float) -> None:
+    """Writes ``miniature_vae.safetensors`` from float32 weights of ``AutoencoderTiny`` and the std of its raw latents."""
+    header = _HEADER | {"vae_scale": repr(LATENT_FACTOR * std)}
+    save_file({name: weight.half().contiguous() for name, weight in vae.items()}, folder / VAE_FILE, metadata=header)
+
+
+def write_base(folder: Path, base: dict[str, torch.Tensor], rows: torch.Tensor) -> None:
+    """Writes ``miniature_base.safetensors``.
 
     Args:
-        folder: where to, made if it does not exist.
+        folder: where to.
         base: float32 weights of ``miniature.base.Base``.
         rows: the token of each row of its token embedding, int64 (V,).
-        vae: float32 weights of ``AutoencoderTiny``.
-        std: of the raw latents.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    header = {"format": FORMAT, "version": "1"}
-    halves = {name: weight.half().contiguous() for name, weight in vae.items()}
-    save_file(halves, folder / "miniature_vae.safetensors", metadata=header | {"vae_scale": repr(LATENT_FACTOR * std)})
-    packed = pack_tensors(base) | {_TOKEN_ROWS: rows.to(torch.int32)}
-    save_file(packed, folder / "miniature_base.safetensors", metadata=header)
+    save_file(pack_tensors(base) | {_TOKEN_ROWS: rows.to(torch.int32)}, folder / BASE_FILE, metadata=_HEADER)
 
 
 def _pack(runs: Path, folder: Path) -> None:
+    """Packs what was trained; a file whose training is not there stays as it is."""
     from .text import load_tokenizer, vocabulary
 
-    std = json.loads((runs / "latents" / "std.json").read_text())["std"]
-    text = {name: w for name, w in load_average(runs / "text").items() if name.startswith("text_encoder.")}
-    base = load_average(runs / "base") | text
-    write_packed(folder, base, vocabulary(load_tokenizer()), load_average(runs / "vae"), std)
+    if (runs / "vae").is_dir():
+        std = json.loads((runs / "latents" / "std.json").read_text())["std"]
+        write_vae(folder, load_average(runs / "vae"), std)
+    if (runs / "base").is_dir():
+        text = {name: w for name, w in load_average(runs / "text").items() if name.startswith("text_encoder.")}
+        write_base(folder, load_average(runs / "base") | text, vocabulary(load_tokenizer()))
 
 
 def main() -> None:

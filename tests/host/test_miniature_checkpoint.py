@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from miniature.base import Base
-from miniature.checkpoint import expand, pack_tensors, unpack_tensors, write_packed
+from miniature.checkpoint import expand, pack_tensors, unpack_tensors, write_base, write_vae
 from miniature.text import load_tokenizer, tokenize, vocabulary
 from miniature.vae import build_vae
 
@@ -32,7 +32,8 @@ def miniature(host, base_directory, tmp_path_factory):
     with torch.inference_mode(False), torch.no_grad():
         base, vae = Base(rows), build_vae()
         weights = tmp_path_factory.mktemp("weights")
-        write_packed(weights, stored(base, True), rows, stored(vae, False), STD)
+        write_base(weights, stored(base, True), rows)
+        write_vae(weights, stored(vae, False), STD)
     expand(weights, base_directory / "models" / "checkpoints" / "expanded.safetensors")
     with torch.inference_mode():
         model, clip, host_vae = host.stock["CheckpointLoaderSimple"]().load_checkpoint("expanded.safetensors")
