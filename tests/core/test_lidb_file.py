@@ -255,10 +255,10 @@ def test_tensors_that_do_not_fit(path):
 
 
 def test_nan_with_an_honest_checksum(path):
-    from hdb_core.lidb_file import _checksum
+    from hdb_core.container import checksum
 
     tensors = safetensors.torch.load(path.read_bytes())
     tensors["up"][0, 0, 0] = float("nan")
-    rewrite(path, lambda fields: fields.update(checksum=_checksum(fields, tensors)), tensors)
+    rewrite(path, lambda fields: fields.update(checksum=checksum(fields, tensors)), tensors)
     with pytest.raises(LiDBFileError, match="holds NaN"):
         load(path)
