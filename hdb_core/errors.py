@@ -28,6 +28,14 @@ class LiDBFileError(HDBError, RuntimeError):
     """A LiDB file cannot be read or written."""
 
 
+class HyperNetError(HDBError, ValueError):
+    """A hypernetwork, or what it is given, cannot be used."""
+
+
+class HyperNetFileError(HDBError, RuntimeError):
+    """A hypernetwork file cannot be read or written."""
+
+
 class FinetuneError(HDBError, ValueError):
     """The inputs or settings of a fine-tune make no sense."""
 

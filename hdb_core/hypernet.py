@@ -1,0 +1,274 @@
+"""The hypernetwork: photos of a person in, that person's LiDB out.
+
+Image encoder → face tokens, once a photo → a transformer decoder over one token per adapted layer. The token carries the
+layer's present factors; the read-out of each layer gives their change. Repeating this refines: ``θ_k = θ_{k−1} + Δ``,
+from ``θ_0 = 0``.
+
+All people share one down side, which starts as `lidb.start_down` and may be learned with the rest; only the up side is
+predicted. No two predictions then give the same ``delta_weight``, so people are comparable number by number.
+
+Shape symbols: B people, N photos of each, T tokens a photo, L layers, R rank, a and b the basis dimensions.
+Source: HyperDreamBooth, arXiv 2307.06949, section 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .basis import BasisRecipe
+from .errors import HyperNetError
+from .layout import Layout
+from .lidb import LiDB, start_down
+
+_MIN_SIDE = 16  # pixels
+_FIRST_STEP = 0.02  # of the read-out: small predictions at first, but no dead gradient anywhere
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The image encoder and what it is given.
+
+    Attributes:
+        kind: ``vit``, trained with the hypernetwork and stored in its file, or ``clip_vision``, which the user loads.
+        image_size: side of the square that photos are cut to, pixels.
+        token_width: D of the face tokens.
+        patch_size: of ``vit``, pixels.
+        depth: layers of ``vit``.
+        heads: attention heads of ``vit``.
+        mean: of the pixels (0..1), by channel.
+        std: of the pixels, by channel.
+        name: of the checkpoint behind ``clip_vision``, for the message when another one is connected.
+        num_tokens: T of ``clip_vision``.
+    """
+
+    kind: str = "vit"
+    image_size: int = 128
+    token_width: int = 256
+    patch_size: int = 16
+    depth: int = 6
+    heads: int = 4
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    name: str = ""
+    num_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("vit", "clip_vision"):
+            raise HyperNetError(f"Expected an encoder of kind vit or clip_vision, got {self.kind!r}. Update this pack.")
+
+
+@dataclass(frozen=True)
+class HyperNetConfig:
+    """Everything that decides the shapes of a hypernetwork.
+
+    Attributes:
+        layout: the layers that it predicts.
+        basis: of the predicted people.
+        encoder: of the photos.
+        width: of the decoder's tokens.
+        depth: decoder layers.
+        heads: attention heads.
+        rank: of the predicted people.
+        iterations: k that measured best, used unless another one is asked for.
+        free_down: predict the down side too, instead of sharing it.
+        prompt: that the people are trained for, with the rare token.
+    """
+
+    layout: Layout
+    basis: BasisRecipe = field(default_factory=BasisRecipe)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    width: int = 256
+    depth: int = 3
+    heads: int = 4
+    rank: int = 1
+    iterations: int = 2
+    free_down: bool = False
+    prompt: str = "a [v] face"
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers predicted a layer."""
+        return self.rank * (self.basis.up_dim + (self.basis.down_dim if self.free_down else 0))
+
+    def fields(self) -> dict[str, Any]:
+        """The sizes as JSON takes them, without layout and basis, which the file's space holds."""
+        return {k: v for k, v in asdict(self).items() if k not in ("layout", "basis")}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any], layout: Layout, basis: BasisRecipe) -> HyperNetConfig:
+        """The opposite of `fields`.
+
+        Raises:
+            KeyError, TypeError, ValueError: if a field is missing or unknown.
+        """
+        rest = dict(fields)
+        encoder = dict(rest.pop("encoder"))
+        colors = {name: tuple(float(v) for v in encoder.pop(name)) for name in ("mean", "std")}
+        return cls(layout=layout, basis=basis, encoder=EncoderConfig(**encoder, **colors), **rest)
+
+
+def preprocess(images: Tensor, encoder: EncoderConfig) -> Tensor:
+    """Photos as the encoder takes them: the central square, resized (antialiased bicubic) and normalised.
+
+    Args:
+        images: (N, H, W, 3 or 4) in 0..1, as ComfyUI's IMAGE; any size from 16 pixels a side.
+        encoder: whose size, mean and std count.
+
+    Returns:
+        (N, 3, image_size, image_size) float32.
+
+    Raises:
+        HyperNetError: if there is no photo, or its shape or values are unusable.
+    """
+    if images.ndim != 4 or images.shape[-1] not in (3, 4) or len(images) == 0 or min(images.shape[1:3]) < _MIN_SIDE:
+        raise HyperNetError(
+            f"Expected photos (batch, height, width, 3) of at least {_MIN_SIDE} pixels a side, got "
+            f"{tuple(images.shape)}. Connect the IMAGE output of Load Image with a photo of the face."
+        )
+    if not bool(images.isfinite().all()):
+        raise HyperNetError("The photo contains NaN or infinite values. Check the node that makes it.")
+    pixels = images[..., :3].movedim(-1, 1).float()
+    side = min(pixels.shape[-2:])
+    top, left = (pixels.shape[-2] - side) // 2, (pixels.shape[-1] - side) // 2
+    square = pixels[..., top : top + side, left : left + side]
+    size = (encoder.image_size, encoder.image_size)
+    if square.shape[-2:] != size:
+        square = functional.interpolate(square, size, mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (encoder.mean, encoder.std))
+    return (square - mean) / std
+
+
+def build_vit(config: EncoderConfig) -> nn.Module:
+    """An untrained ViT of `transformers`: pixels (N, 3, image_size, image_size) to tokens (N, 1 + patches, token_width).
+
+    Source: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929.
+    """
+    from transformers import ViTConfig, ViTModel
+
+    return ViTModel(
+        ViTConfig(
+            hidden_size=config.token_width,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            intermediate_size=4 * config.token_width,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        ),
+        add_pooling_layer=False,
+    )
+
+
+class HyperNet(nn.Module):
+    """Predicts factors from face tokens; see the module.
+
+    Attributes:
+        down_start: [L, R, a], the down side where every prediction starts; learned once for all people.
+        scale: [L], the usual size of a layer's numbers, which the predictions are measured in.
+    """
+
+    def __init__(self, config: HyperNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        count, width = len(config.layout.layers), config.width
+        self.encoder = build_vit(config.encoder) if config.encoder.kind == "vit" else None
+        self.face_in = nn.Sequential(
+            nn.LayerNorm(config.encoder.token_width), nn.Linear(config.encoder.token_width, width)
+        )
+        self.weights_in = nn.Linear(config.num_outputs, width)
+        self.position = nn.Parameter(0.5 * torch.randn(count, width))
+        layer = nn.TransformerDecoderLayer(
+            width, config.heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.decoder = nn.TransformerDecoder(layer, config.depth, norm=nn.LayerNorm(width))
+        self.readout = nn.Parameter(_FIRST_STEP * torch.randn(count, width, config.num_outputs) / width**0.5)
+        self.offset = nn.Parameter(torch.zeros(count, config.num_outputs))
+        self.down_start = nn.Parameter(start_down(config.basis, config.layout, config.rank))
+        self.register_buffer("scale", torch.full((count,), 0.1))
+
+    @classmethod
+    def create(cls, config: HyperNetConfig, seed: int = 0) -> HyperNet:
+        """An untrained hypernetwork; the global generator is left as it was."""
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+            torch.manual_seed(seed)
+            return cls(config)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Face tokens (N, T, D) of preprocessed photos (N, 3, image_size, image_size), with the encoder of the file.
+
+        Raises:
+            HyperNetError: if the file has none, because the user loads it.
+        """
+        if self.encoder is None:
+            raise HyperNetError(
+                f"This hypernetwork reads photos through a CLIP_VISION ({self.config.encoder.name or 'see its file'}). "
+                "Connect Load CLIP Vision to Load HyperNet."
+            )
+        return self.encoder(pixel_values=pixels).last_hidden_state
+
+    def forward(self, tokens: Tensor, iterations: int | None = None) -> tuple[Tensor, Tensor]:
+        """Factors of B people.
+
+        Args:
+            tokens: (B, T, D) face tokens; those of several photos of one person stand side by side.
+            iterations: k; None is the configured one.
+
+        Returns:
+            down (B, L, R, a), up (B, L, b, R), float32, differentiable.
+        """
+        return self.factors(self.refinements(tokens, iterations)[-1])
+
+    def refinements(self, tokens: Tensor, iterations: int | None = None) -> list[Tensor]:
+        """θ_1 … θ_k, each (B, L, outputs) in units of `scale`, of which `factors` makes people."""
+        faces = self.face_in(tokens)
+        theta = tokens.new_zeros(len(tokens), *self.offset.shape)
+        states = []
+        for _ in range(iterations or self.config.iterations):
+            hidden = self.decoder(self.position + self.weights_in(theta), faces)
+            theta = theta + torch.einsum("blw,lwo->blo", hidden, self.readout.to(hidden)) + self.offset
+            states.append(theta)
+        return states
+
+    def factors(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """θ (B, L, outputs) as down (B, L, R, a) and up (B, L, b, R), float32."""
+        rank, b = self.config.rank, self.config.basis.up_dim
+        theta = theta.float()
+        up = (theta[..., : rank * b] * self.scale[:, None]).unflatten(-1, (b, rank))
+        down = self.down_start.expand(len(theta), -1, -1, -1)
+        if self.config.free_down:
+            down = down + theta[..., rank * b :].unflatten(-1, (rank, -1))
+        return down, up
+
+
+def predict(net: HyperNet, tokens: Tensor, iterations: int | None = None) -> LiDB:
+    """One person from the face tokens (N, T, D) of N photos of them, on the CPU.
+
+    Raises:
+        HyperNetError: if the tokens are not those the hypernetwork was trained on, or the prediction is not finite.
+    """
+    expected = net.config.encoder.token_width
+    if tokens.ndim != 3 or tokens.shape[-1] != expected:
+        raise HyperNetError(
+            f"Expected face tokens of width {expected}, got {tuple(tokens.shape)}. "
+            f"Connect the CLIP_VISION that the hypernetwork was trained with ({net.config.encoder.name or 'its own'})."
+        )
+    with torch.no_grad():
+        down, up = net(tokens.flatten(0, 1)[None], iterations)
+    if not bool(down.isfinite().all() and up.isfinite().all()):
+        raise HyperNetError("The hypernetwork predicted NaN or infinity. Its file may be damaged; load it again.")
+    prompt = net.config.prompt
+    info = {
+        "made_by": "hypernetwork",
+        "prompt": prompt,
+        "token": next((word for word in prompt.split() if word.startswith("[")), ""),
+        "photos": str(len(tokens)),
+        "iterations": str(iterations or net.config.iterations),
+    }
+    return LiDB(net.config.layout, net.config.basis, down[0].float().cpu(), up[0].float().cpu(), info)

@@ -1,0 +1,223 @@
+"""The hypernetwork: shapes, live gradients, refinement, several photos, and its file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from hdb_core import hypernet_file, lidb_file
+from hdb_core.adapters import attach
+from hdb_core.basis import BasisRecipe, bases_of
+from hdb_core.errors import HyperNetError, HyperNetFileError
+from hdb_core.finetune import Batch, diffusion_loss
+from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig, predict, preprocess
+from hdb_core.lidb import delta_weight, expand_factors
+
+ENCODER = EncoderConfig(image_size=32, token_width=24, patch_size=8, depth=2, heads=2)
+
+
+@pytest.fixture
+def config(toy, recipe):
+    return HyperNetConfig(toy.layout, recipe, ENCODER, width=32, depth=2, heads=2)
+
+
+@pytest.fixture
+def net(config):
+    return HyperNet.create(config, seed=1).eval()
+
+
+def photos(count, seed=0, size=40):
+    return torch.rand(count, size, size, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens_of(net, images):
+    with torch.no_grad():
+        return net.encode(preprocess(images, net.config.encoder))
+
+
+def rewrite(path, edit):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    fields = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["hypernet"])
+    edit(fields)
+    path.write_bytes(safetensors.torch.save(safetensors.torch.load(data), {"hypernet": json.dumps(fields)}))
+
+
+@pytest.mark.parametrize("free_down", [False, True])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_every_predicted_factor_has_a_gradient_at_step_0(toy, recipe, rank, free_down):
+    """Through the frozen model, with another person for every sample."""
+    config = HyperNetConfig(toy.layout, recipe, ENCODER, 32, 2, 2, rank=rank, free_down=free_down)
+    net = HyperNet.create(config)
+    generator = torch.Generator().manual_seed(0)
+    down, up = net(net.encode(preprocess(photos(4), ENCODER)))
+    assert down.shape == (4, len(toy.layout.layers), rank, recipe.down_dim)
+    assert up.shape == (4, len(toy.layout.layers), recipe.up_dim, rank)
+    up.retain_grad()
+    if free_down:
+        down.retain_grad()
+    latents, noise = torch.randn(2, 4, 4, 6, 6, generator=generator)
+    sigma = toy.sigmas()[torch.tensor([40, 90, 130, 180])]
+    batch = Batch(latents, noise, sigma, torch.ones(4, 1, 6, 6), torch.full((4,), 0.25))
+    with attach(toy.modules, expand_factors(bases_of(recipe, toy.layout), down, up)):
+        text = toy.encode_prompts(["a [v] face"] * 4)
+        diffusion_loss(toy, batch, text).backward()
+    for factor in (up, down) if free_down else (up,):
+        assert (factor.grad.flatten(2).norm(dim=-1) > 0).all()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+def test_each_iteration_refines_the_last(net):
+    tokens = tokens_of(net, photos(2))
+    with torch.no_grad():
+        states = net.refinements(tokens, 3)
+        _, up = net(tokens, 2)
+    assert len(states) == 3 and not torch.equal(states[0], states[1])
+    torch.testing.assert_close(net.factors(states[1])[1], up)
+    torch.testing.assert_close(net(tokens)[1], up)  # the configured number
+
+
+def test_photos_of_one_person_have_no_order_and_all_count(net):
+    tokens = tokens_of(net, photos(3))
+    person, turned, fewer = (predict(net, t) for t in (tokens, tokens.flip(0), tokens[:2]))
+    torch.testing.assert_close(person.up, turned.up)
+    assert not torch.allclose(person.up, fewer.up)
+    assert person.info["photos"] == "3" and person.info["token"] == "[v]"
+
+
+def test_a_prediction_is_a_person_like_any_other(net, tmp_path):
+    person = predict(net, tokens_of(net, photos(1)))
+    assert person.rank == 1 and delta_weight(person, 0).any()
+    lidb_file.save(person, tmp_path / "p.safetensors")
+    assert lidb_file.read_header(tmp_path / "p.safetensors").shared_down
+    torch.testing.assert_close(lidb_file.load(tmp_path / "p.safetensors").up, person.up, atol=1e-4, rtol=1e-3)
+
+
+def test_creation_is_repeatable_and_leaves_the_global_generator_alone(config):
+    before = torch.random.get_rng_state()
+    first, second, other = (HyperNet.create(config, seed).state_dict() for seed in (3, 3, 4))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["readout"], other["readout"])
+
+
+def test_preprocessing_takes_the_central_square():
+    image = photos(1, size=64)
+    wide = torch.zeros(1, 64, 100, 3)
+    wide[:, :, 18:82] = image
+    torch.testing.assert_close(preprocess(wide, ENCODER), preprocess(image, ENCODER))
+    with_alpha = torch.cat([image, torch.zeros(1, 64, 64, 1)], -1)
+    torch.testing.assert_close(preprocess(with_alpha, ENCODER), preprocess(image, ENCODER))
+    assert preprocess(image, ENCODER).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(0, 64, 64, 3), "Expected photos"),
+        (torch.zeros(64, 64, 3), "Expected photos"),
+        (torch.zeros(1, 64, 64, 1), "Expected photos"),
+        (torch.zeros(1, 1, 1, 3), "at least 16 pixels"),
+        (torch.full((1, 64, 64, 3), torch.nan), "NaN"),
+    ],
+)
+def test_unusable_photos(images, message):
+    with pytest.raises(HyperNetError, match=message):
+        preprocess(images, ENCODER)
+
+
+def test_wrong_tokens_and_broken_weights(net):
+    with pytest.raises(HyperNetError, match="width 24"):
+        predict(net, torch.zeros(1, 5, 23))
+    tokens = tokens_of(net, photos(1))
+    net.readout.data[0] = torch.nan
+    with pytest.raises(HyperNetError, match="NaN"):
+        predict(net, tokens)
+
+
+def test_a_hypernetwork_for_clip_vision_says_so(toy, recipe):
+    encoder = EncoderConfig("clip_vision", 224, 24, name="ViT-H-14", num_tokens=257)
+    net = HyperNet.create(HyperNetConfig(toy.layout, recipe, encoder, 32, 2, 2))
+    assert not any(name.startswith("encoder.") for name in net.state_dict())
+    with pytest.raises(HyperNetError, match=r"ViT-H-14.*Load CLIP Vision"):
+        net.encode(torch.zeros(1, 3, 224, 224))
+    assert predict(net, torch.randn(1, 257, 24, generator=torch.Generator().manual_seed(0))).up.any()
+
+
+@pytest.fixture
+def path(net, tmp_path):
+    hypernet_file.save(net, tmp_path / "net.safetensors", {"people": "5000"}, torch.float32)
+    return tmp_path / "net.safetensors"
+
+
+def test_file_round_trip(net, path):
+    header = hypernet_file.read_header(path)
+    assert header.config == net.config and header.info == {"people": "5000"}
+    loaded = hypernet_file.load(path)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    images = photos(2)
+    assert torch.equal(predict(loaded, tokens_of(loaded, images)).up, predict(net, tokens_of(net, images)).up)
+
+
+def test_half_precision_is_close(net, path, tmp_path):
+    size = hypernet_file.save(net, tmp_path / "half.safetensors", {})
+    assert size < 0.6 * path.stat().st_size
+    images = photos(1)
+    half, full = (predict(n, tokens_of(n, images)).up for n in (hypernet_file.load(tmp_path / "half.safetensors"), net))
+    assert (half - full).norm() < 5e-3 * full.norm()
+
+
+def test_refuses_damage(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(HyperNetFileError, match="incomplete"):
+        hypernet_file.load(path)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(HyperNetFileError, match="checksum"):
+        hypernet_file.load(path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda fields: fields.update(format_version=9), "version 9.*Update"),
+        (lambda fields: fields["basis"].update(seed=7), "another basis"),
+        (lambda fields: fields["basis_probe"].__setitem__(0, 0.5), "another basis"),
+        (lambda fields: fields["sizes"].pop("width"), "checksum"),
+        (lambda fields: fields["sizes"].update(colour="red"), "garbles a field"),
+        (lambda fields: fields["sizes"]["encoder"].update(kind="resnet"), "kind vit or clip_vision"),
+    ],
+)
+def test_refuses_other_headers(path, edit, message):
+    rewrite(path, edit)
+    with pytest.raises(HyperNetFileError, match=message):
+        hypernet_file.load(path)
+
+
+def test_refuses_other_files(path, make_lidb, tmp_path):
+    lidb_file.save(make_lidb(), tmp_path / "person.safetensors")
+    with pytest.raises(HyperNetFileError, match="not a HyperNet"):
+        hypernet_file.load(tmp_path / "person.safetensors")
+    (tmp_path / "page.safetensors").write_text("<html>")
+    with pytest.raises(HyperNetFileError, match="not in the safetensors format"):
+        hypernet_file.read_header(tmp_path / "page.safetensors")
+
+
+def test_nothing_is_written_when_it_would_not_be_finite(net, tmp_path):
+    net.position.data[0, 0] = 1e6  # more than float16 holds
+    with pytest.raises(HyperNetFileError, match="NaN or infinity"):
+        hypernet_file.save(net, tmp_path / "net.safetensors", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_narrow_layers(toy):
+    """A basis wider than the layers: the surplus coordinates of a prediction are zero."""
+    recipe = BasisRecipe(0, 100, 50)
+    net = HyperNet.create(HyperNetConfig(toy.layout, recipe, ENCODER, 32, 2, 2))
+    person = predict(net, tokens_of(net, photos(1)))
+    narrow = [i for i, layer in enumerate(toy.layout.layers) if layer.out_features < 50]
+    assert narrow and not any(person.up[i, toy.layout.layers[i].out_features :].any() for i in narrow)
