@@ -1,6 +1,7 @@
 """The miniature's weights: packed for the repository, expanded to the single file that ComfyUI's stock loader reads.
 
-``python -m miniature.checkpoint pack`` writes ``weights/`` from finished trainings; ``expand`` writes the checkpoint.
+``python -m miniature.checkpoint pack`` writes ``weights/`` from finished trainings; ``expand`` writes the checkpoint,
+``diffusers`` the same model as a diffusers folder, which the training of the hypernetwork reads.
 Packed matrices are int8 with a float16 scale a row; token rows that no caption uses are left out and come back as zeros.
 """
 
@@ -154,6 +155,42 @@ def expand(source_dir: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
+def write_diffusers(source_dir: Path, target: Path) -> None:
+    """Writes the model as a diffusers folder: unet, text_encoder, tokenizer, vae, scheduler; float32.
+
+    Args:
+        source_dir: the repository's ``weights/``.
+        target: the folder to make.
+
+    Raises:
+        FileNotFoundError: A packed file is missing, or ComfyUI, which carries the tokenizer, is not unpacked.
+    """
+    from diffusers import DDPMScheduler
+
+    from .base import build_unet
+    from .text import build_text_encoder, load_tokenizer
+    from .vae import build_vae
+
+    packed, _ = read_packed(source_dir / BASE_FILE)
+    rows = packed.pop(_TOKEN_ROWS).long()
+    base = unpack_tensors(packed)
+    vae, header = read_packed(source_dir / VAE_FILE)
+    tokens = torch.zeros(_VOCABULARY, base[_TOKEN_WEIGHT].shape[1])
+    tokens[rows] = base[_TOKEN_WEIGHT]
+    base[_TOKEN_WEIGHT] = tokens
+    parts = {"unet": build_unet(), "text_encoder": build_text_encoder(_VOCABULARY), "vae": build_vae()}
+    for name in ("unet", "text_encoder"):
+        own = {key.removeprefix(f"{name}."): weight for key, weight in base.items() if key.startswith(f"{name}.")}
+        parts[name].load_state_dict(own)
+    parts["vae"].load_state_dict(unpack_tensors(vae))
+    parts["vae"].register_to_config(scaling_factor=LATENT_FACTOR / float(header["vae_scale"]))
+    for name, part in parts.items():
+        part.save_pretrained(target / name)
+    load_tokenizer().save_pretrained(target / "tokenizer")
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    DDPMScheduler(**schedule, prediction_type="epsilon").save_pretrained(target / "scheduler")
+
+
 def write_vae(folder: Path, vae: dict[str, torch.Tensor], std: float) -> None:
     """Writes ``miniature_vae.safetensors`` from float32 weights of ``AutoencoderTiny`` and the std of its raw latents."""
     header = _HEADER | {"vae_scale": repr(LATENT_FACTOR * std)}
@@ -185,15 +222,17 @@ def _pack(runs: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("pack", "expand"))
+    parser.add_argument("command", choices=("pack", "expand", "diffusers"))
     parser.add_argument("--runs", type=Path, default=Path(".runs"))
     parser.add_argument("--weights", type=Path, default=Path(__file__).parent.parent / "weights")
-    parser.add_argument("--target", type=Path, default=Path(".runs/hdb_miniature.safetensors"))
+    parser.add_argument("--target", type=Path, help="default: .runs/hdb_miniature.safetensors, or .runs/diffusers")
     args = parser.parse_args()
     if args.command == "pack":
         _pack(args.runs, args.weights)
+    elif args.command == "expand":
+        expand(args.weights, args.target or args.runs / "hdb_miniature.safetensors")
     else:
-        expand(args.weights, args.target)
+        write_diffusers(args.weights, args.target or args.runs / "diffusers")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ MINIATURE_UNET = {  # two levels of 320 channels with one block each, attention 
     "channel_mult": (1, 1),
     "num_res_blocks": [1, 1],
     "transformer_depth": [0, 1],
-    "transformer_depth_output": [1, 1, 0, 0],
+    "transformer_depth_output": [0, 0, 1, 1],
     "transformer_depth_middle": 1,
 }
 FULL_UNET = {

@@ -1,0 +1,131 @@
+"""A frozen diffusers model as a `Denoiser` for many people at once: every sample of a batch may carry its own LiDB."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LayoutError
+from ..layout import find_targets, layout_of
+
+_FAMILY_BY_CONTEXT = {768: "sd1", 1024: "sd2"}
+_PARTS = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
+
+
+class DiffusersDenoiser:
+    """`hdb_core.finetune.Denoiser` over the modules of a diffusers folder.
+
+    In contrast to that protocol's host side, every prompt is encoded for its own sample, since people differ.
+
+    Args:
+        unet: UNet2DConditionModel.
+        text_encoder: CLIPTextModel.
+        tokenizer: CLIP's.
+        alphas_cumprod: (T,) signal shares of the schedule.
+        prediction_type: "epsilon" or "v_prediction".
+
+    Raises:
+        LayoutError: if the UNet is of no known family or predicts something else.
+    """
+
+    def __init__(
+        self, unet: nn.Module, text_encoder: nn.Module, tokenizer: Any, alphas_cumprod: Tensor, prediction_type: str
+    ) -> None:
+        family = _FAMILY_BY_CONTEXT.get(unet.config.cross_attention_dim)
+        if family is None or prediction_type not in ("epsilon", "v_prediction"):
+            raise LayoutError(
+                f"Training knows SD 1.x and SD 2.x that predict epsilon or v, but this model reads text of width "
+                f"{unet.config.cross_attention_dim} and predicts {prediction_type!r}. Give it another --model."
+            )
+        for part in (unet, text_encoder):
+            part.eval().requires_grad_(False)
+        self.unet, self.text_encoder, self.tokenizer = unet, text_encoder, tokenizer
+        self.predicts_v = prediction_type == "v_prediction"
+        self.device, self.dtype = unet.device, unet.dtype
+        share = alphas_cumprod.double()
+        self._sigmas = ((1 - share) / share).sqrt().float().to(self.device)
+        text_modules = {"text_encoder": dict(text_encoder.named_modules())}
+        self.modules = find_targets(dict(unet.named_modules()), text_modules, family)
+        self.layout = layout_of(self.modules, family)
+        self._tokens: dict[str, Tensor] = {}
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Text states (B, 77, D) for B prompts, each through its own sample's adapters."""
+        for prompt in set(prompts) - self._tokens.keys():
+            tokens = self.tokenizer(
+                prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+            ).input_ids
+            self._tokens[prompt] = tokens[0]
+        tokens = torch.stack([self._tokens[prompt] for prompt in prompts])
+        return self.text_encoder(tokens.to(self.device)).last_hidden_state
+
+    def sigmas(self) -> Tensor:
+        """The noise levels (T,) of the schedule, ascending."""
+        return self._sigmas
+
+    def add_noise(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Noisy latents (B, C, h, w) = latents + sigma · noise, as ComfyUI writes them."""
+        return latents + noise * sigma.view(-1, 1, 1, 1)
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, conditioning: Tensor) -> Tensor:
+        """Predicted clean latents (B, C, h, w), float32."""
+        timesteps = torch.searchsorted(self._sigmas, sigma).clamp(max=len(self._sigmas) - 1)
+        s = sigma.view(-1, 1, 1, 1)
+        scale = (s**2 + 1).rsqrt()
+        output = self.unet((noisy * scale).to(self.dtype), timesteps, conditioning.to(self.dtype)).sample.float()
+        return noisy * scale**2 - output * s * scale if self.predicts_v else noisy - s * output
+
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        """(B,): turns the squared error of clean latents into that of ε or v."""
+        return (sigma**2 + 1) / sigma**2 if self.predicts_v else sigma**-2
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded base model: its denoiser and its VAE."""
+
+    denoiser: DiffusersDenoiser
+    vae: nn.Module
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Model-space latents (N, C, H/8, W/8) float32 of pixels (N, 3, H, W) in 0..1."""
+        encoded = self.vae.encode((pixels * 2 - 1).to(self.vae.device, self.vae.dtype))
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return latents.float() * self.vae.config.scaling_factor
+
+
+def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """Load a diffusers folder from the local disk; nothing is downloaded.
+
+    Raises:
+        FileNotFoundError: if the folder lacks a part.
+        LayoutError: if the model is of no known family.
+    """
+    from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    if missing := [part for part in _PARTS if not (folder / part).is_dir()]:
+        raise FileNotFoundError(
+            f"{folder} is no diffusers model: it lacks {', '.join(missing)}. Give --model a folder with {', '.join(_PARTS)}."
+        )
+    local = {"local_files_only": True}
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, **local)
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **local)
+    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", **local)
+    tiny = AutoencoderTiny.load_config(folder / "vae", **local)["_class_name"] == "AutoencoderTiny"
+    # A full VAE overflows in float16.
+    vae = (AutoencoderTiny if tiny else AutoencoderKL).from_pretrained(folder / "vae", **local)
+    denoiser = DiffusersDenoiser(
+        unet.to(device, memory_format=torch.channels_last),
+        text_encoder.to(device),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer", **local),
+        scheduler.alphas_cumprod,
+        scheduler.config.prediction_type,
+    )
+    return BaseModel(denoiser, vae.to(device).eval().requires_grad_(False))

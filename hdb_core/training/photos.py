@@ -1,0 +1,77 @@
+"""People on disk: a folder of face photos, one sub-folder a person; a photo directly in the folder is a person of its own.
+
+A text file of the same name beside a photo holds words that are true of that photo and not of the person
+("smiling, at the beach"); they follow the prompt when that photo is denoised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..errors import HyperNetError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photo and what is true of it alone."""
+
+    path: Path
+    words: str = ""
+
+    def pixels(self, size: int) -> Tensor:
+        """The central square, float32 (size, size, 3) in 0..1.
+
+        Raises:
+            HyperNetError: if the file is no picture.
+        """
+        try:
+            with Image.open(self.path) as image:
+                image = ImageOps.exif_transpose(image).convert("RGB")
+                image = (
+                    ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) if image.size != (size, size) else image
+                )
+                return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+        except OSError as error:
+            raise HyperNetError(
+                f"{self.path} cannot be read as a picture ({error}). Remove it or save it again."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody with one photo or several."""
+
+    name: str
+    photos: tuple[Photo, ...]
+
+
+def find_people(folder: Path) -> list[Person]:
+    """All people of a folder, by name.
+
+    Raises:
+        HyperNetError: if there is none.
+    """
+    if not folder.is_dir():
+        raise HyperNetError(f"There is no folder {folder}. Give --photos a folder with a sub-folder for each person.")
+    people = []
+    for entry in sorted(folder.iterdir()):
+        files = sorted(entry.iterdir()) if entry.is_dir() else [entry]
+        photos = tuple(_photo(file) for file in files if file.suffix.lower() in SUFFIXES)
+        if photos:
+            people.append(Person(entry.stem, photos))
+    if not people:
+        raise HyperNetError(f"{folder} holds no photos ({', '.join(sorted(SUFFIXES))}) of anybody.")
+    return people
+
+
+def _photo(path: Path) -> Photo:
+    words = path.with_suffix(".txt")
+    return Photo(path, words.read_text(encoding="utf-8").strip() if words.is_file() else "")

@@ -1,0 +1,92 @@
+"""Training of the hypernetwork: people on disk, and many people fitted at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from hdb_core.errors import FinetuneError, HyperNetError
+from hdb_core.training.fit import FitConfig, caption, draw, fit_people
+from hdb_core.training.photos import find_people
+
+
+@pytest.fixture
+def config(recipe):
+    return FitConfig(steps=8, learning_rate=0.05, basis=recipe)
+
+
+def pictures(count, seed):
+    return torch.randn(count, 4, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def fitted(toy, latents, config, seed=0):
+    words = [["smiling", "at the beach"][: len(photos)] for photos in latents]
+    return fit_people(toy, latents, words, config, torch.Generator().manual_seed(seed))
+
+
+def test_people_of_a_batch_do_not_mix(toy, config):
+    """Another neighbour changes nothing of a person."""
+    together = fitted(toy, [pictures(2, 1), pictures(1, 2)], config)
+    elsewhere = fitted(toy, [pictures(2, 1), pictures(1, 3)], config)
+    torch.testing.assert_close(together[0], elsewhere[0])
+    assert (together[1] - elsewhere[1]).norm() > 0.1 * together[1].norm()
+
+
+def test_fitting_lowers_the_loss_and_touches_every_layer(toy, recipe):
+    losses = []
+    config = FitConfig(steps=60, learning_rate=0.05, basis=recipe)
+    people = [pictures(1, seed) for seed in range(4)]
+    up = fit_people(
+        toy, people, [[""]] * 4, config, torch.Generator().manual_seed(0), lambda _, loss: losses.append(loss)
+    )
+    assert up.shape == (4, len(toy.layout.layers), recipe.up_dim, 1)
+    assert (up.flatten(2).norm(dim=-1) > 0).all()
+    assert sum(losses[-15:]) < 0.97 * sum(losses[:15])
+
+
+def test_fitting_is_repeatable_and_leaves_the_global_generator_alone(toy, config):
+    before = torch.random.get_rng_state()
+    first, again, other = (fitted(toy, [pictures(1, 1)], config, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_two_steps_draw_different_noise(toy):
+    generator = torch.Generator().manual_seed(0)
+    first, second = (draw(toy, pictures(4, 0), torch.ones(4), 0.1, generator) for _ in range(2))
+    assert not torch.equal(first.noise, second.noise) and not torch.equal(first.sigma, second.sigma)
+    assert first.sigma.min() >= toy.sigmas()[20]
+
+
+def test_captions():
+    assert caption("a [v] face", "smiling") == "a [v] face, smiling"
+    assert caption("a [v] face", "") == "a [v] face"
+
+
+def test_divergence_is_an_error(toy, config):
+    with pytest.raises(FinetuneError, match="diverged"):
+        fitted(toy, [torch.full((1, 4, 6, 6), torch.nan)], config)
+
+
+def test_people_on_disk(tmp_path):
+    for name in ("anna/1.png", "anna/2.JPG", "ben.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), "red").save(tmp_path / name, "PNG")
+    (tmp_path / "anna" / "1.txt").write_text("smiling, at the beach\n")
+    (tmp_path / "readme.md").write_text("not a person")
+    anna, ben = find_people(tmp_path)
+    assert [(p.path.name, p.words) for p in anna.photos] == [("1.png", "smiling, at the beach"), ("2.JPG", "")]
+    assert (ben.name, len(ben.photos)) == ("ben", 1)
+    pixels = anna.photos[0].pixels(16)
+    assert pixels.shape == (16, 16, 3) and pixels[..., 0].min() == 1
+
+
+def test_nobody_on_disk(tmp_path):
+    with pytest.raises(HyperNetError, match="no folder"):
+        find_people(tmp_path / "missing")
+    with pytest.raises(HyperNetError, match="no photos"):
+        find_people(tmp_path)
+    (tmp_path / "a.png").write_text("not a picture")
+    with pytest.raises(HyperNetError, match="cannot be read"):
+        find_people(tmp_path)[0].photos[0].pixels(16)
