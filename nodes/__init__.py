@@ -6,10 +6,13 @@ from comfy_api.latest import ComfyExtension, io
 
 from .finetune import FastFinetune
 from .host.folders import register_folders
+from .hypernet import LoadHyperNet, PredictLiDB
 from .lidb import ApplyLiDBToModel, BlendLiDB, LoadLiDB, SaveLiDB
 from .lora import SaveLiDBAsLoRA
 
-NODES: list[type[io.ComfyNode]] = [FastFinetune, ApplyLiDBToModel, SaveLiDB, LoadLiDB, BlendLiDB, SaveLiDBAsLoRA]
+NODES: list[type[io.ComfyNode]] = [
+    LoadHyperNet, PredictLiDB, FastFinetune, ApplyLiDBToModel, SaveLiDB, LoadLiDB, BlendLiDB, SaveLiDBAsLoRA,
+]  # fmt: skip
 
 
 class HyperDreamBooth(ComfyExtension):

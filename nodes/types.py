@@ -5,3 +5,4 @@ from comfy_api.latest import io
 CATEGORY = "HyperDreamBooth"
 
 LIDB = io.Custom("LIDB")
+HYPERNET = io.Custom("HYPERNET")

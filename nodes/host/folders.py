@@ -1,4 +1,4 @@
-"""Where LiDB files live: models/lidb, the output folder's lidb, and what extra_model_paths.yaml adds."""
+"""Where our files live: models/lidb, the output folder's lidb, models/hyperdreambooth, and extra_model_paths.yaml."""
 
 from __future__ import annotations
 
@@ -8,25 +8,32 @@ from pathlib import Path
 
 import folder_paths
 
-from ...hdb_core.errors import LiDBFileError
+from ...hdb_core.errors import HDBError, HyperNetFileError, LiDBFileError
 
-CATEGORY = "lidb"
+LIDBS, HYPERNETS = "lidb", "hyperdreambooth"
 EXTENSION = ".safetensors"
 
 
 def register_folders() -> None:
     """Tell the host about our folders; paths that extra_model_paths.yaml has put there come first."""
-    known, _ = folder_paths.folder_names_and_paths.get(CATEGORY, ([], set()))
-    ours = [
-        os.path.join(folder_paths.models_dir, CATEGORY),
-        os.path.join(folder_paths.get_output_directory(), CATEGORY),
-    ]
+    _register(
+        LIDBS, os.path.join(folder_paths.models_dir, LIDBS), os.path.join(folder_paths.get_output_directory(), LIDBS)
+    )
+    _register(HYPERNETS, os.path.join(folder_paths.models_dir, HYPERNETS))
+
+
+def _register(category: str, *ours: str) -> None:
+    known, _ = folder_paths.folder_names_and_paths.get(category, ([], set()))
     paths = [*known, *(path for path in ours if path not in known)]
-    folder_paths.folder_names_and_paths[CATEGORY] = (paths, {EXTENSION})
+    folder_paths.folder_names_and_paths[category] = (paths, {EXTENSION})
 
 
 def saved_lidbs() -> list[str]:
-    return folder_paths.get_filename_list(CATEGORY)
+    return folder_paths.get_filename_list(LIDBS)
+
+
+def saved_hypernets() -> list[str]:
+    return folder_paths.get_filename_list(HYPERNETS)
 
 
 def find_lidb(name: str) -> Path:
@@ -35,13 +42,26 @@ def find_lidb(name: str) -> Path:
     Raises:
         LiDBFileError: the name leaves the folders, is no .safetensors, or no such file exists.
     """
+    return _find(LIDBS, name, "LiDB", LiDBFileError)
+
+
+def find_hypernet(name: str) -> Path:
+    """The file of a name from `saved_hypernets`.
+
+    Raises:
+        HyperNetFileError: as `find_lidb`.
+    """
+    return _find(HYPERNETS, name, "HyperNet", HyperNetFileError)
+
+
+def _find(category: str, name: str, what: str, error: type[HDBError]) -> Path:
     if ".." in Path(name).parts or os.path.isabs(name) or not name.endswith(EXTENSION):
-        raise LiDBFileError(f"{name!r} is no name of a LiDB file. Choose one from the list of Load LiDB.")
-    path = folder_paths.get_full_path(CATEGORY, name)
+        raise error(f"{name!r} is no name of a {what} file. Choose one from the list of Load {what}.")
+    path = folder_paths.get_full_path(category, name)
     if path is None:
-        folders = ", ".join(folder_paths.get_folder_paths(CATEGORY))
-        raise LiDBFileError(
-            f"There is no LiDB file {name!r} in {folders}. Put it there, or choose another one from the list."
+        folders = ", ".join(folder_paths.get_folder_paths(category))
+        raise error(
+            f"There is no {what} file {name!r} in {folders}. Put it there, or choose another one from the list."
         )
     return Path(path)
 

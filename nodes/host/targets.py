@@ -10,7 +10,7 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import nn
 
 from ...hdb_core.errors import LayoutError
-from ...hdb_core.layout import find_targets, host_keys, layout_of, require_layers
+from ...hdb_core.layout import Layout, find_targets, host_keys, layout_of, require_layers
 from ...hdb_core.lidb import LiDB, expand
 
 Target = TypeVar("Target", ModelPatcher, CLIP)
@@ -58,6 +58,18 @@ def target_modules(model: ModelPatcher, clip: CLIP | None) -> tuple[dict[str, nn
         family,
     )
     return modules, family
+
+
+def require_unet(model: ModelPatcher, layout: Layout, maker: str) -> None:
+    """Check a MODEL alone against the layers that something was made for.
+
+    Raises:
+        LayoutError: it is of another family, or lacks one of them.
+    """
+    family = family_of(model)
+    own = layout_of(find_targets(dict(model.model.diffusion_model.named_modules()), {}, family), family)
+    text = tuple(layer for layer in layout.layers if layer.is_text)
+    require_layers(layout, Layout(own.family, own.layers + text), maker)
 
 
 def apply_lidb(

@@ -28,9 +28,11 @@ def base_directory(tmp_path_factory) -> Path:
 def host(base_directory: Path):
     """ComfyUI's modules, and the pack's nodes by id."""
     extra = base_directory / "extra" / "people"
-    extra.mkdir(parents=True)
+    extra_hypernets = base_directory / "extra" / "nets"
+    for folder in (extra, extra_hypernets):
+        folder.mkdir(parents=True)
     paths = base_directory / "extra_model_paths.yaml"
-    paths.write_text(f"mine:\n  base_path: {extra.parent}\n  lidb: people\n")
+    paths.write_text(f"mine:\n  base_path: {extra.parent}\n  lidb: people\n  hyperdreambooth: nets\n")
     booted = boot(COMFYUI, base_directory, extra_paths=paths)
     return SimpleNamespace(
         folder_paths=booted.folder_paths,
@@ -39,11 +41,21 @@ def host(base_directory: Path):
         module=booted.module,
         run=booted.run,
         extra=extra,
+        extra_hypernets=extra_hypernets,
         load_file=lambda name: load_file(Path(__file__).with_name(name)),
     )
 
 
-NODE_IDS = ("FastFinetune", "ApplyLiDBToModel", "SaveLiDB", "LoadLiDB", "BlendLiDB", "SaveLiDBAsLoRA")
+NODE_IDS = (
+    "LoadHyperNet",
+    "PredictLiDB",
+    "FastFinetune",
+    "ApplyLiDBToModel",
+    "SaveLiDB",
+    "LoadLiDB",
+    "BlendLiDB",
+    "SaveLiDBAsLoRA",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,99 @@
+"""Photo to person without training."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..hdb_core.errors import HyperNetFileError
+from .host.folders import find_hypernet, saved_hypernets
+from .host.hypernets import HostHyperNet
+from .host.progress import send_text
+from .host.targets import require_unet
+from .types import CATEGORY, HYPERNET, LIDB
+
+MAX_ITERATIONS = 16
+
+
+class LoadHyperNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoadHyperNet",
+            display_name="Load HyperNet",
+            category=CATEGORY,
+            description="Loads a network that predicts a person's LiDB from a photo, for one family of base models.",
+            inputs=[
+                io.Combo.Input(
+                    "hypernet_name",
+                    options=saved_hypernets(),
+                    tooltip="Files in models/hyperdreambooth and the hyperdreambooth paths of extra_model_paths.yaml. Press R to refresh.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="Only for a hypernetwork that was trained with your own image encoder; it says so if it needs one.",
+                ),
+            ],
+            outputs=[HYPERNET.Output(display_name="hypernet", tooltip="Connect Predict LiDB.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, hypernet_name: str | None) -> bool | str:
+        try:
+            return hypernet_name is None or bool(find_hypernet(hypernet_name))
+        except HyperNetFileError as error:
+            return str(error)
+
+    @classmethod
+    def fingerprint_inputs(cls, hypernet_name: str, clip_vision: io.ClipVision.Type | None = None) -> str:
+        stat = find_hypernet(hypernet_name).stat()
+        return f"{stat.st_mtime_ns} {stat.st_size}"
+
+    @classmethod
+    def execute(cls, hypernet_name: str, clip_vision: io.ClipVision.Type | None = None) -> io.NodeOutput:
+        return io.NodeOutput(HostHyperNet(find_hypernet(hypernet_name), clip_vision))
+
+
+class PredictLiDB(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PredictLiDB",
+            display_name="Predict LiDB",
+            category=CATEGORY,
+            description="Predicts a person's LiDB from one photo, or several, in one pass and without training.",
+            inputs=[
+                HYPERNET.Input("hypernet", tooltip="From Load HyperNet."),
+                io.Image.Input(
+                    "image",
+                    tooltip="A photo of the person, cropped to the face as in training; a batch of photos of one person is better.",
+                ),
+                io.Int.Input(
+                    "iterations",
+                    default=0,
+                    min=0,
+                    max=MAX_ITERATIONS,
+                    tooltip="How often the prediction is refined. 0: as often as measured best for this hypernetwork.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The MODEL that the person is meant for: tells at once if it does not fit.",
+                ),
+            ],
+            outputs=[
+                LIDB.Output(display_name="lidb", tooltip="The person. Connect Apply LiDB to Model, or Fast Finetune."),
+                io.String.Output(display_name="prompt", tooltip="The prompt that means this person, with its token."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, hypernet: HostHyperNet, image: io.Image.Type, iterations: int, model: io.Model.Type | None = None
+    ) -> io.NodeOutput:
+        if model is not None:
+            require_unet(model, hypernet.config.layout, "This hypernetwork")
+        lidb = hypernet.predict(image, iterations or None)
+        send_text(f"predicted from {lidb.info['photos']} photo(s), k = {lidb.info['iterations']}", cls.hidden.unique_id)
+        return io.NodeOutput(lidb, lidb.info["prompt"])
