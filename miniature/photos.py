@@ -1,0 +1,55 @@
+"""Photos of synthetic people as a folder that the training of the hypernetwork reads: ``python -m miniature.photos``.
+
+A sub-folder a person, a plain photo in a context of its own a file, and beside it the words that are true of that photo and
+not of the person. People come from the upper half of the training split, whom the base has never drawn.
+"""
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+from .captions import context_words
+from .drawing import photo
+from .people import SPLITS, Context, sample_context, sample_person
+
+FIRST = SPLITS["train"][len(SPLITS["train"]) // 2]
+PHOTOS_OF_A_PERSON = 100  # seeds of contexts kept apart for each person
+
+
+def photo_context(seed: int, index: int) -> Context:
+    """The context of photo ``index`` of a person."""
+    return sample_context(PHOTOS_OF_A_PERSON * seed + index, style="photo")
+
+
+def write_person(folder: Path, seed: int, count: int) -> None:
+    """Writes ``count`` photos of a person and their words into a sub-folder; a complete one is left alone."""
+    person, target = sample_person(seed), folder / f"{seed:08}"
+    if (target / f"{count - 1}.txt").exists():
+        return
+    target.mkdir(exist_ok=True)
+    for index in range(count):
+        context = photo_context(seed, index)
+        Image.fromarray(photo(person, context)).save(target / f"{index}.png")
+        (target / f"{index}.txt").write_text(", ".join(context_words(context).values()) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(".runs/people"))
+    parser.add_argument("--people", type=int, default=4000)
+    parser.add_argument("--photos", type=int, default=4, help="of each person")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    seeds = range(FIRST, FIRST + args.people)
+    with ProcessPoolExecutor(args.workers) as pool:
+        done = pool.map(write_person, [args.folder] * len(seeds), seeds, [args.photos] * len(seeds), chunksize=20)
+        for number, _ in enumerate(done, 1):
+            if number % 500 == 0 or number == len(seeds):
+                print(f"{number} / {len(seeds)} people", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Photos of synthetic people on disk."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from hdb_core.training.photos import find_people
+from miniature.captions import person_words
+from miniature.drawing import photo
+from miniature.people import SPLITS, sample_person
+from miniature.photos import FIRST, photo_context, write_person
+from miniature.pictures import subject
+
+
+def test_training_finds_the_people(tmp_path):
+    for seed in (FIRST, FIRST + 1):
+        write_person(tmp_path, seed, 3)
+    people = find_people(tmp_path)
+    assert [len(person.photos) for person in people] == [3, 3]
+    drawn = np.asarray(Image.open(people[1].photos[2].path))
+    np.testing.assert_array_equal(drawn, photo(sample_person(FIRST + 1), photo_context(FIRST + 1, 2)))
+
+
+def test_words_are_of_the_photo_and_not_of_the_person(tmp_path):
+    write_person(tmp_path, FIRST, 4)
+    (person,) = find_people(tmp_path)
+    words = [photo.words for photo in person.photos]
+    assert len(set(words)) == 4 and all(words)
+    own = person_words(sample_person(FIRST)).values()
+    assert not any(phrase in text for phrase in own for text in words)
+
+
+def test_the_base_never_drew_them():
+    assert FIRST in SPLITS["train"]
+    drawn = [person.seed for index in range(99_990, 100_000) for person, _ in subject(index)[0]]
+    assert max(drawn) < FIRST
