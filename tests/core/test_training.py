@@ -8,6 +8,14 @@ from PIL import Image
 
 from hdb_core.errors import FinetuneError, HyperNetError
 from hdb_core.training.fit import FitConfig, caption, draw, fit_people
+from hdb_core.training.losses import (
+    Factors,
+    inner,
+    layer_energy,
+    mean_predictor_loss,
+    regression_loss,
+    squared_distance,
+)
 from hdb_core.training.photos import find_people
 
 
@@ -90,3 +98,42 @@ def test_nobody_on_disk(tmp_path):
     (tmp_path / "a.png").write_text("not a picture")
     with pytest.raises(HyperNetError, match="cannot be read"):
         find_people(tmp_path)[0].photos[0].pixels(16)
+
+
+def factors(seed, rank=1, people=5, layers=3):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (people, layers, rank, 12), (people, layers, 8, rank)
+    return Factors(*(torch.randn(shape, generator=generator) for shape in shapes))
+
+
+def dense(people):
+    return people.up @ people.down
+
+
+def test_distances_equal_those_of_the_matrices():
+    one, other = factors(1, rank=1), factors(2, rank=3)
+    torch.testing.assert_close(inner(one, other), (dense(one) * dense(other)).sum((-2, -1)))
+    torch.testing.assert_close(squared_distance(one, other), (dense(one) - dense(other)).square().sum((-2, -1)))
+
+
+def test_the_gauge_of_the_factors_does_not_count():
+    target = factors(1)
+    turned = Factors(-3 * target.down, target.up / -3)
+    assert regression_loss(turned, target, layer_energy(target)) < 1e-5
+
+
+def test_predicting_zero_costs_one_and_the_mean_is_the_best_constant():
+    target = factors(1, people=40)
+    energy = layer_energy(target)
+    zero = Factors(target.down, torch.zeros_like(target.up))
+    torch.testing.assert_close(regression_loss(zero, target, energy), torch.tensor(1.0))
+    mean = dense(target).mean(0)
+    expected = ((dense(target) - mean).square().sum((-2, -1)) / energy).mean()
+    torch.testing.assert_close(mean_predictor_loss(target, energy), expected)
+
+
+def test_a_layer_that_nobody_uses_is_left_out():
+    target = factors(1)
+    target.up[:, 0] = 0
+    loss = regression_loss(factors(2), target, layer_energy(target))
+    assert loss.isfinite() and mean_predictor_loss(target, layer_energy(target)).isfinite()

@@ -1,0 +1,50 @@
+"""The regression onto people who were fitted before, in the space of weight changes.
+
+Distances are those of the full ``delta_weight`` matrices, exact on the factors: raw factors may differ where the change
+is the same (``(c · down, up / c)``), and a loss on them would punish that.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """Factors of B people: down (B, L, R, a), up (B, L, b, R)."""
+
+    down: Tensor
+    up: Tensor
+
+
+def inner(one: Factors, other: Factors) -> Tensor:
+    """⟨ΔW, ΔW'⟩ (B, L); the ranks may differ."""
+    return ((one.up.mT @ other.up) * (one.down @ other.down.mT)).sum((-2, -1))
+
+
+def squared_distance(one: Factors, other: Factors) -> Tensor:
+    """‖ΔW − ΔW'‖² (B, L), differentiable."""
+    return inner(one, one) - 2 * inner(one, other) + inner(other, other)
+
+
+def layer_energy(targets: Factors) -> Tensor:
+    """The mean ‖ΔW‖² of each layer (L,) over the people; what `regression_loss` is measured in."""
+    return inner(targets, targets).mean(0)
+
+
+def regression_loss(predicted: Factors, targets: Factors, energy: Tensor) -> Tensor:
+    """Mean over people and layers of the squared distance, in units of each layer's energy (L,).
+
+    Predicting zero gives 1; `mean_predictor_loss` is what a network must beat to have learned anything of a person.
+    """
+    live = energy > 0
+    return (squared_distance(predicted, targets)[:, live] / energy[live]).mean()
+
+
+def mean_predictor_loss(targets: Factors, energy: Tensor) -> Tensor:
+    """The regression loss of the best constant: the mean change of all people, at full rank."""
+    mean = torch.einsum("nlbr,nlra->lba", targets.up, targets.down) / len(targets.up)
+    live = energy > 0
+    return 1 - (mean.square().sum((-2, -1))[live] / energy[live]).mean()
