@@ -200,6 +200,11 @@ class HyperNet(nn.Module):
             torch.manual_seed(seed)
             return cls(config)
 
+    @torch.no_grad()
+    def set_scale(self, energy: Tensor) -> None:
+        """Measure predictions in the usual size of a layer's numbers, given the mean ‖ΔW‖² (L,) of fitted people."""
+        self.scale.copy_((energy / (self.config.rank * self.config.basis.up_dim)).sqrt().clamp(min=1e-4))
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Face tokens (N, T, D) of preprocessed photos (N, 3, image_size, image_size), with the encoder of the file.
 

@@ -1,0 +1,235 @@
+"""Train a hypernetwork for a base model of your own: ``accelerate launch -m hdb_core.train STAGE …``, or ``python -m``.
+
+Stages, each of which goes on where it was stopped:
+
+* ``precompute``: the photos of all people as latents, and a LiDB fitted to each;
+* ``train``: the hypernetwork, on what ``precompute`` wrote;
+* ``evaluate``: on people who were kept from training.
+
+Needs ``accelerate``, ``diffusers`` and ``transformers``. Nothing is downloaded: --model is a diffusers folder on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from . import hypernet_file
+from .basis import BasisRecipe
+from .errors import HDBError, HyperNetError
+from .hypernet import EncoderConfig, HyperNet, HyperNetConfig
+from .layout import Layout
+from .training.base_model import BaseModel, load_base_model
+from .training.fit import FitConfig
+from .training.loop import FromPixels, PersonLoss, TrainConfig
+from .training.losses import mean_predictor_loss
+from .training.people import FittedPerson, precompute, read_people, stacked
+from .training.photos import find_people
+
+SAVE_EVERY = 180  # seconds
+LOG_EVERY = 10  # steps
+EMA_DECAY = 0.998
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Run:
+    """A folder with everything of one training."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.people, self.state, self.log = folder / "people", folder / "state.pt", folder / "log.csv"
+        self.file = folder / "hypernet.safetensors"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
+    try:
+        base = load_base_model(args.model, accelerator.device, _DTYPES[accelerator.mixed_precision])
+        {"precompute": _precompute, "train": _train, "evaluate": _evaluate}[args.stage](args, accelerator, base)
+    except (HDBError, FileNotFoundError) as error:
+        accelerator.print(error, file=sys.stderr)
+        return 1
+    finally:
+        accelerator.end_training()
+    return 0
+
+
+def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
+    config = FitConfig(basis=_basis(args), prompt=args.prompt, rank=args.rank, steps=args.fit_steps, learning_rate=args.fit_rate)  # fmt: skip
+    people = find_people(args.photos)
+    size = args.image_size
+    with tqdm(total=len(people), unit="person", disable=not accelerator.is_main_process) as bar:
+        share = (accelerator.process_index, accelerator.num_processes)
+        precompute(base, people, Run(args.run).people, config, size, args.group, share,
+                   lambda done, _: bar.update(done - bar.n))  # fmt: skip
+    accelerator.wait_for_everyone()
+
+
+def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
+    run, config = Run(args.run), TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    people, _ = held_out(_fitted(args, run), args.held_out)
+    loss_of = PersonLoss(base.denoiser, people, _net_config(args, base), config)
+    net = FromPixels(HyperNet.create(loss_of.net, config.seed))
+    net.net.set_scale(loss_of.energy)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99))  # fmt: skip
+    average = {name: weight.clone() for name, weight in net.net.state_dict().items()}
+    first = _resume(run, net, optimizer, average)
+    wrapped, optimizer = accelerator.prepare(net, optimizer)
+    average = {name: weight.to(accelerator.device) for name, weight in average.items()}
+    part = _part(config.people, accelerator)
+    baseline = float(mean_predictor_loss(stacked(people, loss_of.down), loss_of.energy))
+    accelerator.print(f"{len(people)} people; predicting the mean costs {baseline:.3f} of the regression.")
+    saved, logged = time.monotonic(), []
+    steps = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not accelerator.is_main_process)
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(step)
+        with accelerator.autocast():
+            losses = loss_of(wrapped, step, part)
+        accelerator.backward(losses["loss"])
+        accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for name, weight in net.net.state_dict().items():
+                average[name].lerp_(weight.to(average[name]), 1 - decay)
+        logged.append({name: accelerator.reduce(value.detach(), "mean") for name, value in losses.items()})
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == config.steps:
+            row = {name: float(torch.stack([r[name] for r in logged if name in r]).mean()) for name in logged[-1]}
+            steps.set_postfix({name: f"{value:.4f}" for name, value in row.items()})
+            if accelerator.is_main_process:
+                _log(run, {"step": step + 1, "rate": config.rate(step), "mean_predictor": baseline, **row})
+            logged = []
+        last = step + 1 == config.steps
+        if accelerator.is_main_process and (last or time.monotonic() - saved > SAVE_EVERY):
+            _save(run, net, optimizer, average, step + 1, args)
+            saved = time.monotonic()
+    accelerator.wait_for_everyone()
+
+
+def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
+    """Losses on held-out people, by number of photos and of refinements."""
+    run = Run(args.run)
+    _, people = held_out(_fitted(args, run), args.held_out)
+    net = FromPixels(hypernet_file.load(run.file).to(accelerator.device))
+    loss_of = PersonLoss(base.denoiser, people, net.net.config, TrainConfig(draws=args.draws))
+    combinations = [(photos, k) for photos in range(1, args.max_photos + 1) for k in range(1, args.max_iterations + 1)]
+    rows = [{"photos": p, "iterations": k, **loss_of.evaluate(net, p, k, args.seed)} for p, k in combinations]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    accelerator.print(text, end="")
+    if accelerator.is_main_process:
+        (run.folder / "evaluation.json").write_text(text)
+
+
+def held_out(people: Sequence[FittedPerson], share: float) -> tuple[list[FittedPerson], list[FittedPerson]]:
+    """Those to train on, and those kept for ``evaluate``: the last ones, at least one."""
+    count = max(1, round(share * len(people)))
+    if count >= len(people):
+        raise HyperNetError(
+            f"{len(people)} people are too few: at least two are needed, one of them kept from training."
+        )
+    return list(people[:-count]), list(people[-count:])
+
+
+def _fitted(args: argparse.Namespace, run: Run) -> list[FittedPerson]:
+    return list(read_people(run.people, find_people(args.photos)))
+
+
+def _net_config(args: argparse.Namespace, base: BaseModel) -> HyperNetConfig:
+    encoder = EncoderConfig(image_size=args.encoder_size, token_width=args.encoder_width, patch_size=args.patch_size, depth=args.encoder_depth)  # fmt: skip
+    return HyperNetConfig(
+        base.denoiser.layout, _basis(args), encoder, width=args.width, depth=args.depth, rank=args.rank,
+        iterations=args.max_iterations, free_down=args.free_down, prompt=args.prompt,
+    )  # fmt: skip
+
+
+def _basis(args: argparse.Namespace) -> BasisRecipe:
+    return BasisRecipe(args.basis_seed, args.down_dim, args.up_dim)
+
+
+def _part(people: int, accelerator: Accelerator) -> slice:
+    """This process's people of the global batch."""
+    if people % accelerator.num_processes:
+        raise HyperNetError(f"--people {people} must be a multiple of the {accelerator.num_processes} processes.")
+    return slice(accelerator.process_index, None, accelerator.num_processes)
+
+
+def _resume(run: Run, net: FromPixels, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
+    """Load what `_save` wrote, if anything; the next step."""
+    if not run.state.exists():
+        return 0
+    state = torch.load(run.state, map_location="cpu", weights_only=True)
+    net.net.load_state_dict(state["net"])
+    optimizer.load_state_dict(state["optimizer"])
+    average.update(state["average"])
+    return state["step"]
+
+
+def _save(
+    run: Run, net: FromPixels, optimizer: Any, average: dict[str, Tensor], step: int, args: argparse.Namespace
+) -> None:
+    """The state to go on from, and the hypernetwork with averaged weights; a kill leaves the old or the new one."""
+    partial = run.state.with_suffix(".partial")
+    torch.save({"net": net.net.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}, partial)  # fmt: skip
+    os.replace(partial, run.state)
+    averaged = HyperNet.create(net.net.config)
+    averaged.load_state_dict(average)
+    settings = {
+        name: str(value) for name, value in sorted(vars(args).items()) if name not in ("model", "photos", "run")
+    }
+    hypernet_file.save(averaged, run.file, {**settings, "made_by": "hdb_core.train", "step": str(step)})
+
+
+def _log(run: Run, row: dict[str, float]) -> None:
+    new = not run.log.exists()
+    with run.log.open("a", newline="") as file:
+        writer = csv.DictWriter(file, ["step", "rate", "loss", "regression", "diffusion", "mean_predictor"])
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hdb_core.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("stage", choices=("precompute", "train", "evaluate"))
+    parser.add_argument("--model", type=Path, required=True, help="diffusers folder of the base model")
+    parser.add_argument("--photos", type=Path, required=True, help="a sub-folder of face photos for each person")
+    parser.add_argument("--run", type=Path, required=True, help="folder for everything that is made")
+    parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
+    parser.add_argument("--mixed-precision", choices=tuple(_DTYPES), default="bf16")
+    parser.add_argument("--held-out", type=float, default=0.02, help="share of the people kept for evaluate")
+    fit, basis, encoder, basic = FitConfig(), BasisRecipe(), EncoderConfig(), HyperNetConfig(Layout("sd1", ()))
+    numbers = {
+        "group": 32, "fit_steps": fit.steps, "fit_rate": fit.learning_rate, "image_size": 512, "basis_seed": basis.seed,
+        "down_dim": basis.down_dim, "up_dim": basis.up_dim, "encoder_size": encoder.image_size,
+        "encoder_width": encoder.token_width, "encoder_depth": encoder.depth, "patch_size": encoder.patch_size,
+        "width": basic.width, "depth": basic.depth, "rank": basic.rank,
+        **{f.name: f.default for f in fields(TrainConfig) if f.name != "same_photo"},
+    }  # fmt: skip
+    for name, default in numbers.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default, help="default: %(default)s"
+        )
+    parser.add_argument("--prompt", default=basic.prompt, help="of everybody, with a rare token; default: %(default)s")
+    parser.add_argument("--free-down", action="store_true", help="predict the down side too")
+    parser.add_argument("--same-photo", action="store_true", help="denoise the photo that a person was predicted from")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

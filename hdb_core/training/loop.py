@@ -1,0 +1,216 @@
+"""The training of a hypernetwork on people whom `precompute` has fitted.
+
+Every draw of a step (who, which photos, which noise) is a function of the seed and the step for the whole global batch,
+of which each process takes its part: the result does not depend on the number of processes, and a run resumes from its
+weights and its step number alone, on any number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import attach
+from ..basis import bases_of
+from ..finetune import Batch, Denoiser, diffusion_loss
+from ..hypernet import HyperNet, HyperNetConfig, preprocess
+from ..lidb import expand_factors, start_down
+from .fit import caption, draw
+from .losses import Factors, layer_energy, mean_predictor_loss, regression_loss
+from .people import FittedPerson, stacked
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training.
+
+    Attributes:
+        steps: optimiser steps; the rate falls to zero over them as a cosine.
+        people: in the global batch.
+        draws: noise levels and photos that each of them is denoised at, a step.
+        learning_rate: peak, of AdamW.
+        warmup: steps until the peak.
+        weight_decay: of AdamW.
+        regression_weight: of the regression onto the fitted people, at the start.
+        regression_steps: over which it falls to zero in a straight line; 0 keeps it.
+        diffusion_weight: of the diffusion loss through the frozen base model.
+        diffusion_start: step from which the diffusion loss counts; before it, it is not computed.
+        min_timestep: lower end of its noise levels, as a fraction of the schedule.
+        max_photos: a person is predicted from 1 to so many photos.
+        max_iterations: and with k from 1 to so many refinements.
+        same_photo: denoise the photo that the person was predicted from, even if there are others.
+        max_grad_norm: of the clipped gradient.
+        seed: of everything that is drawn.
+    """
+
+    steps: int = 3000
+    people: int = 32
+    draws: int = 1
+    learning_rate: float = 5e-4
+    warmup: int = 100
+    weight_decay: float = 0.01
+    regression_weight: float = 1.0
+    regression_steps: int = 0
+    diffusion_weight: float = 1.0
+    diffusion_start: int = 0
+    min_timestep: float = 0.1
+    max_photos: int = 1
+    max_iterations: int = 2
+    same_photo: bool = False
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / self.steps)).item())
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * cosine
+
+    def regression(self, step: int) -> float:
+        """The weight of the regression at a step."""
+        fall = 1 - step / self.regression_steps if self.regression_steps else 1.0
+        return self.regression_weight * max(0.0, fall)
+
+
+class Turn(NamedTuple):
+    """Somebody in a step: the photos to predict from, and the photo to denoise at each draw."""
+
+    person: int
+    seen: list[int]
+    denoised: list[int]
+
+
+def turns_of(step: int, counts: Sequence[int], config: TrainConfig) -> tuple[list[Turn], int, torch.Generator]:
+    """Who takes part in a step, and k; of the whole global batch.
+
+    Args:
+        step: counted from 0.
+        counts: how many photos everybody has.
+        config: settings.
+
+    Returns:
+        The turns, k, and the generator that goes on to draw the noise.
+    """
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+
+    def integer(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    num_photos, iterations = 1 + integer(config.max_photos), 1 + integer(config.max_iterations)
+    turns = []
+    for person in torch.randint(len(counts), (config.people,), generator=generator).tolist():
+        order = torch.randperm(counts[person], generator=generator).tolist()
+        # At least one photo is kept from sight, unless there is only one.
+        seen = [order[i % max(1, len(order) - 1)] for i in range(num_photos)]
+        others = seen if config.same_photo else order[len(set(seen)) :] or seen
+        turns.append(Turn(person, seen, [others[integer(len(others))] for _ in range(config.draws)]))
+    return turns, iterations, generator
+
+
+class PersonLoss:
+    """The losses of a step, or of one process's part of it.
+
+    Args:
+        denoiser: the frozen model; encodes each prompt for its own sample.
+        people: everybody.
+        net: whose layers, basis, prompt and preprocessing count.
+        config: settings.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, people: Sequence[FittedPerson], net: HyperNetConfig, config: TrainConfig
+    ) -> None:
+        self.denoiser, self.people, self.net, self.config = denoiser, people, net, config
+        device = denoiser.sigmas().device
+        self.down = start_down(net.basis, net.layout, people[0].up.shape[-1]).to(device)
+        self.bases = bases_of(net.basis, net.layout, device)
+        self.energy = layer_energy(stacked(people, self.down))
+        self.counts = [len(person.latents) for person in people]
+
+    def __call__(self, net: nn.Module, step: int, part: slice = slice(None)) -> dict[str, Tensor]:
+        """Scalars: ``loss``, which goes down, and unweighted ``regression`` and, where it counts, ``diffusion``.
+
+        Args:
+            net: a `FromPixels`, wrapped or not.
+            step: counted from 0.
+            part: of the global batch's people.
+        """
+        config = self.config
+        turns, iterations, generator = turns_of(step, self.counts, config)
+        own = turns[part]
+        predicted = Factors(*net(self._pixels(own), iterations))
+        targets = stacked([self.people[turn.person] for turn in own], self.down)
+        losses = {"regression": regression_loss(predicted, targets, self.energy)}
+        total = config.regression(step) * losses["regression"]
+        if config.diffusion_weight and step >= config.diffusion_start:
+            losses["diffusion"] = self._diffusion(predicted, turns, part, generator)
+            total = total + config.diffusion_weight * losses["diffusion"]
+        return {"loss": total, **losses}
+
+    def _diffusion(self, predicted: Factors, turns: Sequence[Turn], part: slice, generator: torch.Generator) -> Tensor:
+        """The diffusion loss of a part, whose noise is drawn with that of the whole batch."""
+        denoised = [(turn.person, turn.denoised[d]) for d in range(self.config.draws) for turn in turns]
+        latents = torch.stack([self.people[person].latents[photo] for person, photo in denoised]).to(self.down)
+        rows = [d * len(turns) + i for d in range(self.config.draws) for i in range(len(turns))[part]]
+        weight = torch.full((len(denoised),), 1 / len(rows), device=self.down.device)
+        batch = draw(self.denoiser, latents, weight, self.config.min_timestep, generator)
+        words = [self.people[denoised[row][0]].person.photos[denoised[row][1]].words for row in rows]
+        repeated = Factors(*(factor.repeat(self.config.draws, 1, 1, 1) for factor in predicted))
+        return self.denoising(repeated, Batch(*(tensor[rows] for tensor in batch)), words)
+
+    def denoising(self, factors: Factors, batch: Batch, words: Sequence[str]) -> Tensor:
+        """The diffusion loss of a batch whose samples carry these people."""
+        with attach(self.denoiser.modules, expand_factors(self.bases, *factors)):
+            text = self.denoiser.encode_prompts([caption(self.net.prompt, w) for w in words])
+            return diffusion_loss(self.denoiser, batch, text)
+
+    @torch.no_grad()
+    def evaluate(self, net: nn.Module, photos: int, iterations: int, seed: int = 0) -> dict[str, float]:
+        """Losses on everybody's last photo, with the person predicted from their first ``photos``.
+
+        ``regression`` beside ``mean_predictor``; the diffusion loss with their ``own`` prediction, with ``nobody``'s and
+        with a ``stranger``'s, on the same noise.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        turns = [Turn(i, [n % max(1, count - 1) for n in range(photos)], [count - 1] * self.config.draws)
+                 for i, count in enumerate(self.counts)]  # fmt: skip
+        predicted = Factors(*net(self._pixels(turns), iterations))
+        targets = stacked(self.people, self.down)
+        latents = torch.stack([person.latents[-1] for person in self.people]).to(self.down)
+        words = [person.person.photos[-1].words for person in self.people]
+        chosen = {
+            "own": predicted,
+            "nobody": Factors(predicted.down, torch.zeros_like(predicted.up)),
+            "stranger": Factors(*(factor.roll(1, 0) for factor in predicted)),
+        }
+        losses = dict.fromkeys(chosen, 0.0)
+        weight = torch.full((len(latents),), 1 / len(latents), device=self.down.device)
+        for _ in range(self.config.draws):
+            batch = draw(self.denoiser, latents, weight, self.config.min_timestep, generator)
+            for name, factors in chosen.items():
+                losses[name] += float(self.denoising(factors, batch, words)) / self.config.draws
+        return {"regression": float(regression_loss(predicted, targets, self.energy)),
+                "mean_predictor": float(mean_predictor_loss(targets, self.energy)), **losses}  # fmt: skip
+
+    def _pixels(self, turns: Sequence[Turn]) -> Tensor:
+        """(B, N, 3, H, W) of the photos to predict from."""
+        size = self.net.encoder.image_size
+        photos = [self.people[turn.person].person.photos[i].pixels(size) for turn in turns for i in turn.seen]
+        pixels = preprocess(torch.stack(photos), self.net.encoder).to(self.down.device)
+        return pixels.unflatten(0, (len(turns), -1))
+
+
+class FromPixels(nn.Module):
+    """The hypernetwork from pixels to factors in one call, which is what DDP wraps."""
+
+    def __init__(self, net: HyperNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixels: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+        """Factors of B people from pixels (B, N, 3, H, W)."""
+        tokens = self.net.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        return self.net(tokens.flatten(1, 2), iterations)

@@ -1,0 +1,131 @@
+"""What training reads of each person: photos, their latents, and the LiDB that was fitted to them.
+
+``precompute`` writes a file for every few people, so that a kill loses at most one of them, and any number of processes
+can share the work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import HyperNetError
+from .base_model import BaseModel
+from .fit import FitConfig, fit_people
+from .losses import Factors
+from .photos import Person
+
+
+@dataclass(frozen=True)
+class FittedPerson:
+    """Somebody whom `precompute` has seen.
+
+    Attributes:
+        person: with the photos on disk.
+        latents: (N, C, h, w) float16 of the photos.
+        up: (L, b, R) float32, fitted; the down side is the shared one.
+    """
+
+    person: Person
+    latents: Tensor
+    up: Tensor
+
+
+def precompute(
+    base: BaseModel,
+    people: Sequence[Person],
+    folder: Path,
+    config: FitConfig,
+    image_size: int,
+    group: int = 32,
+    share: tuple[int, int] = (0, 1),
+    report: Callable[[int, int], None] | None = None,
+) -> None:
+    """Encode the photos of all people and fit their LiDBs, ``group`` people at once; finished groups are left alone.
+
+    Args:
+        base: the frozen model.
+        people: whom.
+        folder: receives ``group_00000.safetensors`` and on.
+        config: of the fit.
+        image_size: side of the square that photos are cut to, pixels.
+        group: people fitted together.
+        share: (rank, processes): this process takes every processes-th group.
+        report: called with finished people and all, after every group of this process.
+
+    Raises:
+        HyperNetError: if a photo cannot be read, or the folder holds groups of other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {**asdict(config), "image_size": image_size, "group": group, "layout": base.denoiser.layout.hash}
+    stamp = json.dumps(settings, sort_keys=True)
+    starts = range(0, len(people), group)
+    for number in list(range(len(starts)))[share[0] :: share[1]]:
+        own = people[starts[number] : starts[number] + group]
+        path = folder / f"group_{number:05}.safetensors"
+        names = json.dumps([person.name for person in own])
+        if path.exists():
+            _check(path, stamp, names)
+        else:
+            latents = [_encode(base, person, image_size) for person in own]
+            words = [[photo.words for photo in person.photos] for person in own]
+            generator = torch.Generator().manual_seed(number)
+            up = fit_people(base.denoiser, latents, words, config, generator)
+            counts = torch.tensor([len(photos) for photos in latents])
+            tensors = {"up": up, "latents": torch.cat(latents).half().cpu(), "counts": counts}
+            partial = path.with_suffix(".partial")
+            save_file(
+                {name: t.contiguous() for name, t in tensors.items()}, partial, {"settings": stamp, "names": names}
+            )
+            os.replace(partial, path)
+        if report is not None:
+            report(min(starts[number] + group, len(people)), len(people))
+
+
+def read_people(folder: Path, people: Sequence[Person]) -> Iterator[FittedPerson]:
+    """All that `precompute` wrote, in the order of the groups.
+
+    Raises:
+        HyperNetError: if nothing is there, or somebody is no longer among ``people``.
+    """
+    known = {person.name: person for person in people}
+    paths = sorted(folder.glob("group_*.safetensors"))
+    if not paths:
+        raise HyperNetError(f"{folder} holds no fitted people. Run precompute first.")
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            names = json.loads(file.metadata()["names"])
+            up, latents, counts = (file.get_tensor(name) for name in ("up", "latents", "counts"))
+        for name, own_up, own in zip(names, up, latents.split(counts.tolist()), strict=True):
+            if name not in known or len(known[name].photos) != len(own):
+                raise HyperNetError(
+                    f"The photos of {name!r} have changed since precompute. Run it again in a new folder."
+                )
+            yield FittedPerson(known[name], own, own_up)
+
+
+def stacked(people: Sequence[FittedPerson], down: Tensor) -> Factors:
+    """The fitted factors of B people, with the shared down side (L, R, a)."""
+    return Factors(down.expand(len(people), -1, -1, -1), torch.stack([person.up for person in people]).to(down))
+
+
+def _encode(base: BaseModel, person: Person, image_size: int) -> Tensor:
+    pixels = torch.stack([photo.pixels(image_size) for photo in person.photos])
+    return base.encode(pixels.movedim(-1, 1)).to(base.denoiser.device)
+
+
+def _check(path: Path, stamp: str, names: str) -> None:
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    if header["settings"] != stamp or header["names"] != names:
+        raise HyperNetError(
+            f"{path} was made with other settings, people or another base model. Use another --run folder, or delete it."
+        )
