@@ -109,7 +109,7 @@ class HyperNetConfig:
         """
         rest = dict(fields)
         encoder = dict(rest.pop("encoder"))
-        colors = {name: tuple(float(v) for v in encoder.pop(name)) for name in ("mean", "std")}
+        colors: Any = {name: tuple(float(v) for v in encoder.pop(name)) for name in ("mean", "std")}
         return cls(layout=layout, basis=basis, encoder=EncoderConfig(**encoder, **colors), **rest)
 
 
@@ -173,6 +173,9 @@ class HyperNet(nn.Module):
         down_start: [L, R, a], the down side where every prediction starts; learned once for all people.
         scale: [L], the usual size of a layer's numbers, which the predictions are measured in.
     """
+
+    scale: Tensor
+    encoder: Any
 
     def __init__(self, config: HyperNetConfig) -> None:
         super().__init__()

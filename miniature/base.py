@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=Path(".runs/text"), help="the run of the text encoder")
     parser.add_argument("--run", type=Path, default=Path(".runs/base"))
     parser.add_argument("--start", type=Path, default=None, help="weights/miniature_base.safetensors: go on from there")
-    parser.add_argument("--steps", type=int, default=12_000, help="length of the schedule")
+    parser.add_argument("--steps", type=int, default=2_400, help="length of the schedule")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)

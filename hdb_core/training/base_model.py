@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import LayoutError
 from ..layout import find_targets, layout_of
@@ -34,7 +34,7 @@ class DiffusersDenoiser:
     """
 
     def __init__(
-        self, unet: nn.Module, text_encoder: nn.Module, tokenizer: Any, alphas_cumprod: Tensor, prediction_type: str
+        self, unet: Any, text_encoder: Any, tokenizer: Any, alphas_cumprod: Tensor, prediction_type: str
     ) -> None:
         family = _FAMILY_BY_CONTEXT.get(unet.config.cross_attention_dim)
         if family is None or prediction_type not in ("epsilon", "v_prediction"):
@@ -90,7 +90,7 @@ class BaseModel:
     """A loaded base model: its denoiser and its VAE."""
 
     denoiser: DiffusersDenoiser
-    vae: nn.Module
+    vae: Any  # AutoencoderKL or AutoencoderTiny
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -114,9 +114,9 @@ def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype) -> B
         raise FileNotFoundError(
             f"{folder} is no diffusers model: it lacks {', '.join(missing)}. Give --model a folder with {', '.join(_PARTS)}."
         )
-    local = {"local_files_only": True}
+    local: Any = {"local_files_only": True}
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, **local)
-    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **local)
+    text_encoder: Any = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **local)
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", **local)
     tiny = AutoencoderTiny.load_config(folder / "vae", **local)["_class_name"] == "AutoencoderTiny"
     # A full VAE overflows in float16.

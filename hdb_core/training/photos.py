@@ -33,12 +33,11 @@ class Photo:
             HyperNetError: if the file is no picture.
         """
         try:
-            with Image.open(self.path) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB")
-                image = (
-                    ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) if image.size != (size, size) else image
-                )
-                return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+            with Image.open(self.path) as file:
+                image = ImageOps.exif_transpose(file).convert("RGB")
+            if image.size != (size, size):
+                image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
         except OSError as error:
             raise HyperNetError(
                 f"{self.path} cannot be read as a picture ({error}). Remove it or save it again."
