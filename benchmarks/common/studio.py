@@ -34,9 +34,9 @@ class Sampling:
             --bf16-unet, which computes in float32 on a CPU) a small patch would be rounded away.
     """
 
-    sampler_name: str = "euler"
-    scheduler: str = "normal"
-    steps: int = 20
+    sampler_name: str = "dpmpp_2m"
+    scheduler: str = "karras"
+    steps: int = 12
     cfg: float = 3.0
     bf16: bool = True
 
