@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +73,13 @@ class LiDB:
     def get_ram_usage(self) -> int:
         """Bytes; ComfyUI's cache asks for it."""
         return sum(t.numel() * t.element_size() for t in (self.down, self.up))
+
+
+class Factors(NamedTuple):
+    """Bare factors: down (..., L, R, a), up (..., L, b, R); leading dimensions are the people of a batch."""
+
+    down: Tensor
+    up: Tensor
 
 
 def expand(lidb: LiDB) -> dict[str, tuple[Tensor, Tensor]]:
@@ -134,9 +142,12 @@ def inner(lidb_a: LiDB, lidb_b: LiDB) -> Tensor:
         LiDBError: if the two are of different layouts or bases.
     """
     require_same_space([lidb_a, lidb_b])
-    ups = lidb_a.up.mT @ lidb_b.up
-    downs = lidb_a.down @ lidb_b.down.mT
-    return (ups * downs).sum((-2, -1))
+    return factors_inner(Factors(lidb_a.down, lidb_a.up), Factors(lidb_b.down, lidb_b.up))
+
+
+def factors_inner(one: Factors, other: Factors) -> Tensor:
+    """⟨ΔW, ΔW'⟩ (..., L) of bare factors in one basis, differentiable; the ranks may differ."""
+    return ((one.up.mT @ other.up) * (one.down @ other.down.mT)).sum((-2, -1))
 
 
 def norm(lidb: LiDB) -> Tensor:

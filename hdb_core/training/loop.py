@@ -18,9 +18,9 @@ from ..adapters import attach
 from ..basis import bases_of
 from ..finetune import Batch, Denoiser, diffusion_loss
 from ..hypernet import HyperNet, HyperNetConfig, preprocess
-from ..lidb import expand_factors, start_down
+from ..lidb import Factors, expand_factors, start_down
 from .fit import caption, draw
-from .losses import Factors, layer_energy, mean_predictor_loss, regression_loss
+from .losses import layer_energy, mean_predictor_loss, regression_loss
 from .people import FittedPerson, stacked
 
 

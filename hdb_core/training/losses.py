@@ -6,32 +6,20 @@ is the same (``(c · down, up / c)``), and a loss on them would punish that.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Factors(NamedTuple):
-    """Factors of B people: down (B, L, R, a), up (B, L, b, R)."""
-
-    down: Tensor
-    up: Tensor
-
-
-def inner(one: Factors, other: Factors) -> Tensor:
-    """⟨ΔW, ΔW'⟩ (B, L); the ranks may differ."""
-    return ((one.up.mT @ other.up) * (one.down @ other.down.mT)).sum((-2, -1))
+from ..lidb import Factors, factors_inner
 
 
 def squared_distance(one: Factors, other: Factors) -> Tensor:
     """‖ΔW − ΔW'‖² (B, L), differentiable."""
-    return inner(one, one) - 2 * inner(one, other) + inner(other, other)
+    return factors_inner(one, one) - 2 * factors_inner(one, other) + factors_inner(other, other)
 
 
 def layer_energy(targets: Factors) -> Tensor:
     """The mean ‖ΔW‖² of each layer (L,) over the people; what `regression_loss` is measured in."""
-    return inner(targets, targets).mean(0)
+    return factors_inner(targets, targets).mean(0)
 
 
 def regression_loss(predicted: Factors, targets: Factors, energy: Tensor) -> Tensor:

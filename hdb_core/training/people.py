@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import HyperNetError
+from ..lidb import Factors
 from .base_model import BaseModel
 from .fit import FitConfig, fit_people
-from .losses import Factors
 from .photos import Person
 
 

@@ -7,10 +7,9 @@ import torch
 from PIL import Image
 
 from hdb_core.errors import FinetuneError, HyperNetError
+from hdb_core.lidb import Factors, factors_inner
 from hdb_core.training.fit import FitConfig, caption, draw, fit_people
 from hdb_core.training.losses import (
-    Factors,
-    inner,
     layer_energy,
     mean_predictor_loss,
     regression_loss,
@@ -112,7 +111,7 @@ def dense(people):
 
 def test_distances_equal_those_of_the_matrices():
     one, other = factors(1, rank=1), factors(2, rank=3)
-    torch.testing.assert_close(inner(one, other), (dense(one) * dense(other)).sum((-2, -1)))
+    torch.testing.assert_close(factors_inner(one, other), (dense(one) * dense(other)).sum((-2, -1)))
     torch.testing.assert_close(squared_distance(one, other), (dense(one) - dense(other)).square().sum((-2, -1)))
 
 
