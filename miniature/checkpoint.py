@@ -216,7 +216,8 @@ def _pack(runs: Path, folder: Path) -> None:
         std = json.loads((runs / "latents" / "std.json").read_text())["std"]
         write_vae(folder, load_average(runs / "vae"), std)
     if (runs / "base").is_dir():
-        text = {name: w for name, w in load_average(runs / "text").items() if name.startswith("text_encoder.")}
+        source = trained_weights(runs / "text" if (runs / "text").is_dir() else folder / BASE_FILE)
+        text = {n: w for n, w in source.items() if n.startswith("text_encoder.") and n != _TOKEN_ROWS}
         write_base(folder, load_average(runs / "base") | text, vocabulary(load_tokenizer()))
 
 
