@@ -36,7 +36,7 @@ class Sampling:
 
     sampler_name: str = "dpmpp_2m"
     scheduler: str = "karras"
-    steps: int = 12
+    steps: int = 8
     cfg: float = 3.0
     bf16: bool = True
 
