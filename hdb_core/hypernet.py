@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .basis import BasisRecipe
 from .errors import HyperNetError
+from .images import resize_to_cover
 from .layout import Layout
 from .lidb import LiDB, start_down
 
@@ -133,14 +133,8 @@ def preprocess(images: Tensor, encoder: EncoderConfig) -> Tensor:
         )
     if not bool(images.isfinite().all()):
         raise HyperNetError("The photo contains NaN or infinite values. Check the node that makes it.")
-    pixels = images[..., :3].movedim(-1, 1).float()
-    side = min(pixels.shape[-2:])
-    top, left = (pixels.shape[-2] - side) // 2, (pixels.shape[-1] - side) // 2
-    square = pixels[..., top : top + side, left : left + side]
-    size = (encoder.image_size, encoder.image_size)
-    if square.shape[-2:] != size:
-        square = functional.interpolate(square, size, mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (encoder.mean, encoder.std))
+    square = resize_to_cover(images[..., :3].movedim(-1, 1), (encoder.image_size, encoder.image_size))
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (encoder.mean, encoder.std))
     return (square - mean) / std
 
 
