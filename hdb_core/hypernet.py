@@ -25,6 +25,7 @@ from .errors import HyperNetError
 from .images import resize_to_cover
 from .layout import Layout
 from .lidb import LiDB, start_down
+from .prompt import rare_token
 
 _MIN_SIDE = 16  # pixels
 _FIRST_STEP = 0.02  # of the read-out: small predictions at first, but no dead gradient anywhere
@@ -269,7 +270,7 @@ def predict(net: HyperNet, tokens: Tensor, iterations: int | None = None) -> LiD
     info = {
         "made_by": "hypernetwork",
         "prompt": prompt,
-        "token": next((word for word in prompt.split() if word.startswith("[")), ""),
+        "token": rare_token(prompt),
         "photos": str(len(tokens)),
         "iterations": str(iterations or net.config.iterations),
     }

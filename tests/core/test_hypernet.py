@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -87,6 +88,11 @@ def test_photos_of_one_person_have_no_order_and_all_count(net):
     torch.testing.assert_close(person.up, turned.up)
     assert not torch.allclose(person.up, fewer.up)
     assert person.info["photos"] == "3" and person.info["token"] == "[v]"
+
+
+def test_a_prediction_names_its_token(config):
+    plain = HyperNet.create(replace(config, prompt="a sks face"))
+    assert predict(plain, tokens_of(plain, photos(1))).info["token"] == "sks"
 
 
 def test_a_prediction_is_a_person_like_any_other(net, tmp_path):
