@@ -82,6 +82,25 @@ def test_training_sees_what_the_node_sees(encoders, photos):
         torch.testing.assert_close(tokens, expected.float(), atol=TOLERANCE * float(expected.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("encoders", ["clip, gelu"], indirect=True)
+def test_a_person_of_several_photos_is_the_same_to_training_and_node(run, host, loaded, base_directory, encoders):
+    """Tokens side by side; the IMAGE batch in the node, the photos one by one in training."""
+    trained, hosted = encoders
+    hypernet, layout = host.module("hdb_core.hypernet"), host.module("hdb_core.layout")
+    modules, family = host.module("nodes.host.targets").target_modules(loaded.model, loaded.clip)
+    sizes = {"encoder": trained.config, "width": 32, "depth": 2, "heads": 2}
+    net = hypernet.HyperNet.create(hypernet.HyperNetConfig(layout.layout_of(modules, family), **sizes))
+    folder = base_directory / "models" / "hyperdreambooth"
+    folder.mkdir(parents=True, exist_ok=True)
+    host.module("hdb_core.hypernet_file").save(net, folder / "vision_pair.safetensors", {}, torch.float32)
+    batch = torch.rand(2, 3, 90, 70, generator=torch.Generator().manual_seed(2))
+    (node,) = run("LoadHyperNet", hypernet_name="vision_pair.safetensors", clip_vision=hosted)
+    person, _ = run("PredictLiDB", hypernet=node, image=batch.movedim(1, -1))
+    tokens = torch.cat([trained.encode([photo]) for photo in batch])
+    torch.testing.assert_close(person.up, net.eval()(tokens.flatten(0, 1)[None])[1][0], atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(person.up, net(tokens[:1])[1][0], atol=1e-4)
+
+
 def test_the_list_is_the_hosts(host):
     """Every row of the list against the host's JSON files."""
     import comfy.clip_vision
