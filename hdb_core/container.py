@@ -105,6 +105,15 @@ def read_space(kind: FileKind, fields: Mapping[str, Any], path: Path) -> tuple[L
     return layout, basis
 
 
+def read_info(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The free text of a header.
+
+    Raises:
+        KeyError, AttributeError: if it is missing or no mapping.
+    """
+    return {str(key): str(value) for key, value in fields["info"].items()}
+
+
 def check_basis(kind: FileKind, fields: Mapping[str, Any], path: Path) -> None:
     """Compare a file's probe with the basis as this installation makes it.
 

@@ -23,6 +23,7 @@ from .basis import BasisRecipe, bases_of
 from .errors import FinetuneDiverged, FinetuneError
 from .layout import Layout, require_layers
 from .lidb import LiDB, expand_factors, start_down
+from .prompt import CLASS_PROMPT, rare_token
 
 # A power of two: exact in float32 and bfloat16, and keeps float16 gradients above underflow.
 _GRAD_SCALE = 1024.0
@@ -101,7 +102,7 @@ class FinetuneConfig:
     min_timestep: float = 0.0
     max_timestep: float = 1.0
     prompt: str = "a [v] face"
-    class_prompt: str = "a face"
+    class_prompt: str = CLASS_PROMPT
     prior_weight: float = 0.0
     train_text_encoder: bool = True
     basis: BasisRecipe = field(default_factory=BasisRecipe)
@@ -125,9 +126,8 @@ class FinetuneConfig:
 
     @property
     def token(self) -> str:
-        """The words of the prompt that its class prompt lacks: ``[v]``."""
-        known = set(self.class_prompt.split())
-        return " ".join(word for word in self.prompt.split() if word not in known)
+        """What means the person in the prompt: ``[v]``."""
+        return rare_token(self.prompt, self.class_prompt)
 
 
 class FinetuneProgress(NamedTuple):

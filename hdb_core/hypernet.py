@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .basis import BasisRecipe
 from .errors import HyperNetError
+from .images import resize_to_cover
 from .layout import Layout
 from .lidb import LiDB, start_down
+from .prompt import rare_token
 
 _MIN_SIDE = 16  # pixels
 _FIRST_STEP = 0.02  # of the read-out: small predictions at first, but no dead gradient anywhere
@@ -133,14 +134,8 @@ def preprocess(images: Tensor, encoder: EncoderConfig) -> Tensor:
         )
     if not bool(images.isfinite().all()):
         raise HyperNetError("The photo contains NaN or infinite values. Check the node that makes it.")
-    pixels = images[..., :3].movedim(-1, 1).float()
-    side = min(pixels.shape[-2:])
-    top, left = (pixels.shape[-2] - side) // 2, (pixels.shape[-1] - side) // 2
-    square = pixels[..., top : top + side, left : left + side]
-    size = (encoder.image_size, encoder.image_size)
-    if square.shape[-2:] != size:
-        square = functional.interpolate(square, size, mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (encoder.mean, encoder.std))
+    square = resize_to_cover(images[..., :3].movedim(-1, 1), (encoder.image_size, encoder.image_size))
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (encoder.mean, encoder.std))
     return (square - mean) / std
 
 
@@ -275,7 +270,7 @@ def predict(net: HyperNet, tokens: Tensor, iterations: int | None = None) -> LiD
     info = {
         "made_by": "hypernetwork",
         "prompt": prompt,
-        "token": next((word for word in prompt.split() if word.startswith("[")), ""),
+        "token": rare_token(prompt),
         "photos": str(len(tokens)),
         "iterations": str(iterations or net.config.iterations),
     }

@@ -68,7 +68,7 @@ def read_header(path: str | os.PathLike[str]) -> HyperNetHeader:
     layout, basis = container.read_space(KIND, fields, path)
     try:
         config = HyperNetConfig.from_fields(fields["sizes"], layout, basis)
-        return HyperNetHeader(config, {str(k): str(v) for k, v in fields["info"].items()}, fields)
+        return HyperNetHeader(config, container.read_info(fields), fields)
     except HyperNetError as error:
         raise HyperNetFileError(f"{path.name!r}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:

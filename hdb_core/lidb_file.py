@@ -105,8 +105,8 @@ def read_header(path: str | os.PathLike[str]) -> LiDBHeader:
     fields = container.read_fields(KIND, path)
     layout, basis = container.read_space(KIND, fields, path)
     try:
-        info = {str(key): str(value) for key, value in fields["info"].items()}
-        return LiDBHeader(layout, basis, int(fields["rank"]), info, fields["down"] == "shared", fields)
+        rank, shared_down = int(fields["rank"]), fields["down"] == "shared"
+        return LiDBHeader(layout, basis, rank, container.read_info(fields), shared_down, fields)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise KIND.damaged(path, f"its header lacks or garbles a field ({error})") from error
 

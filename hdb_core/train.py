@@ -2,7 +2,8 @@
 
 Stages, each of which goes on where it was stopped:
 
-* ``precompute``: the photos of all people as latents, and a LiDB fitted to each;
+* ``precompute``: the photos of all people as latents, and a LiDB fitted to each; behind a frozen image encoder
+  (``--clip-vision``), also the tokens of the photos;
 * ``train``: the hypernetwork, on what ``precompute`` wrote;
 * ``evaluate``: on people who were kept from training.
 
@@ -18,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from .training.loop import FromPixels, PersonLoss, TrainConfig
 from .training.losses import mean_predictor_loss
 from .training.people import FittedPerson, precompute, read_people, stacked
 from .training.photos import find_people
+from .training.tokens import PhotoTokens, precompute_tokens
+from .training.vision import load_vision_encoder
 
 SAVE_EVERY = 180  # seconds
 LOG_EVERY = 10  # steps
@@ -50,7 +53,8 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.people, self.state, self.log = folder / "people", folder / "state.pt", folder / "log.csv"
+        self.people, self.tokens = folder / "people", folder / "tokens"
+        self.state, self.log = folder / "state.pt", folder / "log.csv"
         self.file = folder / "hypernet.safetensors"
 
 
@@ -70,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
     config = FitConfig(basis=_basis(args), prompt=args.prompt, rank=args.rank, steps=args.fit_steps, learning_rate=args.fit_rate)  # fmt: skip
+    _photo_tokens(args, accelerator)
     people = find_people(args.photos)
     size = args.image_size
     with tqdm(total=len(people), unit="person", disable=not accelerator.is_main_process) as bar:
@@ -82,7 +87,9 @@ def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseMo
 def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
     run, config = Run(args.run), TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
     people, _ = held_out(_fitted(args, run), args.held_out)
-    loss_of = PersonLoss(base.denoiser, people, _net_config(args, base), config)
+    tokens, encoder = _photo_tokens(args, accelerator)
+    _require_same_encoder(run, encoder)
+    loss_of = PersonLoss(base.denoiser, people, _net_config(args, base, encoder), config, tokens)
     net = FromPixels(HyperNet.create(loss_of.net, config.seed))
     net.net.set_scale(loss_of.energy)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99))  # fmt: skip
@@ -127,7 +134,9 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
     run = Run(args.run)
     _, people = held_out(_fitted(args, run), args.held_out)
     net = FromPixels(hypernet_file.load(run.file).to(accelerator.device))
-    loss_of = PersonLoss(base.denoiser, people, net.net.config, TrainConfig(draws=args.draws))
+    encoder = net.net.config.encoder
+    tokens = PhotoTokens(run.tokens, [p.person for p in people], encoder) if encoder.kind == "clip_vision" else None
+    loss_of = PersonLoss(base.denoiser, people, net.net.config, TrainConfig(draws=args.draws), tokens)
     combinations = [(photos, k) for photos in range(1, args.max_photos + 1) for k in range(1, args.max_iterations + 1)]
     rows = [{"photos": p, "iterations": k, **loss_of.evaluate(net, p, k, args.seed)} for p, k in combinations]
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -150,8 +159,33 @@ def _fitted(args: argparse.Namespace, run: Run) -> list[FittedPerson]:
     return list(read_people(run.people, find_people(args.photos)))
 
 
-def _net_config(args: argparse.Namespace, base: BaseModel) -> HyperNetConfig:
-    encoder = EncoderConfig(image_size=args.encoder_size, token_width=args.encoder_width, patch_size=args.patch_size, depth=args.encoder_depth)  # fmt: skip
+def _photo_tokens(args: argparse.Namespace, accelerator: Accelerator) -> tuple[PhotoTokens | None, EncoderConfig]:
+    """The tokens of everybody, whatever is missing computed now, and their encoder; no tokens without --clip-vision."""
+    if args.clip_vision is None:
+        return None, EncoderConfig(image_size=args.encoder_size, token_width=args.encoder_width, patch_size=args.patch_size, depth=args.encoder_depth)  # fmt: skip
+    encoder = load_vision_encoder(args.clip_vision, accelerator.device)
+    people, folder = find_people(args.photos), Run(args.run).tokens
+    share = (accelerator.process_index, accelerator.num_processes)
+    precompute_tokens(encoder, people, folder, args.group, share)
+    accelerator.wait_for_everyone()
+    return PhotoTokens(folder, people, encoder.config), encoder.config
+
+
+def _require_same_encoder(run: Run, encoder: EncoderConfig) -> None:
+    """The encoder of a training that is to go on must be that of its beginning."""
+    if not run.file.exists():
+        return
+    found = hypernet_file.read_header(run.file).config.encoder
+    if replace(found, name="") != replace(encoder, name=""):
+        raise HyperNetError(
+            f"{run.folder} trains a hypernetwork behind the encoder {found.name or found.kind!r} "
+            f"({found.image_size} px, width {found.token_width}), not {encoder.name or encoder.kind!r} "
+            f"({encoder.image_size} px, width {encoder.token_width}). Give the options that it was begun with, or use "
+            "another --run folder."
+        )
+
+
+def _net_config(args: argparse.Namespace, base: BaseModel, encoder: EncoderConfig) -> HyperNetConfig:
     return HyperNetConfig(
         base.denoiser.layout, _basis(args), encoder, width=args.width, depth=args.depth, rank=args.rank,
         iterations=args.max_iterations, free_down=args.free_down, prompt=args.prompt,
@@ -190,7 +224,9 @@ def _save(
     averaged = HyperNet.create(net.net.config)
     averaged.load_state_dict(average)
     settings = {
-        name: str(value) for name, value in sorted(vars(args).items()) if name not in ("model", "photos", "run")
+        name: str(value)
+        for name, value in sorted(vars(args).items())
+        if name not in ("model", "photos", "run", "clip_vision")
     }
     hypernet_file.save(averaged, run.file, {**settings, "made_by": "hdb_core.train", "step": str(step)})
 
@@ -210,6 +246,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, help="diffusers folder of the base model")
     parser.add_argument("--photos", type=Path, required=True, help="a sub-folder of face photos for each person")
     parser.add_argument("--run", type=Path, required=True, help="folder for everything that is made")
+    parser.add_argument(
+        "--clip-vision",
+        type=Path,
+        help="transformers folder of a frozen CLIP, SigLIP or DINOv2 image encoder, instead of a trained ViT",
+    )
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     parser.add_argument("--mixed-precision", choices=tuple(_DTYPES), default="bf16")
     parser.add_argument("--held-out", type=float, default=0.02, help="share of the people kept for evaluate")

@@ -22,6 +22,7 @@ from ..lidb import Factors, expand_factors, start_down
 from .fit import caption, draw
 from .losses import layer_energy, mean_predictor_loss, regression_loss
 from .people import FittedPerson, stacked
+from .tokens import PhotoTokens
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,18 @@ class PersonLoss:
         people: everybody.
         net: whose layers, basis, prompt and preprocessing count.
         config: settings.
+        tokens: of the photos, where the encoder is a frozen one.
     """
 
     def __init__(
-        self, denoiser: Denoiser, people: Sequence[FittedPerson], net: HyperNetConfig, config: TrainConfig
+        self,
+        denoiser: Denoiser,
+        people: Sequence[FittedPerson],
+        net: HyperNetConfig,
+        config: TrainConfig,
+        tokens: PhotoTokens | None = None,
     ) -> None:
-        self.denoiser, self.people, self.net, self.config = denoiser, people, net, config
+        self.denoiser, self.people, self.net, self.config, self.tokens = denoiser, people, net, config, tokens
         device = denoiser.sigmas().device
         self.down = start_down(net.basis, net.layout, people[0].up.shape[-1]).to(device)
         self.bases = bases_of(net.basis, net.layout, device)
@@ -196,7 +203,10 @@ class PersonLoss:
                 "mean_predictor": float(mean_predictor_loss(targets, self.energy)), **losses}  # fmt: skip
 
     def _pixels(self, turns: Sequence[Turn]) -> Tensor:
-        """(B, N, 3, H, W) of the photos to predict from."""
+        """Of the photos to predict from: (B, N, 3, H, W), or the tokens (B, N, T, D) of a frozen encoder."""
+        if self.tokens is not None:
+            seen = [(self.people[turn.person].person.name, i) for turn in turns for i in turn.seen]
+            return self.tokens.read(seen).to(self.down.device).unflatten(0, (len(turns), -1))
         size = self.net.encoder.image_size
         photos = [self.people[turn.person].person.photos[i].pixels(size) for turn in turns for i in turn.seen]
         pixels = preprocess(torch.stack(photos), self.net.encoder).to(self.down.device)
@@ -211,6 +221,6 @@ class FromPixels(nn.Module):
         self.net = net
 
     def forward(self, pixels: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-        """Factors of B people from pixels (B, N, 3, H, W)."""
-        tokens = self.net.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-        return self.net(tokens.flatten(1, 2), iterations)
+        """Factors of B people from pixels (B, N, 3, H, W), or from the tokens (B, N, T, D) of a frozen encoder."""
+        tokens = pixels.flatten(0, 1) if self.net.encoder is None else self.net.encode(pixels.flatten(0, 1))
+        return self.net(tokens.unflatten(0, pixels.shape[:2]).flatten(1, 2), iterations)

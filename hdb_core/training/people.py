@@ -1,26 +1,21 @@
-"""What training reads of each person: photos, their latents, and the LiDB that was fitted to them.
-
-``precompute`` writes a file for every few people, so that a kill loses at most one of them, and any number of processes
-can share the work.
-"""
+"""What training reads of each person: photos, their latents, and the LiDB that was fitted to them."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import HyperNetError
 from ..lidb import Factors
 from .base_model import BaseModel
 from .fit import FitConfig, fit_people
+from .groups import group_paths, missing_groups
 from .photos import Person
 
 
@@ -64,30 +59,14 @@ def precompute(
     Raises:
         HyperNetError: if a photo cannot be read, or the folder holds groups of other settings.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {**asdict(config), "image_size": image_size, "group": group, "layout": base.denoiser.layout.hash}
-    stamp = json.dumps(settings, sort_keys=True)
-    starts = range(0, len(people), group)
-    for number in list(range(len(starts)))[share[0] :: share[1]]:
-        own = people[starts[number] : starts[number] + group]
-        path = folder / f"group_{number:05}.safetensors"
-        names = json.dumps([person.name for person in own])
-        if path.exists():
-            _check(path, stamp, names)
-        else:
-            latents = [_encode(base, person, image_size) for person in own]
-            words = [[photo.words for photo in person.photos] for person in own]
-            generator = torch.Generator().manual_seed(number)
-            up = fit_people(base.denoiser, latents, words, config, generator)
-            counts = torch.tensor([len(photos) for photos in latents])
-            tensors = {"up": up, "latents": torch.cat(latents).half().cpu(), "counts": counts}
-            partial = path.with_suffix(".partial")
-            save_file(
-                {name: t.contiguous() for name, t in tensors.items()}, partial, {"settings": stamp, "names": names}
-            )
-            os.replace(partial, path)
-        if report is not None:
-            report(min(starts[number] + group, len(people)), len(people))
+    for missing in missing_groups(folder, people, settings, group, share, report):
+        latents = [_encode(base, person, image_size) for person in missing.people]
+        words = [[photo.words for photo in person.photos] for person in missing.people]
+        generator = torch.Generator().manual_seed(missing.number)
+        up = fit_people(base.denoiser, latents, words, config, generator)
+        counts = torch.tensor([len(photos) for photos in latents])
+        missing.write({"up": up, "latents": torch.cat(latents).half().cpu(), "counts": counts})
 
 
 def read_people(folder: Path, people: Sequence[Person]) -> Iterator[FittedPerson]:
@@ -97,7 +76,7 @@ def read_people(folder: Path, people: Sequence[Person]) -> Iterator[FittedPerson
         HyperNetError: if nothing is there, or somebody is no longer among ``people``.
     """
     known = {person.name: person for person in people}
-    paths = sorted(folder.glob("group_*.safetensors"))
+    paths = group_paths(folder)
     if not paths:
         raise HyperNetError(f"{folder} holds no fitted people. Run precompute first.")
     for path in paths:
@@ -120,12 +99,3 @@ def stacked(people: Sequence[FittedPerson], down: Tensor) -> Factors:
 def _encode(base: BaseModel, person: Person, image_size: int) -> Tensor:
     pixels = torch.stack([photo.pixels(image_size) for photo in person.photos])
     return base.encode(pixels.movedim(-1, 1)).to(base.denoiser.device)
-
-
-def _check(path: Path, stamp: str, names: str) -> None:
-    with safe_open(path, "pt") as file:
-        header = file.metadata()
-    if header["settings"] != stamp or header["names"] != names:
-        raise HyperNetError(
-            f"{path} was made with other settings, people or another base model. Use another --run folder, or delete it."
-        )

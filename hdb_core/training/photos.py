@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import HyperNetError
+from ..images import resize_to_cover
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -27,7 +28,15 @@ class Photo:
     words: str = ""
 
     def pixels(self, size: int) -> Tensor:
-        """The central square, float32 (size, size, 3) in 0..1.
+        """The central square, float32 (size, size, 3) in 0..1, cut and resized as the nodes do.
+
+        Raises:
+            HyperNetError: if the file is no picture.
+        """
+        return resize_to_cover(self.whole()[None], (size, size))[0].movedim(0, -1)
+
+    def whole(self) -> Tensor:
+        """The picture upright and uncut, float32 (3, H, W) in 0..1, as Load Image reads it.
 
         Raises:
             HyperNetError: if the file is no picture.
@@ -35,9 +44,7 @@ class Photo:
         try:
             with Image.open(self.path) as file:
                 image = ImageOps.exif_transpose(file).convert("RGB")
-            if image.size != (size, size):
-                image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-            return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+            return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).movedim(-1, 0)
         except OSError as error:
             raise HyperNetError(
                 f"{self.path} cannot be read as a picture ({error}). Remove it or save it again."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
-from torch.nn.functional import interpolate
 
 from ...hdb_core.errors import FinetuneError
 
@@ -38,16 +37,6 @@ def photo_size(height: int, width: int, resolution: int, family: str, multiple: 
             f"keep at least {MIN_SIDE}. Crop the photo to the face, or raise resolution."
         )
     return size
-
-
-def resize_to_cover(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize (B, C, H, W) to cover ``size`` and crop the centre; antialiased bicubic."""
-    height, width = size
-    scale = max(height / pixels.shape[-2], width / pixels.shape[-1])
-    covering = (max(height, round(pixels.shape[-2] * scale)), max(width, round(pixels.shape[-1] * scale)))
-    resized = interpolate(pixels.float(), size=covering, mode="bicubic", antialias=True)
-    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
-    return resized[..., top : top + height, left : left + width].clamp(0, 1)
 
 
 def checked_photos(image: torch.Tensor | None) -> torch.Tensor:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from ...hdb_core.errors import FinetuneError
 from ...hdb_core.finetune import FinetuneConfig, FinetuneResult, finetune
+from ...hdb_core.images import resize_to_cover
 from ...hdb_core.layout import Layout, layout_of
 from ...hdb_core.lidb import LiDB
-from .images import checked_mask, checked_photos, encode, photo_size, resize_to_cover
+from .images import checked_mask, checked_photos, encode, photo_size
 from .progress import FinetuneDisplay
 from .targets import target_modules
 

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from hdb_core import hypernet_file, train
+from hdb_core.training import vision
+from hdb_core.training.photos import find_people
+from hdb_core.training.tokens import PhotoTokens, precompute_tokens
 from miniature.photos import FIRST, write_person
 from miniature.text import load_tokenizer
 
@@ -136,6 +139,96 @@ def test_two_processes_train_as_one(model, photos, fitted, tmp_path):
     assert len(list((together / "people").iterdir())) == 3
     for name, weight in weights(alone).items():
         torch.testing.assert_close(weights(together)[name], weight, atol=2e-4, rtol=2e-3)
+
+
+@pytest.fixture
+def clip_vision(tmp_path, monkeypatch):
+    """Folders of small random image encoders by width and seed; the first width is known to the host."""
+    row = vision.HOST_ENCODERS[0]._replace(width=24, depth=2, image_size=28)
+    monkeypatch.setattr(vision, "HOST_ENCODERS", [row])
+
+    def make(seed=0, width=24, name="encoder"):
+        sizes = {
+            "hidden_size": width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 14,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, intermediate_size=48, projection_dim=16))
+        for weight in model.parameters():
+            weight.data = 5 * weight  # so that the photos count
+        model.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return make
+
+
+def test_behind_a_frozen_encoder(model, photos, fitted, clip_vision, tmp_path):
+    """From precompute to evaluate; the tokens are computed once, and the file holds none of the encoder."""
+    folder, encoder = copied(fitted, tmp_path / "run"), ("--clip-vision", clip_vision())
+    assert run("precompute", model, photos, folder, *encoder) == 0
+    paths = sorted((folder / "tokens").iterdir())
+    assert [tuple(load_file(path)["tokens"].shape) for path in paths] == [(9, 5, 24), (9, 5, 24), (3, 5, 24)]
+    lost, before = load_file(paths[1])["tokens"], paths[0].stat().st_mtime_ns
+    paths[1].unlink()
+    assert run("train", model, photos, folder, "--steps", "40", "--learning-rate", "3e-3", *encoder) == 0
+    assert paths[0].stat().st_mtime_ns == before and torch.equal(load_file(paths[1])["tokens"], lost)
+    rows = list(csv.DictReader((folder / "log.csv").open()))
+    assert float(rows[-1]["regression"]) < float(rows[0]["regression"])
+    header = hypernet_file.read_header(folder / "hypernet.safetensors")
+    found = header.config.encoder
+    assert (found.kind, found.name, found.num_tokens, found.token_width) == ("clip_vision", "encoder", 5, 24)
+    assert (found.image_size, found.mean) == (28, vision.HOST_ENCODERS[0].colors[0])
+    assert not any(name.startswith("encoder.") for name in weights(folder))
+    assert not any(str(tmp_path) in value for value in header.info.values())
+    assert run("evaluate", model, photos, folder) == 0
+    table = [json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines()]
+    assert all(row["own"] != row["nobody"] != row["stranger"] for row in table)
+
+
+def test_tokens_are_those_of_the_photo(photos, clip_vision, tmp_path):
+    people = find_people(photos)[:4]
+    encoder = vision.load_vision_encoder(Path(clip_vision()), torch.device("cpu"))
+    precompute_tokens(encoder, people, tmp_path / "tokens", group=3)
+    tokens = PhotoTokens(tmp_path / "tokens", people, encoder.config)
+    chosen = [(people[3], 2), (people[0], 1), (people[1], 0)]
+    read = tokens.read([(person.name, i) for person, i in chosen])
+    expected = torch.cat([encoder.encode([person.photos[i].whole()]) for person, i in chosen])
+    torch.testing.assert_close(read, expected, atol=2e-3, rtol=1e-3)  # float16
+    assert not torch.allclose(read[0], read[1], atol=1e-2)
+
+
+def test_another_encoder_than_that_of_the_run(model, photos, fitted, clip_vision, tmp_path, capsys):
+    folder, first = copied(fitted, tmp_path / "run"), clip_vision()
+    assert run("train", model, photos, folder, "--steps", "1", "--clip-vision", first) == 0
+    assert run("train", model, photos, folder, "--steps", "2", "--clip-vision", clip_vision(seed=1, name="other")) == 1
+    assert "another base model or image encoder" in capsys.readouterr().err
+    assert run("train", model, photos, folder, "--steps", "2") == 1
+    assert "behind the encoder 'encoder' (28 px, width 24), not 'vit' (32 px, width 32)" in capsys.readouterr().err
+    os.rename(first, tmp_path / "elsewhere")
+    assert run("train", model, photos, folder, "--steps", "2", "--clip-vision", str(tmp_path / "elsewhere")) == 0
+
+
+def test_encoders_that_cannot_be_used(model, photos, clip_vision, tmp_path, capsys):
+    unknown, empty = tmp_path / "unknown", Path(clip_vision(name="empty"))
+    unknown.mkdir()
+    (unknown / "config.json").write_text('{"model_type": "resnet"}')
+    (empty / "model.safetensors").unlink()
+    partial = Path(clip_vision(name="partial"))
+    kept = {name: t for name, t in load_file(partial / "model.safetensors").items() if "layers.0.mlp" not in name}
+    save_file(kept, partial / "model.safetensors", {"format": "pt"})
+    for folder, message in (
+        (tmp_path / "nowhere", "lacks config.json"),
+        (unknown, "holds 'resnet', but Load CLIP Vision takes CLIP"),
+        (clip_vision(width=32, name="wide"), r"patch size (32, 2, 28, 14)) that Load CLIP Vision cannot load"),
+        (empty, "holds no weights that can be read"),
+        (partial, "lacks 4 weights"),
+    ):
+        assert run("precompute", model, photos, tmp_path / "run", "--clip-vision", str(folder)) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

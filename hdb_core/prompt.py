@@ -1,0 +1,17 @@
+"""What a prompt says: the rare token that means a person."""
+
+from __future__ import annotations
+
+import re
+
+CLASS_PROMPT = "a face"
+
+
+def rare_token(prompt: str, class_prompt: str = CLASS_PROMPT) -> str:
+    """What means the person in a prompt: the tokens in brackets, or without any, the words that its class prompt lacks.
+
+    >>> rare_token("a photo of a [v] face"), rare_token("a sks face")
+    ('[v]', 'sks')
+    """
+    known = set(class_prompt.split())
+    return " ".join(re.findall(r"\[[^\[\]\s]+\]", prompt) or [word for word in prompt.split() if word not in known])

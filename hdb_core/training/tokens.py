@@ -1,0 +1,116 @@
+"""The face tokens of all photos behind a frozen image encoder: computed once, kept on disk, read by photo.
+
+A photo's tokens take T · D float16 numbers (CLIP ViT-H: 0.66 MB), so they are never all in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..errors import HyperNetError
+from ..hypernet import EncoderConfig
+from .groups import group_paths, missing_groups
+from .photos import Person, Photo
+from .vision import VisionEncoder
+
+BATCH = 32  # photos encoded at once
+
+
+def precompute_tokens(
+    encoder: VisionEncoder,
+    people: Sequence[Person],
+    folder: Path,
+    group: int = 32,
+    share: tuple[int, int] = (0, 1),
+    report: Callable[[int, int], None] | None = None,
+) -> None:
+    """Encode the photos of all people, ``group`` people a file; finished files are left alone.
+
+    Args:
+        encoder: frozen.
+        people: whom.
+        folder: receives ``group_00000.safetensors`` and on.
+        group: people in each file.
+        share: (rank, processes): this process takes every processes-th file.
+        report: called with finished people and all, after every file of this process.
+
+    Raises:
+        HyperNetError: if a photo cannot be read or encoded, or the folder holds tokens of another encoder.
+    """
+    # Not the name: the same encoder may lie in another folder.
+    settings = {"encoder": asdict(replace(encoder.config, name="")), "weights": encoder.weights}
+    for missing in missing_groups(folder, people, settings, group, share, report):
+        photos = [photo for person in missing.people for photo in person.photos]
+        parts = [_encoded(encoder, photos[i : i + BATCH]) for i in range(0, len(photos), BATCH)]
+        counts = torch.tensor([len(person.photos) for person in missing.people])
+        missing.write({"tokens": torch.cat(parts), "counts": counts})
+
+
+class PhotoTokens:
+    """What `precompute_tokens` wrote.
+
+    Args:
+        folder: of the files.
+        people: who must be there, with as many photos as then.
+        encoder: that the tokens must be of.
+
+    Raises:
+        HyperNetError: if somebody is missing, or the tokens are of another encoder.
+    """
+
+    def __init__(self, folder: Path, people: Sequence[Person], encoder: EncoderConfig) -> None:
+        self._places: dict[str, tuple[Path, int]] = {}
+        counts: dict[str, int] = {}
+        for path in group_paths(folder):
+            with safe_open(path, "pt") as file:
+                header, photos = file.metadata(), file.get_tensor("counts").tolist()
+            _require_encoder(path, header, encoder)
+            names = json.loads(header["names"])
+            counts |= dict(zip(names, photos, strict=True))
+            starts = accumulate(photos[:-1], initial=0)
+            self._places |= {name: (path, start) for name, start in zip(names, starts, strict=True)}
+        for person in people:
+            if counts.get(person.name) != len(person.photos):
+                raise HyperNetError(
+                    f"{folder} holds tokens of {counts.get(person.name, 0)} photos of {person.name!r}, who has "
+                    f"{len(person.photos)}. Run precompute with --clip-vision, in a new folder if photos have changed."
+                )
+
+    def read(self, photos: Sequence[tuple[str, int]]) -> Tensor:
+        """The tokens (N, T, D) float32 of N photos, each by its person's name and its number from 0."""
+        found = []
+        for name, number in photos:
+            path, start = self._places[name]
+            with safe_open(path, "pt") as file:
+                found.append(file.get_slice("tokens")[start + number])
+        return torch.stack(found).float()
+
+
+def _encoded(encoder: VisionEncoder, photos: Sequence[Photo]) -> Tensor:
+    """(N, T, D) float16 of a few photos."""
+    tokens = encoder.encode([photo.whole() for photo in photos]).half().cpu()
+    if not bool(tokens.isfinite().all()):
+        raise HyperNetError(
+            f"The image encoder {encoder.config.name!r} gives NaN or infinity for {photos[0].path} or one of the "
+            f"{len(photos) - 1} photos after it. Its files may be damaged; download it again."
+        )
+    return tokens
+
+
+def _require_encoder(path: Path, header: dict[str, str], encoder: EncoderConfig) -> None:
+    settings = json.loads(header["settings"])
+    found, expected = settings["encoder"], json.loads(json.dumps(asdict(replace(encoder, name=""))))
+    if found != expected:
+        raise HyperNetError(
+            f"{path} holds {found['num_tokens']} tokens of width {found['token_width']} a photo, but the encoder is "
+            f"{encoder.name!r} with {encoder.num_tokens} of width {encoder.token_width}. Give --clip-vision the encoder of "
+            "this --run, or use another --run folder."
+        )

@@ -1,0 +1,48 @@
+"""One cut for training and nodes: covering, central, antialiased; a photo's file and its IMAGE give the same pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hdb_core.hypernet import EncoderConfig, preprocess
+from hdb_core.images import resize_to_cover
+from hdb_core.training.photos import Photo
+
+
+def noise(*shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40), (33, 33), (16, 300), (9, 7)])
+@pytest.mark.parametrize("size", [(32, 32), (24, 48)])
+def test_covers_and_takes_the_centre(shape, size):
+    ramp = torch.linspace(0, 1, shape[1]).expand(2, 3, *shape)
+    resized = resize_to_cover(ramp, size)
+    assert resized.shape == (2, 3, *size)
+    torch.testing.assert_close(resized + resized.flip(-1), torch.ones_like(resized), atol=2 / min(shape), rtol=0)
+
+
+def test_equal_size_changes_nothing_and_values_stay_in_range():
+    picture = noise(1, 3, 20, 30)
+    assert torch.equal(resize_to_cover(picture, (20, 30)), picture)
+    checks = (torch.arange(40) % 8 < 4).float().expand(1, 1, 40, 40)
+    for size in ((17, 17), (90, 90)):
+        assert resize_to_cover(checks, size).aminmax() == (0, 1)
+
+
+def test_shrinking_averages():
+    assert resize_to_cover(noise(1, 1, 512, 512), (8, 8)).std() < 0.02
+
+
+@pytest.mark.parametrize("shape", [(70, 50), (50, 70), (32, 32), (20, 24)])
+def test_a_file_and_its_image_are_the_same_to_the_encoder(tmp_path, shape):
+    """Training reads the file, Predict LiDB the IMAGE that Load Image makes of it."""
+    picture = (noise(*shape, 3).numpy() * 255).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    encoder = EncoderConfig(image_size=32)
+    trained = preprocess(Photo(tmp_path / "a.png").pixels(32)[None], encoder)
+    shown = preprocess(torch.from_numpy(picture.astype(np.float32) / 255.0)[None], encoder)
+    assert torch.equal(trained, shown)
