@@ -6,7 +6,8 @@ Stages, each of which goes on where it was stopped:
 * ``train``: the hypernetwork, on what ``precompute`` wrote;
 * ``evaluate``: on people who were kept from training.
 
-Needs ``accelerate``, ``diffusers`` and ``transformers``. Nothing is downloaded: --model is a diffusers folder on disk.
+Needs ``accelerate``, ``diffusers`` and ``transformers``. Nothing is downloaded: --model is on disk, a diffusers
+folder or a single-file checkpoint.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
     try:
-        base = load_base_model(args.model, accelerator.device, _DTYPES[accelerator.mixed_precision])
+        dtype = _DTYPES[accelerator.mixed_precision]
+        base = load_base_model(args.model, accelerator.device, dtype, args.tokenizer, args.prediction_type)
         {"precompute": _precompute, "train": _train, "evaluate": _evaluate}[args.stage](args, accelerator, base)
     except (HDBError, FileNotFoundError) as error:
         accelerator.print(error, file=sys.stderr)
@@ -190,7 +192,9 @@ def _save(
     averaged = HyperNet.create(net.net.config)
     averaged.load_state_dict(average)
     settings = {
-        name: str(value) for name, value in sorted(vars(args).items()) if name not in ("model", "photos", "run")
+        name: str(value)
+        for name, value in sorted(vars(args).items())
+        if name not in ("model", "photos", "run", "tokenizer")
     }
     hypernet_file.save(averaged, run.file, {**settings, "made_by": "hdb_core.train", "step": str(step)})
 
@@ -207,7 +211,11 @@ def _log(run: Run, row: dict[str, float]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hdb_core.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("stage", choices=("precompute", "train", "evaluate"))
-    parser.add_argument("--model", type=Path, required=True, help="diffusers folder of the base model")
+    parser.add_argument("--model", type=Path, required=True, help="diffusers folder or .safetensors checkpoint")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of CLIP's vocabulary, if --model has none and no ComfyUI is around it"
+    )
+    parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), help="of an SD 2.x checkpoint file")
     parser.add_argument("--photos", type=Path, required=True, help="a sub-folder of face photos for each person")
     parser.add_argument("--run", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
