@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     first = _resume(run, net, optimizer, average)
     wrapped, optimizer = accelerator.prepare(net, optimizer)
     average = {name: weight.to(accelerator.device) for name, weight in average.items()}
-    part = _part(config.people, accelerator)
+    parts = parts_of(config.people, args.accumulate, accelerator)
     baseline = float(mean_predictor_loss(stacked(people, loss_of.down), loss_of.energy))
     accelerator.print(f"{len(people)} people; predicting the mean costs {baseline:.3f} of the regression.")
     saved, logged = time.monotonic(), []
@@ -100,9 +101,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
-        with accelerator.autocast():
-            losses = loss_of(wrapped, step, part)
-        accelerator.backward(losses["loss"])
+        losses = backward(accelerator, loss_of, wrapped, step, parts)
         accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -110,7 +109,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
         with torch.no_grad():
             for name, weight in net.net.state_dict().items():
                 average[name].lerp_(weight.to(average[name]), 1 - decay)
-        logged.append({name: accelerator.reduce(value.detach(), "mean") for name, value in losses.items()})
+        logged.append({name: accelerator.reduce(value, "mean") for name, value in losses.items()})
         if (step + 1) % LOG_EVERY == 0 or step + 1 == config.steps:
             row = {name: float(torch.stack([r[name] for r in logged if name in r]).mean()) for name in logged[-1]}
             steps.set_postfix({name: f"{value:.4f}" for name, value in row.items()})
@@ -164,11 +163,33 @@ def _basis(args: argparse.Namespace) -> BasisRecipe:
     return BasisRecipe(args.basis_seed, args.down_dim, args.up_dim)
 
 
-def _part(people: int, accelerator: Accelerator) -> slice:
-    """This process's people of the global batch."""
-    if people % accelerator.num_processes:
-        raise HyperNetError(f"--people {people} must be a multiple of the {accelerator.num_processes} processes.")
-    return slice(accelerator.process_index, None, accelerator.num_processes)
+def parts_of(people: int, accumulate: int, accelerator: Accelerator) -> list[slice]:
+    """This process's people of the global batch, in as many parts as gradients are accumulated over.
+
+    Raises:
+        HyperNetError: if they cannot be shared out evenly.
+    """
+    rank, count = accelerator.process_index, accelerator.num_processes
+    if accumulate < 1 or people % (count * accumulate):
+        raise HyperNetError(
+            f"--people {people} must be a multiple of {count} processes times --accumulate {accumulate}, which is at "
+            "least 1. Change one of them."
+        )
+    return [slice(rank + part * count, None, count * accumulate) for part in range(accumulate)]
+
+
+def backward(
+    accelerator: Accelerator, loss_of: PersonLoss, net: torch.nn.Module, step: int, parts: Sequence[slice]
+) -> dict[str, Tensor]:
+    """Add up the gradients of a step's parts, which are of one size; returns the mean losses."""
+    losses = []
+    for part in parts:
+        is_last = part is parts[-1]  # processes exchange their gradients once
+        with nullcontext() if is_last else accelerator.no_sync(net):
+            with accelerator.autocast():
+                losses.append(loss_of(net, step, part))
+            accelerator.backward(losses[-1]["loss"] / len(parts))
+    return {name: torch.stack([own[name].detach() for own in losses]).mean() for name in losses[0]}
 
 
 def _resume(run: Run, net: FromPixels, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
@@ -220,6 +241,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     parser.add_argument("--mixed-precision", choices=tuple(_DTYPES), default="bf16")
+    parser.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        help="parts that each process's people of a step are taken in, to save memory",
+    )
     parser.add_argument("--held-out", type=float, default=0.02, help="share of the people kept for evaluate")
     fit, basis, encoder, basic = FitConfig(), BasisRecipe(), EncoderConfig(), HyperNetConfig(Layout("sd1", ()))
     numbers = {
