@@ -40,6 +40,7 @@ from .training.loop import FromPixels, PersonLoss, TrainConfig
 from .training.losses import mean_predictor_loss
 from .training.people import FittedPerson, precompute, read_people, stacked
 from .training.photos import find_people
+from .training.samples import SampleConfig, SampleGrid
 
 SAVE_EVERY = 180  # seconds
 LOG_EVERY = 10  # steps
@@ -53,7 +54,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.people, self.state, self.log = folder / "people", folder / "state.pt", folder / "log.csv"
-        self.file = folder / "hypernet.safetensors"
+        self.file, self.samples = folder / "hypernet.safetensors", folder / "samples"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +85,7 @@ def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseMo
 
 def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
     run, config = Run(args.run), TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
-    people, _ = held_out(_fitted(args, run), args.held_out)
+    people, kept = held_out(_fitted(args, run), args.held_out)
     loss_of = PersonLoss(base.denoiser, people, _net_config(args, base), config)
     net = FromPixels(HyperNet.create(loss_of.net, config.seed))
     net.net.set_scale(loss_of.energy)
@@ -96,6 +97,8 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     parts = parts_of(config.people, args.accumulate, accelerator)
     baseline = float(mean_predictor_loss(stacked(people, loss_of.down), loss_of.energy))
     accelerator.print(f"{len(people)} people; predicting the mean costs {baseline:.3f} of the regression.")
+    sampling = SampleConfig(**{f.name: getattr(args, f"sample_{f.name}") for f in fields(SampleConfig)})
+    grid = SampleGrid(base, kept, loss_of.net, loss_of.bases, sampling, config.seed) if sampling.wanted else None
     saved, logged = time.monotonic(), []
     steps = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not accelerator.is_main_process)
     for step in steps:
@@ -120,6 +123,9 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
         if accelerator.is_main_process and (last or time.monotonic() - saved > SAVE_EVERY):
             _save(run, net, optimizer, average, step + 1, args)
             saved = time.monotonic()
+        if accelerator.is_main_process and grid is not None and (step + 1) % sampling.every == 0:
+            run.samples.mkdir(exist_ok=True)
+            grid.draw(_averaged(net, average)).save(run.samples / f"step_{step + 1:06}.png")
     accelerator.wait_for_everyone()
 
 
@@ -210,14 +216,19 @@ def _save(
     partial = run.state.with_suffix(".partial")
     torch.save({"net": net.net.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}, partial)  # fmt: skip
     os.replace(partial, run.state)
-    averaged = HyperNet.create(net.net.config)
-    averaged.load_state_dict(average)
     settings = {
         name: str(value)
         for name, value in sorted(vars(args).items())
         if name not in ("model", "photos", "run", "tokenizer")
     }
-    hypernet_file.save(averaged, run.file, {**settings, "made_by": "hdb_core.train", "step": str(step)})
+    hypernet_file.save(_averaged(net, average), run.file, {**settings, "made_by": "hdb_core.train", "step": str(step)})
+
+
+def _averaged(net: FromPixels, average: dict[str, Tensor]) -> HyperNet:
+    """A hypernetwork with averaged weights, on their device."""
+    averaged = HyperNet.create(net.net.config).to(next(iter(average.values())).device)
+    averaged.load_state_dict(average)
+    return averaged.eval()
 
 
 def _log(run: Run, row: dict[str, float]) -> None:
@@ -255,6 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         "encoder_width": encoder.token_width, "encoder_depth": encoder.depth, "patch_size": encoder.patch_size,
         "width": basic.width, "depth": basic.depth, "rank": basic.rank,
         **{f.name: f.default for f in fields(TrainConfig) if f.name != "same_photo"},
+        **{f"sample_{f.name}": f.default for f in fields(SampleConfig)},
     }  # fmt: skip
     for name, default in numbers.items():
         parser.add_argument(

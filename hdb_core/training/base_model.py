@@ -100,6 +100,12 @@ class BaseModel:
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         return latents.float() * self.vae.config.scaling_factor
 
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) float32 in 0..1 of model-space latents (N, C, H/8, W/8)."""
+        unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.device, self.vae.dtype)
+        return (self.vae.decode(unscaled).sample.float() / 2 + 0.5).clamp(0, 1)
+
 
 def load_base_model(
     model: Path,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -37,6 +38,7 @@ def model(tmp_path_factory):
         )  # fmt: skip
         text = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1, hidden_size=768, intermediate_size=32, num_attention_heads=4))  # fmt: skip
         vae = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+        vae.decoder.layers[-1].weight.data *= 100  # or all pictures are black
     for name, part in (("unet", unet), ("text_encoder", text), ("vae", vae), ("tokenizer", load_tokenizer(ROOT))):
         part.save_pretrained(folder / name)
     DDPMScheduler(beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
@@ -71,7 +73,8 @@ def copied(fitted, target):
 
 
 def weights(folder):
-    return hypernet_file.load(folder / "hypernet.safetensors").state_dict()
+    """In float32; those of the file are rounded."""
+    return torch.load(folder / "state.pt", weights_only=True)["net"]
 
 
 def test_precompute_resumes_and_notices_other_settings(model, photos, fitted, tmp_path, capsys):
@@ -168,6 +171,19 @@ def test_accumulated_gradients_are_those_of_the_whole(model, photos, fitted, str
     folder = copied(fitted, tmp_path)
     assert run("train", model, photos, folder, "--steps", "8", "--accumulate", parts) == 0
     assert_same_weights(folder, straight, atol=1e-5, rtol=1e-5)
+
+
+def test_samples_are_drawn_and_change_nothing(model, photos, fitted, straight, tmp_path):
+    folder = copied(fitted, tmp_path)
+    options = ["--sample-every", "4", "--sample-people", "2", "--sample-steps", "3", "--sample-words", "in a park"]
+    assert run("train", model, photos, folder, "--steps", "8", *options) == 0
+    paths = sorted((folder / "samples").iterdir())
+    assert [path.name for path in paths] == ["step_000004.png", "step_000008.png"]
+    first, last = (Image.open(path) for path in paths)
+    assert first.size == (5 * (64 + 4), 28 + 2 * (64 + 4))
+    assert ImageChops.difference(first, last).getbbox() is not None
+    assert not (straight / "samples").exists()
+    assert_same_weights(folder, straight, atol=0, rtol=0)
 
 
 def test_two_processes_train_as_one(model, photos, straight, tmp_path):
