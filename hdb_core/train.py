@@ -7,7 +7,8 @@ Stages, each of which goes on where it was stopped:
 * ``train``: the hypernetwork, on what ``precompute`` wrote;
 * ``evaluate``: on people who were kept from training.
 
-Needs ``accelerate``, ``diffusers`` and ``transformers``. Nothing is downloaded: --model is a diffusers folder on disk.
+Needs ``accelerate``, ``diffusers`` and ``transformers``. Nothing is downloaded: --model is on disk, a diffusers
+folder or a single-file checkpoint.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,13 @@ from .errors import HDBError, HyperNetError
 from .hypernet import EncoderConfig, HyperNet, HyperNetConfig
 from .layout import Layout
 from .training.base_model import BaseModel, load_base_model
+from .training.faces import Faces, PhotoPixels
 from .training.fit import FitConfig
-from .training.loop import FromPixels, PersonLoss, TrainConfig
+from .training.loop import FromFaces, PersonLoss, TrainConfig
 from .training.losses import mean_predictor_loss
 from .training.people import FittedPerson, precompute, read_people, stacked
 from .training.photos import find_people
+from .training.samples import SampleConfig, SampleGrid
 from .training.tokens import PhotoTokens, precompute_tokens
 from .training.vision import load_vision_encoder
 
@@ -53,7 +57,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.people, self.tokens = folder / "people", folder / "tokens"
+        self.people, self.tokens, self.samples = folder / "people", folder / "tokens", folder / "samples"
         self.state, self.log = folder / "state.pt", folder / "log.csv"
         self.file = folder / "hypernet.safetensors"
 
@@ -62,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
     try:
-        base = load_base_model(args.model, accelerator.device, _DTYPES[accelerator.mixed_precision])
+        dtype = _DTYPES[accelerator.mixed_precision]
+        base = load_base_model(args.model, accelerator.device, dtype, args.tokenizer, args.prediction_type)
         {"precompute": _precompute, "train": _train, "evaluate": _evaluate}[args.stage](args, accelerator, base)
     except (HDBError, FileNotFoundError) as error:
         accelerator.print(error, file=sys.stderr)
@@ -74,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
     config = FitConfig(basis=_basis(args), prompt=args.prompt, rank=args.rank, steps=args.fit_steps, learning_rate=args.fit_rate)  # fmt: skip
-    _photo_tokens(args, accelerator)
+    _faces(args, accelerator)
     people = find_people(args.photos)
     size = args.image_size
     with tqdm(total=len(people), unit="person", disable=not accelerator.is_main_process) as bar:
@@ -86,28 +91,28 @@ def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseMo
 
 def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
     run, config = Run(args.run), TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
-    people, _ = held_out(_fitted(args, run), args.held_out)
-    tokens, encoder = _photo_tokens(args, accelerator)
+    people, kept = held_out(_fitted(args, run), args.held_out)
+    faces, encoder = _faces(args, accelerator)
     _require_same_encoder(run, encoder)
-    loss_of = PersonLoss(base.denoiser, people, _net_config(args, base, encoder), config, tokens)
-    net = FromPixels(HyperNet.create(loss_of.net, config.seed))
+    loss_of = PersonLoss(base.denoiser, people, _net_config(args, base, encoder), config, faces)
+    net = FromFaces(HyperNet.create(loss_of.net, config.seed))
     net.net.set_scale(loss_of.energy)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99))  # fmt: skip
     average = {name: weight.clone() for name, weight in net.net.state_dict().items()}
     first = _resume(run, net, optimizer, average)
     wrapped, optimizer = accelerator.prepare(net, optimizer)
     average = {name: weight.to(accelerator.device) for name, weight in average.items()}
-    part = _part(config.people, accelerator)
+    parts = parts_of(config.people, args.accumulate, accelerator)
     baseline = float(mean_predictor_loss(stacked(people, loss_of.down), loss_of.energy))
     accelerator.print(f"{len(people)} people; predicting the mean costs {baseline:.3f} of the regression.")
+    sampling = SampleConfig(**{f.name: getattr(args, f"sample_{f.name}") for f in fields(SampleConfig)})
+    grid = SampleGrid(base, kept, args.prompt, loss_of.bases, faces, sampling, config.seed) if sampling.wanted else None
     saved, logged = time.monotonic(), []
     steps = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not accelerator.is_main_process)
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
-        with accelerator.autocast():
-            losses = loss_of(wrapped, step, part)
-        accelerator.backward(losses["loss"])
+        losses = backward(accelerator, loss_of, wrapped, step, parts)
         accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -115,7 +120,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
         with torch.no_grad():
             for name, weight in net.net.state_dict().items():
                 average[name].lerp_(weight.to(average[name]), 1 - decay)
-        logged.append({name: accelerator.reduce(value.detach(), "mean") for name, value in losses.items()})
+        logged.append({name: accelerator.reduce(value, "mean") for name, value in losses.items()})
         if (step + 1) % LOG_EVERY == 0 or step + 1 == config.steps:
             row = {name: float(torch.stack([r[name] for r in logged if name in r]).mean()) for name in logged[-1]}
             steps.set_postfix({name: f"{value:.4f}" for name, value in row.items()})
@@ -126,6 +131,9 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
         if accelerator.is_main_process and (last or time.monotonic() - saved > SAVE_EVERY):
             _save(run, net, optimizer, average, step + 1, args)
             saved = time.monotonic()
+        if accelerator.is_main_process and grid is not None and (step + 1) % sampling.every == 0:
+            run.samples.mkdir(exist_ok=True)
+            grid.draw(_averaged(net, average)).save(run.samples / f"step_{step + 1:06}.png")
     accelerator.wait_for_everyone()
 
 
@@ -133,10 +141,11 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
     """Losses on held-out people, by number of photos and of refinements."""
     run = Run(args.run)
     _, people = held_out(_fitted(args, run), args.held_out)
-    net = FromPixels(hypernet_file.load(run.file).to(accelerator.device))
+    net = FromFaces(hypernet_file.load(run.file).to(accelerator.device))
     encoder = net.net.config.encoder
-    tokens = PhotoTokens(run.tokens, [p.person for p in people], encoder) if encoder.kind == "clip_vision" else None
-    loss_of = PersonLoss(base.denoiser, people, net.net.config, TrainConfig(draws=args.draws), tokens)
+    frozen = encoder.kind == "clip_vision"
+    faces = PhotoTokens(run.tokens, [p.person for p in people], encoder) if frozen else PhotoPixels(encoder)
+    loss_of = PersonLoss(base.denoiser, people, net.net.config, TrainConfig(draws=args.draws), faces)
     combinations = [(photos, k) for photos in range(1, args.max_photos + 1) for k in range(1, args.max_iterations + 1)]
     rows = [{"photos": p, "iterations": k, **loss_of.evaluate(net, p, k, args.seed)} for p, k in combinations]
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -159,10 +168,11 @@ def _fitted(args: argparse.Namespace, run: Run) -> list[FittedPerson]:
     return list(read_people(run.people, find_people(args.photos)))
 
 
-def _photo_tokens(args: argparse.Namespace, accelerator: Accelerator) -> tuple[PhotoTokens | None, EncoderConfig]:
-    """The tokens of everybody, whatever is missing computed now, and their encoder; no tokens without --clip-vision."""
+def _faces(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Faces, EncoderConfig]:
+    """What the hypernetwork reads of everybody's photos, missing tokens computed now, and the encoder."""
     if args.clip_vision is None:
-        return None, EncoderConfig(image_size=args.encoder_size, token_width=args.encoder_width, patch_size=args.patch_size, depth=args.encoder_depth)  # fmt: skip
+        config = EncoderConfig(image_size=args.encoder_size, token_width=args.encoder_width, patch_size=args.patch_size, depth=args.encoder_depth)  # fmt: skip
+        return PhotoPixels(config), config
     encoder = load_vision_encoder(args.clip_vision, accelerator.device)
     people, folder = find_people(args.photos), Run(args.run).tokens
     share = (accelerator.process_index, accelerator.num_processes)
@@ -196,14 +206,36 @@ def _basis(args: argparse.Namespace) -> BasisRecipe:
     return BasisRecipe(args.basis_seed, args.down_dim, args.up_dim)
 
 
-def _part(people: int, accelerator: Accelerator) -> slice:
-    """This process's people of the global batch."""
-    if people % accelerator.num_processes:
-        raise HyperNetError(f"--people {people} must be a multiple of the {accelerator.num_processes} processes.")
-    return slice(accelerator.process_index, None, accelerator.num_processes)
+def parts_of(people: int, accumulate: int, accelerator: Accelerator) -> list[slice]:
+    """This process's people of the global batch, in as many parts as gradients are accumulated over.
+
+    Raises:
+        HyperNetError: if they cannot be shared out evenly.
+    """
+    rank, count = accelerator.process_index, accelerator.num_processes
+    if accumulate < 1 or people % (count * accumulate):
+        raise HyperNetError(
+            f"--people {people} must be a multiple of {count} processes times --accumulate {accumulate}, which is at "
+            "least 1. Change one of them."
+        )
+    return [slice(rank + part * count, None, count * accumulate) for part in range(accumulate)]
 
 
-def _resume(run: Run, net: FromPixels, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
+def backward(
+    accelerator: Accelerator, loss_of: PersonLoss, net: torch.nn.Module, step: int, parts: Sequence[slice]
+) -> dict[str, Tensor]:
+    """Add up the gradients of a step's parts, which are of one size; returns the mean losses."""
+    losses = []
+    for part in parts:
+        is_last = part is parts[-1]  # processes exchange their gradients once
+        with nullcontext() if is_last else accelerator.no_sync(net):
+            with accelerator.autocast():
+                losses.append(loss_of(net, step, part))
+            accelerator.backward(losses[-1]["loss"] / len(parts))
+    return {name: torch.stack([own[name].detach() for own in losses]).mean() for name in losses[0]}
+
+
+def _resume(run: Run, net: FromFaces, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
     """Load what `_save` wrote, if anything; the next step."""
     if not run.state.exists():
         return 0
@@ -215,20 +247,25 @@ def _resume(run: Run, net: FromPixels, optimizer: torch.optim.Optimizer, average
 
 
 def _save(
-    run: Run, net: FromPixels, optimizer: Any, average: dict[str, Tensor], step: int, args: argparse.Namespace
+    run: Run, net: FromFaces, optimizer: Any, average: dict[str, Tensor], step: int, args: argparse.Namespace
 ) -> None:
     """The state to go on from, and the hypernetwork with averaged weights; a kill leaves the old or the new one."""
     partial = run.state.with_suffix(".partial")
     torch.save({"net": net.net.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}, partial)  # fmt: skip
     os.replace(partial, run.state)
-    averaged = HyperNet.create(net.net.config)
-    averaged.load_state_dict(average)
     settings = {
         name: str(value)
         for name, value in sorted(vars(args).items())
-        if name not in ("model", "photos", "run", "clip_vision")
+        if name not in ("model", "photos", "run", "clip_vision", "tokenizer")
     }
-    hypernet_file.save(averaged, run.file, {**settings, "made_by": "hdb_core.train", "step": str(step)})
+    hypernet_file.save(_averaged(net, average), run.file, {**settings, "made_by": "hdb_core.train", "step": str(step)})
+
+
+def _averaged(net: FromFaces, average: dict[str, Tensor]) -> HyperNet:
+    """A hypernetwork with averaged weights, on their device."""
+    averaged = HyperNet.create(net.net.config).to(next(iter(average.values())).device)
+    averaged.load_state_dict(average)
+    return averaged.eval()
 
 
 def _log(run: Run, row: dict[str, float]) -> None:
@@ -243,7 +280,11 @@ def _log(run: Run, row: dict[str, float]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hdb_core.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("stage", choices=("precompute", "train", "evaluate"))
-    parser.add_argument("--model", type=Path, required=True, help="diffusers folder of the base model")
+    parser.add_argument("--model", type=Path, required=True, help="diffusers folder or .safetensors checkpoint")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of CLIP's vocabulary, if --model has none and no ComfyUI is around it"
+    )
+    parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), help="of an SD 2.x checkpoint file")
     parser.add_argument("--photos", type=Path, required=True, help="a sub-folder of face photos for each person")
     parser.add_argument("--run", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument(
@@ -253,6 +294,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     parser.add_argument("--mixed-precision", choices=tuple(_DTYPES), default="bf16")
+    parser.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        help="parts that each process's people of a step are taken in, to save memory",
+    )
     parser.add_argument("--held-out", type=float, default=0.02, help="share of the people kept for evaluate")
     fit, basis, encoder, basic = FitConfig(), BasisRecipe(), EncoderConfig(), HyperNetConfig(Layout("sd1", ()))
     numbers = {
@@ -261,6 +308,7 @@ def _parser() -> argparse.ArgumentParser:
         "encoder_width": encoder.token_width, "encoder_depth": encoder.depth, "patch_size": encoder.patch_size,
         "width": basic.width, "depth": basic.depth, "rank": basic.rank,
         **{f.name: f.default for f in fields(TrainConfig) if f.name != "same_photo"},
+        **{f"sample_{f.name}": f.default for f in fields(SampleConfig)},
     }  # fmt: skip
     for name, default in numbers.items():
         parser.add_argument(

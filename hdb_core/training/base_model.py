@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from ..layout import find_targets, layout_of
+from .single_file import Parts, load_tokenizer, read_single_file
 
 _FAMILY_BY_CONTEXT = {768: "sd1", 1024: "sd2"}
 _PARTS = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
@@ -99,33 +100,65 @@ class BaseModel:
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         return latents.float() * self.vae.config.scaling_factor
 
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) float32 in 0..1 of model-space latents (N, C, H/8, W/8)."""
+        unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.device, self.vae.dtype)
+        return (self.vae.decode(unscaled).sample.float() / 2 + 0.5).clamp(0, 1)
 
-def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype) -> BaseModel:
-    """Load a diffusers folder from the local disk; nothing is downloaded.
+
+def load_base_model(
+    model: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokenizer: Path | None = None,
+    prediction_type: str | None = None,
+) -> BaseModel:
+    """Load a diffusers folder or a single-file checkpoint from the local disk; nothing is downloaded.
+
+    Args:
+        model: the folder, or the ``.safetensors`` file.
+        device: for everything.
+        dtype: of UNet and text encoder.
+        tokenizer: folder of CLIP's vocabulary; None is the model's own, or what `single_file.find_tokenizer` finds.
+        prediction_type: "epsilon" or "v_prediction"; None is what the model says.
 
     Raises:
-        FileNotFoundError: if the folder lacks a part.
+        FileNotFoundError: if there is no such model, it lacks a part, or there is no tokenizer.
         LayoutError: if the model is of no known family.
     """
-    from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    if model.is_file():
+        parts = read_single_file(model, dtype, tokenizer, prediction_type)
+    else:
+        parts = _read_folder(model, dtype, tokenizer)
+    denoiser = DiffusersDenoiser(
+        parts.unet.to(device, memory_format=torch.channels_last),
+        parts.text_encoder.to(device),
+        parts.tokenizer,
+        parts.scheduler.alphas_cumprod,
+        prediction_type or parts.scheduler.config.prediction_type,
+    )
+    return BaseModel(denoiser, parts.vae.to(device).eval().requires_grad_(False))
 
-    if missing := [part for part in _PARTS if not (folder / part).is_dir()]:
+
+def _read_folder(folder: Path, dtype: torch.dtype, tokenizer: Path | None) -> Parts:
+    from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    paths = {part: folder / part for part in _PARTS} | ({"tokenizer": tokenizer} if tokenizer else {})
+    if missing := [part for part, path in paths.items() if not path.is_dir()]:
         raise FileNotFoundError(
-            f"{folder} is no diffusers model: it lacks {', '.join(missing)}. Give --model a folder with {', '.join(_PARTS)}."
+            f"{folder} is no diffusers model: it lacks {', '.join(missing)}. Give --model a folder with "
+            f"{', '.join(_PARTS)}, or a .safetensors checkpoint."
         )
     local: Any = {"local_files_only": True}
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, **local)
-    text_encoder: Any = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **local)
-    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", **local)
-    tiny = AutoencoderTiny.load_config(folder / "vae", **local)["_class_name"] == "AutoencoderTiny"
-    # A full VAE overflows in float16.
-    vae = (AutoencoderTiny if tiny else AutoencoderKL).from_pretrained(folder / "vae", **local)
-    denoiser = DiffusersDenoiser(
-        unet.to(device, memory_format=torch.channels_last),
-        text_encoder.to(device),
-        CLIPTokenizer.from_pretrained(folder / "tokenizer", **local),
-        scheduler.alphas_cumprod,
-        scheduler.config.prediction_type,
+    text_encoder: Any = CLIPTextModel
+    tiny = AutoencoderTiny.load_config(paths["vae"], **local)["_class_name"] == "AutoencoderTiny"
+    return Parts(
+        UNet2DConditionModel.from_pretrained(paths["unet"], torch_dtype=dtype, **local),
+        text_encoder.from_pretrained(paths["text_encoder"], dtype=dtype, **local),
+        load_tokenizer(paths["tokenizer"]),
+        # A full VAE overflows in float16.
+        (AutoencoderTiny if tiny else AutoencoderKL).from_pretrained(paths["vae"], **local),
+        DDPMScheduler.from_pretrained(paths["scheduler"], **local),
     )
-    return BaseModel(denoiser, vae.to(device).eval().requires_grad_(False))

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from ..adapters import attach
 from ..basis import bases_of
 from ..finetune import Batch, Denoiser, diffusion_loss
-from ..hypernet import HyperNet, HyperNetConfig, preprocess
+from ..hypernet import HyperNet, HyperNetConfig
 from ..lidb import Factors, expand_factors, start_down
+from .faces import Faces
 from .fit import caption, draw
 from .losses import layer_energy, mean_predictor_loss, regression_loss
 from .people import FittedPerson, stacked
-from .tokens import PhotoTokens
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class PersonLoss:
         people: everybody.
         net: whose layers, basis, prompt and preprocessing count.
         config: settings.
-        tokens: of the photos, where the encoder is a frozen one.
+        faces: what the hypernetwork reads of the photos.
     """
 
     def __init__(
@@ -128,9 +128,9 @@ class PersonLoss:
         people: Sequence[FittedPerson],
         net: HyperNetConfig,
         config: TrainConfig,
-        tokens: PhotoTokens | None = None,
+        faces: Faces,
     ) -> None:
-        self.denoiser, self.people, self.net, self.config, self.tokens = denoiser, people, net, config, tokens
+        self.denoiser, self.people, self.net, self.config, self.faces = denoiser, people, net, config, faces
         device = denoiser.sigmas().device
         self.down = start_down(net.basis, net.layout, people[0].up.shape[-1]).to(device)
         self.bases = bases_of(net.basis, net.layout, device)
@@ -141,14 +141,14 @@ class PersonLoss:
         """Scalars: ``loss``, which goes down, and unweighted ``regression`` and, where it counts, ``diffusion``.
 
         Args:
-            net: a `FromPixels`, wrapped or not.
+            net: a `FromFaces`, wrapped or not.
             step: counted from 0.
             part: of the global batch's people.
         """
         config = self.config
         turns, iterations, generator = turns_of(step, self.counts, config)
         own = turns[part]
-        predicted = Factors(*net(self._pixels(own), iterations))
+        predicted = Factors(*net(self._faces(own), iterations))
         targets = stacked([self.people[turn.person] for turn in own], self.down)
         losses = {"regression": regression_loss(predicted, targets, self.energy)}
         total = config.regression(step) * losses["regression"]
@@ -184,7 +184,7 @@ class PersonLoss:
         generator = torch.Generator().manual_seed(seed)
         turns = [Turn(i, [n % max(1, count - 1) for n in range(photos)], [count - 1] * self.config.draws)
                  for i, count in enumerate(self.counts)]  # fmt: skip
-        predicted = Factors(*net(self._pixels(turns), iterations))
+        predicted = Factors(*net(self._faces(turns), iterations))
         targets = stacked(self.people, self.down)
         latents = torch.stack([person.latents[-1] for person in self.people]).to(self.down)
         words = [person.person.photos[-1].words for person in self.people]
@@ -202,25 +202,21 @@ class PersonLoss:
         return {"regression": float(regression_loss(predicted, targets, self.energy)),
                 "mean_predictor": float(mean_predictor_loss(targets, self.energy)), **losses}  # fmt: skip
 
-    def _pixels(self, turns: Sequence[Turn]) -> Tensor:
-        """Of the photos to predict from: (B, N, 3, H, W), or the tokens (B, N, T, D) of a frozen encoder."""
-        if self.tokens is not None:
-            seen = [(self.people[turn.person].person.name, i) for turn in turns for i in turn.seen]
-            return self.tokens.read(seen).to(self.down.device).unflatten(0, (len(turns), -1))
-        size = self.net.encoder.image_size
-        photos = [self.people[turn.person].person.photos[i].pixels(size) for turn in turns for i in turn.seen]
-        pixels = preprocess(torch.stack(photos), self.net.encoder).to(self.down.device)
-        return pixels.unflatten(0, (len(turns), -1))
+    def _faces(self, turns: Sequence[Turn]) -> Tensor:
+        """(B, N, …) of the photos to predict from."""
+        faces = self.faces.read([(self.people[turn.person].person, i) for turn in turns for i in turn.seen])
+        return faces.to(self.down.device).unflatten(0, (len(turns), -1))
 
 
-class FromPixels(nn.Module):
-    """The hypernetwork from pixels to factors in one call, which is what DDP wraps."""
+class FromFaces(nn.Module):
+    """The hypernetwork from photos to factors in one call, which is what DDP wraps."""
 
     def __init__(self, net: HyperNet) -> None:
         super().__init__()
         self.net = net
 
-    def forward(self, pixels: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    def forward(self, faces: Tensor, iterations: int | None = None) -> tuple[Tensor, Tensor]:
         """Factors of B people from pixels (B, N, 3, H, W), or from the tokens (B, N, T, D) of a frozen encoder."""
-        tokens = pixels.flatten(0, 1) if self.net.encoder is None else self.net.encode(pixels.flatten(0, 1))
-        return self.net(tokens.unflatten(0, pixels.shape[:2]).flatten(1, 2), iterations)
+        photos = faces.flatten(0, 1)
+        tokens = photos if self.net.encoder is None else self.net.encode(photos)
+        return self.net(tokens.unflatten(0, faces.shape[:2]).flatten(1, 2), iterations)

@@ -84,11 +84,11 @@ class PhotoTokens:
                     f"{len(person.photos)}. Run precompute with --clip-vision, in a new folder if photos have changed."
                 )
 
-    def read(self, photos: Sequence[tuple[str, int]]) -> Tensor:
-        """The tokens (N, T, D) float32 of N photos, each by its person's name and its number from 0."""
+    def read(self, photos: Sequence[tuple[Person, int]]) -> Tensor:
+        """The tokens (N, T, D) float32 of N photos, each by its person and its number from 0."""
         found = []
-        for name, number in photos:
-            path, start = self._places[name]
+        for person, number in photos:
+            path, start = self._places[person.name]
             with safe_open(path, "pt") as file:
                 found.append(file.get_slice("tokens")[start + number])
         return torch.stack(found).float()

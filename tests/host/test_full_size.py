@@ -17,14 +17,16 @@ pytestmark = pytest.mark.slow
 NAME = "full_size.safetensors"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def full_size(host, base_directory):
     """MODEL, CLIP, VAE; the file (2 GB) and the weights are gone afterwards."""
     builder = host.load_file("random_checkpoint.py")
     path = base_directory / "models" / "checkpoints" / NAME
     builder.write_checkpoint(path, full_size=True, identity_text_layers=())
     try:
-        yield host.stock["CheckpointLoaderSimple"]().load_checkpoint(NAME)
+        with torch.inference_mode():
+            loaded = host.stock["CheckpointLoaderSimple"]().load_checkpoint(NAME)
+        yield loaded
     finally:
         import comfy.model_management
 
@@ -80,3 +82,24 @@ def test_sd15_trains_saves_and_applies(full_size, run, host, photo, sample, caps
     )
     with capsys.disabled():
         sys.stdout.write(f"\nSD 1.5 shapes, {report}\n")
+
+
+def test_training_reads_the_same_model(full_size, host, base_directory):
+    model, clip, vae = full_size
+    module = host.module("hdb_core.training.base_model")
+    path = base_directory / "models" / "checkpoints" / NAME
+    tokenizer = Path(sys.modules["comfy.sd1_clip"].__file__).parent / "sd1_tokenizer"
+    with torch.inference_mode(False):
+        read = module.load_base_model(path, torch.device("cpu"), torch.float32, tokenizer)
+    modules, family = host.module("nodes.host.targets").target_modules(model, clip)
+    assert host.module("hdb_core.layout").layout_of(modules, family) == read.denoiser.layout
+    noisy = 5 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with host.module("nodes.host.training").training(model, clip, modules, family, 64) as there, torch.no_grad():
+        sigma = there.sigmas()[torch.tensor([400])].clone()
+        one, other = (d.denoise(noisy, sigma, d.encode_prompts(["a [v] face"])) for d in (there, read.denoiser))
+    change = (other - noisy).std()
+    # The host computes in bfloat16 where that is fast.
+    assert (one - other).std() < 0.03 * change
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    expected = host.module("nodes.host.images").encode(model, vae, pixels)
+    assert (read.encode(pixels) - expected).std() < 0.03 * expected.std()

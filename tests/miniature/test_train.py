@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -40,6 +41,7 @@ def model(tmp_path_factory):
         )  # fmt: skip
         text = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1, hidden_size=768, intermediate_size=32, num_attention_heads=4))  # fmt: skip
         vae = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+        vae.decoder.layers[-1].weight.data *= 100  # or all pictures are black
     for name, part in (("unet", unet), ("text_encoder", text), ("vae", vae), ("tokenizer", load_tokenizer(ROOT))):
         part.save_pretrained(folder / name)
     DDPMScheduler(beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
@@ -74,7 +76,8 @@ def copied(fitted, target):
 
 
 def weights(folder):
-    return hypernet_file.load(folder / "hypernet.safetensors").state_dict()
+    """In float32; those of the file are rounded."""
+    return torch.load(folder / "state.pt", weights_only=True)["net"]
 
 
 def test_precompute_resumes_and_notices_other_settings(model, photos, fitted, tmp_path, capsys):
@@ -106,39 +109,111 @@ def test_train_and_evaluate(model, photos, fitted, tmp_path):
     assert all(row["own"] != row["nobody"] != row["stranger"] for row in table)
 
 
-def test_a_stopped_run_ends_as_one_that_was_not(model, photos, fitted, tmp_path, monkeypatch):
-    straight, stopped = (copied(fitted, tmp_path / name) for name in ("straight", "stopped"))
-    assert run("train", model, photos, straight, "--steps", "8") == 0
+def stopping(monkeypatch, step):
+    """Lets a training save after every step, and stop before this one."""
     monkeypatch.setattr(train, "SAVE_EVERY", 0)
     rate = train.TrainConfig.rate
 
-    def killed(self, step):
-        if step == 5:
+    def rate_or_stop(self, now):
+        if now == step:
             raise KeyboardInterrupt
-        return rate(self, step)
+        return rate(self, now)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.TrainConfig, "rate", killed)
-        run("train", model, photos, stopped, "--steps", "8")
-    assert run("train", model, photos, stopped, "--steps", "8") == 0
-    assert hypernet_file.read_header(stopped / "hypernet.safetensors").info["step"] == "8"
-    for name, weight in weights(straight).items():
-        torch.testing.assert_close(weights(stopped)[name], weight, atol=1e-4, rtol=1e-3)
+    monkeypatch.setattr(train.TrainConfig, "rate", rate_or_stop)
 
 
-def test_two_processes_train_as_one(model, photos, fitted, tmp_path):
+STOP_OF_TWO = """
+import sys
+from pytest import MonkeyPatch
+from hdb_core import train
+from tests.miniature.test_train import stopping
+with MonkeyPatch.context() as patch:
+    stopping(patch, int(sys.argv[1]))
+    try:
+        train.main(sys.argv[2:])
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+def launch(target, stage, model, photos, folder, *options):
+    """On two processes; the target is ``-m MODULE``, or a script and its first arguments."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", *target, stage]  # fmt: skip
+    paths = ["--model", str(model), "--photos", str(photos), "--run", str(folder), *SIZES, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *paths], check=False, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_same_weights(folder, other, atol=2e-4, rtol=2e-3):
+    assert hypernet_file.read_header(folder / "hypernet.safetensors").info["step"] == "8"
+    for name, weight in weights(other).items():
+        torch.testing.assert_close(weights(folder)[name], weight, atol=atol, rtol=rtol)
+
+
+@pytest.fixture(scope="module")
+def straight(model, photos, fitted, tmp_path_factory):
+    """A run of eight steps on one process."""
+    folder = copied(fitted, tmp_path_factory.mktemp("straight"))
+    assert run("train", model, photos, folder, "--steps", "8") == 0
+    return folder
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(model, photos, fitted, straight, tmp_path):
+    folder = copied(fitted, tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(patch, 5)
+        run("train", model, photos, folder, "--steps", "8")
+    assert run("train", model, photos, folder, "--steps", "8") == 0
+    assert_same_weights(folder, straight, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("parts", ["2", "4"])
+def test_accumulated_gradients_are_those_of_the_whole(model, photos, fitted, straight, tmp_path, parts):
+    folder = copied(fitted, tmp_path)
+    assert run("train", model, photos, folder, "--steps", "8", "--accumulate", parts) == 0
+    assert_same_weights(folder, straight, atol=1e-5, rtol=1e-5)
+
+
+def test_samples_are_drawn_and_change_nothing(model, photos, fitted, straight, tmp_path):
+    folder = copied(fitted, tmp_path)
+    options = ["--sample-every", "4", "--sample-people", "2", "--sample-steps", "3", "--sample-words", "in a park"]
+    assert run("train", model, photos, folder, "--steps", "8", *options) == 0
+    paths = sorted((folder / "samples").iterdir())
+    assert [path.name for path in paths] == ["step_000004.png", "step_000008.png"]
+    first, last = (Image.open(path) for path in paths)
+    assert first.size == (5 * (64 + 4), 28 + 2 * (64 + 4))
+    assert ImageChops.difference(first, last).getbbox() is not None
+    assert not (straight / "samples").exists()
+    assert_same_weights(folder, straight, atol=0, rtol=0)
+
+
+def test_two_processes_train_as_one(model, photos, straight, tmp_path):
     """DDP: the same global batch, the same result; and precompute shared between them."""
-    alone, together = copied(fitted, tmp_path / "alone"), tmp_path / "together"
-    assert run("train", model, photos, alone, "--steps", "4") == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "hdb_core.train"]  # fmt: skip
-    paths = ["--model", str(model), "--photos", str(photos), "--run", str(together), *SIZES, "--steps", "4"]
     for stage in ("precompute", "train"):
-        done = subprocess.run([*launch, stage, *paths], check=False, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list((together / "people").iterdir())) == 3
-    for name, weight in weights(alone).items():
-        torch.testing.assert_close(weights(together)[name], weight, atol=2e-4, rtol=2e-3)
+        launch(["-m", "hdb_core.train"], stage, model, photos, tmp_path, "--steps", "8")
+    assert len(list((tmp_path / "people").iterdir())) == 3
+    assert_same_weights(tmp_path, straight)
+
+
+def test_one_process_stops_and_two_go_on(model, photos, fitted, straight, tmp_path):
+    """And the two accumulate, which the one did not."""
+    folder = copied(fitted, tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(patch, 4)
+        run("train", model, photos, folder, "--steps", "8")
+    launch(["-m", "hdb_core.train"], "train", model, photos, folder, "--steps", "8", "--accumulate", "2")
+    assert_same_weights(folder, straight)
+
+
+def test_two_processes_stop_and_one_goes_on(model, photos, fitted, straight, tmp_path):
+    folder, script = copied(fitted, tmp_path / "run"), tmp_path / "stop.py"
+    script.write_text(STOP_OF_TWO)
+    launch([str(script), "4"], "train", model, photos, folder, "--steps", "8")
+    assert hypernet_file.read_header(folder / "hypernet.safetensors").info["step"] == "4"
+    assert run("train", model, photos, folder, "--steps", "8") == 0
+    assert_same_weights(folder, straight)
 
 
 @pytest.fixture
@@ -195,7 +270,7 @@ def test_tokens_are_those_of_the_photo(photos, clip_vision, tmp_path):
     precompute_tokens(encoder, people, tmp_path / "tokens", group=3)
     tokens = PhotoTokens(tmp_path / "tokens", people, encoder.config)
     chosen = [(people[3], 2), (people[0], 1), (people[1], 0)]
-    read = tokens.read([(person.name, i) for person, i in chosen])
+    read = tokens.read(chosen)
     expected = torch.cat([encoder.encode([person.photos[i].whole()]) for person, i in chosen])
     torch.testing.assert_close(read, expected, atol=2e-3, rtol=1e-3)  # float16
     assert not torch.allclose(read[0], read[1], atol=1e-2)
@@ -239,3 +314,8 @@ def test_encoders_that_cannot_be_used(model, photos, clip_vision, tmp_path, caps
 def test_refusals(model, photos, tmp_path, capsys, stage, options, message):
     assert run(stage, model, photos, tmp_path, *options) == 1
     assert message in capsys.readouterr().err
+
+
+def test_people_that_cannot_be_shared_out(model, photos, fitted, tmp_path, capsys):
+    assert run("train", model, photos, copied(fitted, tmp_path), "--accumulate", "3") == 1
+    assert "--people 4 must be a multiple of 1 processes times --accumulate 3" in capsys.readouterr().err

@@ -1,0 +1,56 @@
+"""A step of training in parts gives the gradients of the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from hdb_core.errors import HyperNetError
+from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig
+from hdb_core.train import backward, parts_of
+from hdb_core.training.faces import PhotoPixels
+from hdb_core.training.loop import FromFaces, PersonLoss, TrainConfig
+from hdb_core.training.people import FittedPerson
+from hdb_core.training.photos import find_people
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True, mixed_precision="no")
+
+
+@pytest.fixture
+def loss_of(toy, recipe, tmp_path):
+    """Five people with two photos each; six in a batch, each denoised twice."""
+    for i in range(10):
+        (tmp_path / str(i // 2)).mkdir(exist_ok=True)
+        Image.effect_noise((32, 32), 20 + 20 * i).save(tmp_path / str(i // 2) / f"{i}.png")
+    generator = torch.Generator().manual_seed(0)
+    up = 0.1 * torch.randn(5, len(toy.layout.layers), recipe.up_dim, 1, generator=generator)
+    latents = torch.randn(5, 2, 4, 6, 6, generator=generator)
+    people = [FittedPerson(*row) for row in zip(find_people(tmp_path), latents, up, strict=True)]
+    encoder = EncoderConfig(image_size=32, token_width=32, depth=1)
+    config = HyperNetConfig(toy.layout, recipe, encoder, width=32, depth=1)
+    return PersonLoss(toy, people, config, TrainConfig(people=6, draws=2), PhotoPixels(config.encoder))
+
+
+def gradients(loss_of, accelerator, accumulate):
+    net = FromFaces(HyperNet.create(loss_of.net))
+    losses = backward(accelerator, loss_of, net, 3, parts_of(6, accumulate, accelerator))
+    return losses, torch.cat([w.grad.flatten() for w in net.parameters() if w.grad is not None])
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 6])
+def test_parts_add_up_to_the_whole(loss_of, accelerator, accumulate):
+    whole, parts = (gradients(loss_of, accelerator, n) for n in (1, accumulate))
+    for name, loss in whole[0].items():
+        torch.testing.assert_close(parts[0][name], loss, atol=0, rtol=1e-5)
+    assert (parts[1] - whole[1]).norm() < 1e-5 * whole[1].norm()
+
+
+@pytest.mark.parametrize("accumulate", [0, 4])
+def test_parts_must_be_even(accelerator, accumulate):
+    with pytest.raises(HyperNetError, match="--people 6 must be a multiple of 1 processes"):
+        parts_of(6, accumulate, accelerator)
