@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import HyperNetError
@@ -94,7 +95,7 @@ def load_vision_encoder(folder: Path, device: torch.device) -> VisionEncoder:
 
     Raises:
         FileNotFoundError: if there is no such folder, or no model in it.
-        HyperNetError: if ComfyUI could not load this encoder, or weights are missing.
+        HyperNetError: if ComfyUI could not load this encoder, or weights are missing or damaged.
     """
     import transformers
 
@@ -123,8 +124,8 @@ def load_vision_encoder(folder: Path, device: torch.device) -> VisionEncoder:
         model, info = model_class.from_pretrained(
             folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except OSError as error:
-        raise FileNotFoundError(f"{folder} holds no weights that can be read ({error}). Download it again.") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise HyperNetError(f"{folder} holds no weights that can be read ({error}). Download it again.") from error
     if missing := sorted(info["missing_keys"]):
         raise HyperNetError(
             f"{folder} lacks {len(missing)} weights of its encoder, {missing[0]!r} among them. Download it again."

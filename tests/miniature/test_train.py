@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,17 @@ import torch
 from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from hdb_core import hypernet_file, train
+from hdb_core.errors import HyperNetError
 from hdb_core.training import vision
 from hdb_core.training.photos import find_people
 from hdb_core.training.tokens import PhotoTokens, precompute_tokens
@@ -276,6 +285,38 @@ def test_tokens_are_those_of_the_photo(photos, clip_vision, tmp_path):
     assert not torch.allclose(read[0], read[1], atol=1e-2)
 
 
+def test_tokens_that_are_not_there_or_of_another_encoder(photos, clip_vision, tmp_path):
+    people = find_people(photos)
+    encoder = vision.load_vision_encoder(Path(clip_vision()), torch.device("cpu"))
+    precompute_tokens(encoder, people[:4], tmp_path / "tokens", group=3)
+    with pytest.raises(HyperNetError, match=r"tokens of 0 photos.*who has 3. Run precompute with --clip-vision"):
+        PhotoTokens(tmp_path / "tokens", people, encoder.config)
+    wider = replace(encoder.config, name="ViT-H-14", token_width=1280, num_tokens=257)
+    with pytest.raises(HyperNetError, match=r"5 tokens of width 24 a photo, but the encoder is 'ViT-H-14' with 257"):
+        PhotoTokens(tmp_path / "tokens", people[:4], wider)
+
+
+def test_whole_models_bring_their_image_encoder(clip_vision, tmp_path):
+    """A folder of all of CLIP, as it is published, is as good as one of its image encoder."""
+    alone = Path(clip_vision())
+    described = json.loads((alone / "config.json").read_text())
+    with torch.random.fork_rng():
+        text = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "vocab_size": 10,
+        }
+        whole = CLIPModel(CLIPConfig(text_config=text, vision_config=described, projection_dim=16))
+    whole.load_state_dict(load_file(alone / "model.safetensors"), strict=False)
+    whole.save_pretrained(tmp_path / "whole")
+    first, second = (vision.load_vision_encoder(folder, torch.device("cpu")) for folder in (alone, tmp_path / "whole"))
+    assert first.weights == second.weights
+    photo = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(first.encode([photo]), second.encode([photo]))
+
+
 def test_another_encoder_than_that_of_the_run(model, photos, fitted, clip_vision, tmp_path, capsys):
     folder, first = copied(fitted, tmp_path / "run"), clip_vision()
     assert run("train", model, photos, folder, "--steps", "1", "--clip-vision", first) == 0
@@ -295,11 +336,14 @@ def test_encoders_that_cannot_be_used(model, photos, clip_vision, tmp_path, caps
     partial = Path(clip_vision(name="partial"))
     kept = {name: t for name, t in load_file(partial / "model.safetensors").items() if "layers.0.mlp" not in name}
     save_file(kept, partial / "model.safetensors", {"format": "pt"})
+    broken = Path(clip_vision(name="broken"))
+    os.truncate(broken / "model.safetensors", 5000)
     for folder, message in (
         (tmp_path / "nowhere", "lacks config.json"),
         (unknown, "holds 'resnet', but Load CLIP Vision takes CLIP"),
         (clip_vision(width=32, name="wide"), r"patch size (32, 2, 28, 14)) that Load CLIP Vision cannot load"),
         (empty, "holds no weights that can be read"),
+        (broken, "holds no weights that can be read"),
         (partial, "lacks 4 weights"),
     ):
         assert run("precompute", model, photos, tmp_path / "run", "--clip-vision", str(folder)) == 1
