@@ -45,6 +45,8 @@ class TrainConfig:
         max_iterations: and with k from 1 to so many refinements.
         same_photo: denoise the photo that the person was predicted from, even if there are others.
         max_grad_norm: of the clipped gradient.
+        down_rate: of the down side that all people share, as a multiple of the learning rate.
+        encoder_rate: of the encoder, likewise.
         seed: of everything that is drawn.
     """
 
@@ -63,6 +65,8 @@ class TrainConfig:
     max_iterations: int = 2
     same_photo: bool = False
     max_grad_norm: float = 1.0
+    down_rate: float = 10.0
+    encoder_rate: float = 0.2
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -138,7 +142,7 @@ class PersonLoss:
         self.counts = [len(person.latents) for person in people]
 
     def __call__(self, net: nn.Module, step: int, part: slice = slice(None)) -> dict[str, Tensor]:
-        """Scalars: ``loss``, which goes down, and unweighted ``regression`` and, where it counts, ``diffusion``.
+        """Scalars: ``loss``, which goes down, and unweighted ``regression`` and ``diffusion``, where they count.
 
         Args:
             net: a `FromFaces`, wrapped or not.
@@ -149,9 +153,11 @@ class PersonLoss:
         turns, iterations, generator = turns_of(step, self.counts, config)
         own = turns[part]
         predicted = Factors(*net(self._faces(own), iterations))
-        targets = stacked([self.people[turn.person] for turn in own], self.down)
-        losses = {"regression": regression_loss(predicted, targets, self.energy)}
-        total = config.regression(step) * losses["regression"]
+        losses, total = {}, torch.zeros((), device=self.down.device)
+        if config.regression_weight:
+            targets = stacked([self.people[turn.person] for turn in own], self.down)
+            losses["regression"] = regression_loss(predicted, targets, self.energy)
+            total = config.regression(step) * losses["regression"]
         if config.diffusion_weight and step >= config.diffusion_start:
             losses["diffusion"] = self._diffusion(predicted, turns, part, generator)
             total = total + config.diffusion_weight * losses["diffusion"]
@@ -178,27 +184,36 @@ class PersonLoss:
     def evaluate(self, net: nn.Module, photos: int, iterations: int, seed: int = 0) -> dict[str, float]:
         """Losses on everybody's last photo, with the person predicted from their first ``photos``.
 
-        ``regression`` beside ``mean_predictor``; the diffusion loss with their ``own`` prediction, with ``nobody``'s and
-        with a ``stranger``'s, on the same noise.
+        The diffusion loss on the same noise with their ``own`` prediction, the ``mean`` one, a ``stranger``'s and
+        ``nobody``'s; and if they were fitted, ``regression`` beside that of the ``mean_predictor``.
         """
         generator = torch.Generator().manual_seed(seed)
         turns = [Turn(i, [n % max(1, count - 1) for n in range(photos)], [count - 1] * self.config.draws)
                  for i, count in enumerate(self.counts)]  # fmt: skip
-        predicted = Factors(*net(self._faces(turns), iterations))
-        targets = stacked(self.people, self.down)
-        latents = torch.stack([person.latents[-1] for person in self.people]).to(self.down)
-        words = [person.person.photos[-1].words for person in self.people]
+        parts = [turns[i : i + self.config.people] for i in range(0, len(turns), self.config.people)]
+        predicted = Factors(
+            *(torch.cat(f) for f in zip(*(net(self._faces(p), iterations) for p in parts), strict=True))
+        )
         chosen = {
             "own": predicted,
-            "nobody": Factors(predicted.down, torch.zeros_like(predicted.up)),
+            "mean": Factors(*(factor.mean(0, keepdim=True).expand_as(factor) for factor in predicted)),
             "stranger": Factors(*(factor.roll(1, 0) for factor in predicted)),
+            "nobody": Factors(predicted.down, torch.zeros_like(predicted.up)),
         }
         losses = dict.fromkeys(chosen, 0.0)
-        weight = torch.full((len(latents),), 1 / len(latents), device=self.down.device)
         for _ in range(self.config.draws):
-            batch = draw(self.denoiser, latents, weight, self.config.min_timestep, generator)
-            for name, factors in chosen.items():
-                losses[name] += float(self.denoising(factors, batch, words)) / self.config.draws
+            for first in range(0, len(turns), self.config.people):
+                rows = slice(first, first + self.config.people)
+                own = self.people[rows]
+                latents = torch.stack([person.latents[-1] for person in own]).to(self.down)
+                weight = torch.full((len(own),), 1 / len(turns) / self.config.draws, device=self.down.device)
+                batch = draw(self.denoiser, latents, weight, self.config.min_timestep, generator)
+                words = [person.person.photos[-1].words for person in own]
+                for name, factors in chosen.items():
+                    losses[name] += float(self.denoising(Factors(*(f[rows] for f in factors)), batch, words))
+        if not bool(self.energy.any()):
+            return losses
+        targets = stacked(self.people, self.down)
         return {"regression": float(regression_loss(predicted, targets, self.energy)),
                 "mean_predictor": float(mean_predictor_loss(targets, self.energy)), **losses}  # fmt: skip
 

@@ -77,7 +77,7 @@ def test_sd15_fits_people_and_trains_a_hypernetwork(denoiser, people):
     assert (up.flatten(2).norm(dim=-1) > 0).all()
 
     fitted = [FittedPerson(*row) for row in zip(people, latents.half(), up, strict=True)]
-    encoder = EncoderConfig(image_size=32, token_width=32, depth=1)
+    encoder = EncoderConfig(image_size=32, token_width=32, stem=((16, 1), (16, 1)), depth=1)
     config = HyperNetConfig(denoiser.layout, BasisRecipe(), encoder, width=32, depth=1)
     settings = TrainConfig(people=2, regression_weight=0, max_iterations=1)
     loss_of = PersonLoss(denoiser, fitted, config, settings, PhotoPixels(config.encoder))

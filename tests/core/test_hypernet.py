@@ -17,7 +17,7 @@ from hdb_core.finetune import Batch, diffusion_loss
 from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig, predict, preprocess
 from hdb_core.lidb import delta_weight, expand_factors
 
-ENCODER = EncoderConfig(image_size=32, token_width=24, patch_size=8, depth=2, heads=2)
+ENCODER = EncoderConfig(image_size=32, token_width=24, patch_size=8, stem=((16, 1),), depth=2, heads=2)
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from PIL import Image
 
 from hdb_core.errors import HyperNetError
 from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig
-from hdb_core.train import backward, parts_of
 from hdb_core.training.faces import PhotoPixels
 from hdb_core.training.loop import FromFaces, PersonLoss, TrainConfig
 from hdb_core.training.people import FittedPerson
 from hdb_core.training.photos import find_people
+from hdb_core.training.trainer import backward, parts_of
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def loss_of(toy, recipe, tmp_path):
     up = 0.1 * torch.randn(5, len(toy.layout.layers), recipe.up_dim, 1, generator=generator)
     latents = torch.randn(5, 2, 4, 6, 6, generator=generator)
     people = [FittedPerson(*row) for row in zip(find_people(tmp_path), latents, up, strict=True)]
-    encoder = EncoderConfig(image_size=32, token_width=32, depth=1)
+    encoder = EncoderConfig(image_size=32, token_width=32, stem=((16, 1), (16, 1)), depth=1)
     config = HyperNetConfig(toy.layout, recipe, encoder, width=32, depth=1)
     return PersonLoss(toy, people, config, TrainConfig(people=6, draws=2), PhotoPixels(config.encoder))
 

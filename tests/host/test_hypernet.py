@@ -15,7 +15,7 @@ import torch
 def config(host, loaded):
     hypernet, layout = host.module("hdb_core.hypernet"), host.module("hdb_core.layout")
     modules, family = host.module("nodes.host.targets").target_modules(loaded.model, loaded.clip)
-    encoder = hypernet.EncoderConfig(image_size=64, token_width=32, patch_size=16, depth=2, heads=2)
+    encoder = hypernet.EncoderConfig(image_size=64, token_width=32, patch_size=16, stem=((16, 1),), depth=2, heads=2)
     return hypernet.HyperNetConfig(layout.layout_of(modules, family), encoder=encoder, width=32, depth=2, heads=2)
 
 

@@ -26,7 +26,7 @@ from transformers import (
 
 from hdb_core import hypernet_file, train
 from hdb_core.errors import HyperNetError
-from hdb_core.training import vision
+from hdb_core.training import trainer, vision
 from hdb_core.training.photos import find_people
 from hdb_core.training.tokens import PhotoTokens, precompute_tokens
 from miniature.photos import FIRST, write_person
@@ -34,7 +34,7 @@ from miniature.text import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--mixed-precision", "no", "--cpu", "--image-size", "64", "--group", "3", "--fit-steps", "3", "--down-dim", "12",
-         "--up-dim", "8", "--encoder-size", "32", "--encoder-width", "32", "--encoder-depth", "1", "--width", "32",
+         "--up-dim", "8", "--encoder-size", "32", "--encoder-width", "32", "--encoder-depth", "1", "--stem", "16x1", "16x1", "--width", "32",
          "--depth", "1", "--people", "4", "--warmup", "2", "--held-out", "0.3", "--max-photos", "2"]  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def test_train_and_evaluate(model, photos, fitted, tmp_path):
 
 def stopping(monkeypatch, step):
     """Lets a training save after every step, and stop before this one."""
-    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    monkeypatch.setattr(trainer, "SAVE_EVERY", 0)
     rate = train.TrainConfig.rate
 
     def rate_or_stop(self, now):

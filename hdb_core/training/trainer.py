@@ -1,0 +1,185 @@
+"""The loop of a training: steps, an average of the weights, a log, and a state to go on from, on any number of processes."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import HyperNetError
+from .loop import TrainConfig
+
+SAVE_EVERY = 180  # seconds
+LOG_EVERY = 10  # steps
+EMA_DECAY = 0.998
+
+
+class LossOf(Protocol):
+    """What is trained."""
+
+    def __call__(self, net: nn.Module, step: int, part: slice) -> dict[str, Tensor]:
+        """Scalars of a part of the global batch of a step, counted from 0; ``loss`` goes down."""
+
+
+class Trainer:
+    """Steps a module with AdamW.
+
+    Args:
+        accelerator: of all processes.
+        net: the module, from here on on the accelerator's device.
+        config: settings.
+        state: file to go on from, written every few minutes; a kill leaves the old or the new one.
+        log: CSV file of mean losses.
+        accumulate: parts that each process's people of a step are taken in.
+        rates: beginnings of parameter names with their rate, as a multiple of the configured one.
+
+    Attributes:
+        average: the averaged weights by name.
+        step: the next one.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        net: nn.Module,
+        config: TrainConfig,
+        state: Path,
+        log: Path,
+        accumulate: int = 1,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        self.accelerator, self.config, self.state, self.log = accelerator, config, state, log
+        self.parts = parts_of(config.people, accumulate, accelerator)
+        self._net = net
+        optimizer: Any = torch.optim.AdamW(_groups(net, rates or {}), config.learning_rate, (0.9, 0.99), weight_decay=config.weight_decay)  # fmt: skip
+        self.average = {name: weight.clone() for name, weight in net.state_dict().items()}
+        self.step = self._resume(optimizer)
+        self.net, self.optimizer = accelerator.prepare(net, optimizer)
+        self.average = {name: weight.to(accelerator.device) for name, weight in self.average.items()}
+
+    def run(
+        self,
+        loss_of: LossOf,
+        save: Callable[[], None],
+        after: Callable[[], None] | None = None,
+        notes: Mapping[str, float] | None = None,
+    ) -> None:
+        """Train to the configured number of steps.
+
+        Args:
+            loss_of: what is trained.
+            save: called on the main process after every state that is written, and at the end.
+            after: called on the main process after every step.
+            notes: further columns of the log.
+        """
+        is_main, saved = self.accelerator.is_main_process, time.monotonic()
+        logged: list[dict[str, Tensor]] = []
+        bar = tqdm(total=self.config.steps, initial=self.step, disable=not is_main)
+        while self.step < self.config.steps:
+            logged.append(self._advance(loss_of))
+            bar.update()
+            last = self.step == self.config.steps
+            if last or self.step % LOG_EVERY == 0:
+                row = {name: float(torch.stack([r[name] for r in logged if name in r]).mean()) for name in logged[-1]}
+                bar.set_postfix({name: f"{value:.4f}" for name, value in row.items()})
+                if is_main:
+                    rate = self.config.rate(self.step - 1)
+                    _append(self.log, {"step": self.step, "rate": rate, **(notes or {}), **row})
+                logged = []
+            if is_main and (last or time.monotonic() - saved > SAVE_EVERY):
+                self._save()
+                save()
+                saved = time.monotonic()
+            if is_main and after is not None:
+                after()
+        self.accelerator.wait_for_everyone()
+
+    def _advance(self, loss_of: LossOf) -> dict[str, Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["scale"] * self.config.rate(self.step)
+        losses = backward(self.accelerator, loss_of, self.net, self.step, self.parts)
+        self.accelerator.clip_grad_norm_(self.net.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for name, weight in self._net.state_dict().items():
+                self.average[name].lerp_(weight.to(self.average[name]), 1 - decay)
+        self.step += 1
+        return {name: self.accelerator.reduce(value, "mean") for name, value in losses.items()}
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> int:
+        """Load what `_save` wrote, if anything; the next step."""
+        if not self.state.exists():
+            return 0
+        state = torch.load(self.state, map_location="cpu", weights_only=True)
+        self._net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        self.average.update(state["average"])
+        return state["step"]
+
+    def _save(self) -> None:
+        parts = {"net": self._net.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
+        partial = self.state.with_suffix(".partial")
+        torch.save({**parts, "step": self.step}, partial)
+        os.replace(partial, self.state)
+
+
+def parts_of(people: int, accumulate: int, accelerator: Accelerator) -> list[slice]:
+    """This process's people of the global batch, in as many parts as gradients are accumulated over.
+
+    Raises:
+        HyperNetError: if they cannot be shared out evenly.
+    """
+    rank, count = accelerator.process_index, accelerator.num_processes
+    if accumulate < 1 or people % (count * accumulate):
+        raise HyperNetError(
+            f"--people {people} must be a multiple of {count} processes times --accumulate {accumulate}, which is at "
+            "least 1. Change one of them."
+        )
+    return [slice(rank + part * count, None, count * accumulate) for part in range(accumulate)]
+
+
+def backward(
+    accelerator: Accelerator, loss_of: LossOf, net: nn.Module, step: int, parts: Sequence[slice]
+) -> dict[str, Tensor]:
+    """Add up the gradients of a step's parts, which are of one size; returns the mean losses."""
+    losses = []
+    for part in parts:
+        is_last = part is parts[-1]  # processes exchange their gradients once
+        with nullcontext() if is_last else accelerator.no_sync(net):
+            with accelerator.autocast():
+                losses.append(loss_of(net, step, part))
+            accelerator.backward(losses[-1]["loss"] / len(parts))
+    return {name: torch.stack([own[name].detach() for own in losses]).mean() for name in losses[0]}
+
+
+def _groups(net: nn.Module, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The parameters that are trained, by their rate."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in net.named_parameters():
+        scale = next((scale for start, scale in rates.items() if name.startswith(start)), 1.0)
+        groups.setdefault(scale, []).append(parameter)
+    return [{"params": parameters, "scale": scale} for scale, parameters in groups.items()]
+
+
+def _append(log: Path, row: Mapping[str, float]) -> None:
+    """Add a row to a CSV file, whose columns are those of its first row."""
+    new = not log.exists()
+    if not new:
+        with log.open(newline="") as file:
+            columns = next(csv.reader(file))
+    with log.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row) if new else columns, extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
