@@ -44,7 +44,7 @@ from .training.photos import find_people
 from .training.pretrain import PhotoLoss, PhotoPredictor
 from .training.samples import SampleConfig, SampleGrid
 from .training.tokens import PhotoTokens, precompute_tokens
-from .training.trainer import Trainer
+from .training.trainer import Trainer, parts_of
 from .training.vision import load_vision_encoder
 
 _PATHS = ("model", "photos", "run", "clip_vision", "tokenizer")  # of a machine, in no file
@@ -113,6 +113,7 @@ def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
 
 def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
     run, config = Run(args.run), TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    parts_of(config.people, args.accumulate, accelerator)  # refused before the people are read
     people, kept = held_out(_fitted(args, run), args.held_out)
     faces, encoder = _faces(args, accelerator)
     _require_same_encoder(run, encoder)

@@ -166,7 +166,7 @@ class PersonLoss:
     def _diffusion(self, predicted: Factors, turns: Sequence[Turn], part: slice, generator: torch.Generator) -> Tensor:
         """The diffusion loss of a part, whose noise is drawn with that of the whole batch."""
         denoised = [(turn.person, turn.denoised[d]) for d in range(self.config.draws) for turn in turns]
-        latents = torch.stack([self.people[person].latents[photo] for person, photo in denoised]).to(self.down)
+        latents = torch.stack([self.people[person].latents[photo].float() for person, photo in denoised]).to(self.down)
         rows = [d * len(turns) + i for d in range(self.config.draws) for i in range(len(turns))[part]]
         weight = torch.full((len(denoised),), 1 / len(rows), device=self.down.device)
         batch = draw(self.denoiser, latents, weight, self.config.min_timestep, generator)

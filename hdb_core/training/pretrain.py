@@ -83,7 +83,7 @@ class PhotoLoss:
         turns = turns_of(step, self.counts, self.config)[0][part]
         pixels = self.faces.read([(self.people[turn.person].person, turn.seen[0]) for turn in turns])
         shown = [(self.people[turn.person], turn.denoised[0]) for turn in turns]
-        latents = torch.stack([person.latents[number] for person, number in shown]).to(self.device).float()
+        latents = torch.stack([person.latents[number].float() for person, number in shown]).to(self.device)
         text = self.text([caption(self.class_prompt, p.person.photos[number].words) for p, number in shown])
         return {"loss": functional.mse_loss(net(pixels.to(self.device), text).float(), latents)}
 

@@ -14,7 +14,7 @@ from hdb_core.adapters import attach
 from hdb_core.basis import BasisRecipe, bases_of
 from hdb_core.errors import HyperNetError, HyperNetFileError
 from hdb_core.finetune import Batch, diffusion_loss
-from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig, predict, preprocess
+from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig, PhotoEncoder, initialised, predict, preprocess
 from hdb_core.lidb import delta_weight, expand_factors
 
 ENCODER = EncoderConfig(image_size=32, token_width=24, patch_size=8, stem=((16, 1),), depth=2, heads=2)
@@ -45,6 +45,16 @@ def rewrite(path, edit):
     fields = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["hypernet"])
     edit(fields)
     path.write_bytes(safetensors.torch.save(safetensors.torch.load(data), {"hypernet": json.dumps(fields)}))
+
+
+@pytest.mark.parametrize(
+    "stem, tokens", [((), 64), (((16, 1),), 64), (((16, 1), (24, 2)), 16), (((8, 0), (16, 1), (16, 1)), 4)]
+)
+def test_encoder_has_a_token_for_each_place(stem, tokens):
+    encoder = replace(ENCODER, patch_size=4, stem=stem)
+    with initialised(0):
+        net = PhotoEncoder(encoder)
+    assert net(preprocess(photos(2), encoder)).shape == (2, 1 + tokens, 24)
 
 
 @pytest.mark.parametrize("free_down", [False, True])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
@@ -116,6 +117,35 @@ def test_train_and_evaluate(model, photos, fitted, tmp_path):
     table = [json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines()]
     assert [(row["photos"], row["iterations"]) for row in table] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(row["own"] != row["nobody"] != row["stranger"] for row in table)
+
+
+def test_pretrained_encoder_is_what_training_starts_from(model, photos, fitted, tmp_path):
+    """Without a rate of its own the encoder stays what it was; its pretraining resumes."""
+    folder, options = copied(fitted, tmp_path / "run"), ["--pretrain-people", "4", "--pretrain-rate", "3e-3"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(patch, 20)
+        run("pretrain", model, photos, folder, "--pretrain-steps", "60", *options)
+    assert run("pretrain", model, photos, folder, "--pretrain-steps", "60", *options) == 0
+    rows = list(csv.DictReader((folder / "pretrain.csv").open()))
+    assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, 50, 60]
+    assert float(rows[-1]["loss"]) < 0.9 * float(rows[0]["loss"])
+    assert run("train", model, photos, folder, "--steps", "3", "--encoder-rate", "0") == 0
+    for name, weight in load_file(folder / "encoder.safetensors").items():
+        torch.testing.assert_close(weights(folder)[f"net.encoder.{name}"], weight)
+
+
+def test_diffusion_loss_alone_in_bf16(model, photos, tmp_path):
+    """Nobody is fitted: people are only encoded."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process otherwise keeps its first precision
+    options = ["--mixed-precision", "bf16", "--fit-steps", "0", "--regression-weight", "0", "--steps", "4"]
+    for stage in ("precompute", "pretrain", "train", "evaluate"):
+        assert run(stage, model, photos, tmp_path, *options, "--pretrain-steps", "2", "--pretrain-people", "4") == 0
+    assert not load_file(tmp_path / "people" / "group_00000.safetensors")["up"].any()
+    (row, *_) = csv.DictReader((tmp_path / "log.csv").open())
+    assert set(row) == {"step", "rate", "loss", "diffusion"}
+    table = [json.loads(line) for line in (tmp_path / "evaluation.json").read_text().splitlines()]
+    assert all(row["own"] != row["nobody"] and "regression" not in row for row in table)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def stopping(monkeypatch, step):
@@ -326,6 +356,11 @@ def test_another_encoder_than_that_of_the_run(model, photos, fitted, clip_vision
     assert "behind the encoder 'encoder' (28 px, width 24), not 'vit' (32 px, width 32)" in capsys.readouterr().err
     os.rename(first, tmp_path / "elsewhere")
     assert run("train", model, photos, folder, "--steps", "2", "--clip-vision", str(tmp_path / "elsewhere")) == 0
+
+
+def test_a_frozen_encoder_is_not_pretrained(model, photos, fitted, clip_vision, tmp_path, capsys):
+    assert run("pretrain", model, photos, copied(fitted, tmp_path / "run"), "--clip-vision", clip_vision()) == 1
+    assert "Leave the stage pretrain out" in capsys.readouterr().err
 
 
 def test_encoders_that_cannot_be_used(model, photos, clip_vision, tmp_path, capsys):
