@@ -1,4 +1,6 @@
-"""Train a hypernetwork for a base model of your own: ``accelerate launch -m hdb_core.train STAGE …``, or ``python -m``.
+"""Train a hypernetwork for a base model of your own: ``python -m hdb_core.train STAGE …``.
+
+On several processes: ``accelerate launch -m`` or ``torchrun --nproc-per-node N -m`` in place of ``python -m``.
 
 Stages, each of which goes on where it was stopped:
 
@@ -47,7 +49,7 @@ from .training.tokens import PhotoTokens, precompute_tokens
 from .training.trainer import Trainer, parts_of
 from .training.vision import load_vision_encoder
 
-_PATHS = ("model", "photos", "run", "clip_vision", "tokenizer")  # of a machine, in no file
+_PATHS = ("model", "photos", "folder", "clip_vision", "tokenizer")  # of a machine, in no file
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
     try:
+        accelerator.print(f"{args.stage}, processes: {accelerator.num_processes}")
         dtype = _DTYPES[accelerator.mixed_precision]
         base = load_base_model(args.model, accelerator.device, dtype, args.tokenizer, args.prediction_type)
         _STAGES[args.stage](args, accelerator, base)
@@ -83,7 +86,7 @@ def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseMo
     size = args.image_size
     with tqdm(total=len(people), unit="person", disable=not accelerator.is_main_process) as bar:
         share = (accelerator.process_index, accelerator.num_processes)
-        precompute(base, people, Run(args.run).people, config, size, args.group, share,
+        precompute(base, people, Run(args.folder).people, config, size, args.group, share,
                    lambda done, _: bar.update(done - bar.n))  # fmt: skip
     accelerator.wait_for_everyone()
 
@@ -91,7 +94,7 @@ def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseMo
 def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
     if args.clip_vision is not None:
         raise HyperNetError("The encoder of --clip-vision stays as it is. Leave the stage pretrain out.")
-    run, encoder = Run(args.run), _vit(args)
+    run, encoder = Run(args.folder), _vit(args)
     config = TrainConfig(
         steps=args.pretrain_steps, people=args.pretrain_people, learning_rate=args.pretrain_rate, encoder_rate=1.0, seed=args.seed
     )  # fmt: skip
@@ -112,7 +115,7 @@ def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
 
 
 def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
-    run, config = Run(args.run), TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    run, config = Run(args.folder), TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
     parts_of(config.people, args.accumulate, accelerator)  # refused before the people are read
     people, kept = held_out(_fitted(args, run), args.held_out)
     faces, encoder = _faces(args, accelerator)
@@ -146,7 +149,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
 
 def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
     """Losses on held-out people, by number of photos and of refinements."""
-    run = Run(args.run)
+    run = Run(args.folder)
     _, people = held_out(_fitted(args, run), args.held_out)
     net = FromFaces(hypernet_file.load(run.file).to(accelerator.device))
     encoder = net.net.config.encoder
@@ -180,7 +183,7 @@ def _faces(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Faces, E
     if args.clip_vision is None:
         return PhotoPixels(_vit(args)), _vit(args)
     encoder = load_vision_encoder(args.clip_vision, accelerator.device)
-    people, folder = find_people(args.photos), Run(args.run).tokens
+    people, folder = find_people(args.photos), Run(args.folder).tokens
     share = (accelerator.process_index, accelerator.num_processes)
     precompute_tokens(encoder, people, folder, args.group, share)
     accelerator.wait_for_everyone()
@@ -205,7 +208,7 @@ def _require_same_encoder(run: Run, encoder: EncoderConfig) -> None:
             f"{run.folder} trains a hypernetwork behind the encoder {found.name or found.kind!r} "
             f"({found.image_size} px, width {found.token_width}), not {encoder.name or encoder.kind!r} "
             f"({encoder.image_size} px, width {encoder.token_width}). Give the options that it was begun with, or use "
-            "another --run folder."
+            "another --folder."
         )
 
 
@@ -239,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), help="of an SD 2.x checkpoint file")
     parser.add_argument("--photos", type=Path, required=True, help="a sub-folder of face photos for each person")
-    parser.add_argument("--run", type=Path, required=True, help="folder for everything that is made")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument(
         "--clip-vision",
         type=Path,

@@ -55,7 +55,7 @@ class Group:
         if any(found.get(name) != value for name, value in self.header.items()):
             raise HyperNetError(
                 f"{self.path} was made with other settings, people, or another base model or image encoder. Use another "
-                "--run folder, or delete it."
+                "--folder, or delete it."
             )
 
 

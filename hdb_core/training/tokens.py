@@ -112,5 +112,5 @@ def _require_encoder(path: Path, header: dict[str, str], encoder: EncoderConfig)
         raise HyperNetError(
             f"{path} holds {found['num_tokens']} tokens of width {found['token_width']} a photo, but the encoder is "
             f"{encoder.name!r} with {encoder.num_tokens} of width {encoder.token_width}. Give --clip-vision the encoder of "
-            "this --run, or use another --run folder."
+            "this --folder, or use another one."
         )

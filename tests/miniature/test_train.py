@@ -75,7 +75,9 @@ def fitted(model, photos, tmp_path_factory):
 
 
 def run(stage, model, photos, folder, *options):
-    return train.main([stage, "--model", str(model), "--photos", str(photos), "--run", str(folder), *SIZES, *options])
+    return train.main(
+        [stage, "--model", str(model), "--photos", str(photos), "--folder", str(folder), *SIZES, *options]
+    )
 
 
 def copied(fitted, target):
@@ -177,12 +179,13 @@ with MonkeyPatch.context() as patch:
 
 def launch(target, stage, model, photos, folder, *options):
     """On two processes; the target is ``-m MODULE``, or a script and its first arguments."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", *target, stage]  # fmt: skip
-    paths = ["--model", str(model), "--photos", str(photos), "--run", str(folder), *SIZES, *options]
+    # Without GPUs, accelerate's own launcher starts one process whatever it is told.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *target, stage]
+    paths = ["--model", str(model), "--photos", str(photos), "--folder", str(folder), *SIZES, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *paths], check=False, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{stage}, processes: 2" in done.stdout
 
 
 def assert_same_weights(folder, other, atol=2e-4, rtol=2e-3):
