@@ -1,8 +1,8 @@
 """One photo in, that person's pictures out: the fast fine-tune against full DreamBooth, words, and the photo itself.
 
 ``python dev.py bench people --split test --people 50 --reference-people 16`` writes ``people.json`` (a row a line),
-``people.md`` and ``people.png`` to ``benchmarks/results/``. Finished cells stay in ``.runs/bench/people``: a second run
-continues. ``--share 1/2`` and ``--share 2/2`` in two processes with OMP_NUM_THREADS=1 use two cores best. Rows:
+``people.md`` and ``people.png`` to ``benchmarks/results/``. Finished cells stay in ``.runs/bench/cells``: a second run
+continues. Scores are kept in ``benchmarks/results/cells.jsonl``: once that is committed, another machine continues, too. ``--share 1/2`` and ``--share 2/2`` in two processes with OMP_NUM_THREADS=1 use two cores best. Rows:
 
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
 * ``lidb_N``: FastFinetune from nothing with N steps; ``_saved``: after Save LiDB and Load LiDB;

@@ -2,7 +2,7 @@
 
 ``python dev.py bench tune --set learning_rate=0.01,0.02 rank=1,4`` tries every combination; every other setting has its
 default. ``--method dreambooth --set rate=1e-5,3e-5`` does the same for the reference, at each of its checkpoints.
-Finished cells stay in ``.runs/bench/tune``, and ``--rows`` of earlier sweeps can be repeated at no cost.
+Finished cells stay in ``.runs/bench/cells``: earlier sweeps can be repeated at no cost.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     methods = [Base(), *swept(args.method, args.set, args.checkpoints)]
     rows = [row for method in methods for row in method.rows if args.saved or not row.endswith("_saved")]
     bench, subjects = open_bench(args, not args.full), chosen_subjects(args, not args.full)
-    make_and_report(args, Table(bench, methods, rows, subjects), reference_people=len(subjects))
+    make_and_report(args, Table(bench, methods, rows, subjects), reference_people=len(subjects), keep=False)
 
 
 if __name__ == "__main__":

@@ -182,10 +182,10 @@ class DreamBooth:
 
 def fill(bench: Bench, methods: Sequence[Method], rows: Container[str], subject: Subject,
          report: Callable[[str], None]) -> None:  # fmt: skip
-    """Makes the cells of a person that are not there yet, of the named rows."""
+    """Makes the cells of a person that are neither there nor judged yet, of the named rows."""
     for method in methods:
         own = {row: settings for row, settings in method.rows.items() if row in rows}
-        wanted = {row for row, made in own.items() if not bench.cells.path(row, made, subject.seed).exists()}
+        wanted = {row for row, made in own.items() if not bench.finished(row, made, subject.seed)}
         start = time.perf_counter()
         for row, cell in method.run(bench, subject, wanted) if wanted else ():
             if row in wanted:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +23,7 @@ from miniature.scores import (
 )
 
 from .cells import Cell
+from .files import rounded
 from .subjects import CLASS_PROMPT, Subject
 
 SCORES = ("identity", "retrieval", "edit", "joint", "leak", "drift", "diversity")
@@ -68,14 +66,18 @@ class Row:
 
 
 class Scorer:
-    """Reads cells with a judge; a person's readings of the base are kept for drift."""
+    """Reads cells with a judge."""
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
         self._ceilings: dict[Subject, np.ndarray] = {}
 
-    def add(self, row: Row, subject: Subject, cell: Cell, base: Cell | None) -> None:
-        """Scores one cell into its row; ``base`` is the base's cell of the same person."""
+    def scored(self, subject: Subject, cell: Cell, before: Readings | None) -> dict[str, Any]:
+        """The arguments of `Row.add` after the person for one cell.
+
+        Args:
+            before: of the base's pictures of the class prompt, from `class_readings`; None leaves out drift and pull.
+        """
         prompts = subject.prompts
         seeds = cell.pictures.shape[1]
         readings = self._read(cell.pictures[: len(prompts)])
@@ -85,11 +87,20 @@ class Scorer:
         scores = person_means(pictures)
         if seeds > 1:
             scores["diversity"] = diversity(readings, repeated)
-        if base is not None and base is not cell and cell.facts["prompts"][-1] == CLASS_PROMPT:
-            before, after = (self._read(c.pictures[-1:]) for c in (base, cell))
+        if before is not None and cell.facts["prompts"][-1] == CLASS_PROMPT:
+            after = self._read(cell.pictures[-1:])
             scores |= {"drift": drift(before, after), "pull": pull(before, after, subject.person)}
         kinds = {p.kind: person_means([s for s in pictures if s.kind == p.kind]) for p in prompts}
-        row.add(subject.seed, scores, kinds, cell.facts)
+        return {
+            "scores": scores,
+            "kinds": kinds,
+            "facts": {name: cell.facts[name] for name in FACTS if name in cell.facts},
+        }
+
+    def class_readings(self, cell: Cell) -> dict[str, list]:
+        """What `readings_of` makes readings of again: of the pictures of the class prompt."""
+        readings = self._read(cell.pictures[-1:])
+        return {"names": readings.names.tolist(), "factors": readings.factors.tolist()}
 
     def _read(self, pictures: np.ndarray) -> Readings:
         return self.judge.read(pictures.reshape(-1, *pictures.shape[2:]))
@@ -98,6 +109,11 @@ class Scorer:
         if subject not in self._ceilings:
             self._ceilings[subject] = ceilings(self.judge, subject.person, subject.prompts)
         return self._ceilings[subject]
+
+
+def readings_of(kept: Mapping[str, list]) -> Readings:
+    """Readings that `Scorer.class_readings` turned into lists."""
+    return Readings(np.array(kept["names"], np.int64), np.array(kept["factors"], np.float32))
 
 
 def person_means(scores: Sequence[PictureScore]) -> dict[str, float]:
@@ -168,15 +184,6 @@ def as_object(
     })  # fmt: skip
 
 
-def rounded(value: Any) -> Any:
-    """Floats below 1,000 to four digits, others to whole numbers, at any depth."""
-    if isinstance(value, float):
-        return round(value, 4) if abs(value) < 1000 else round(value)
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
-
-
 def table(objects: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table: scores in percent with their standard errors, then what a row costs."""
     head = ["row", "people", *SCORES, "share of gain", "steps", "seconds", "TFLOP", "KB"]
@@ -219,20 +226,3 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
     return float(spearmanr(first, second).statistic)
-
-
-def write_text(path: Path, text: str) -> None:
-    """The whole file, or what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def write_json(path: Path, objects: Any) -> None:
-    """A list with one object a line, or any other value indented."""
-    if isinstance(objects, list):
-        text = "[\n" + ",\n".join(json.dumps(item) for item in objects) + "\n]\n"
-    else:
-        text = json.dumps(objects, indent=1) + "\n"
-    write_text(path, text)

@@ -7,6 +7,7 @@ from benchmarks import base, people, tune
 from benchmarks.common.bench import Bench, parsed_settings
 from benchmarks.common.cells import Cell
 from benchmarks.common.dreambooth import DreamBoothConfig
+from benchmarks.common.kept import KeptScores, Place
 from benchmarks.common.methods import DreamBooth, FastFinetuning, fill
 from benchmarks.common.results import share
 from benchmarks.common.studio import Sampling
@@ -21,7 +22,7 @@ DEV = SPLITS["dev"].start
 def bench(tmp_path):
     checkpoint = tmp_path / "base.safetensors"
     checkpoint.write_bytes(b"weights")
-    return Bench(checkpoint, Sampling(), 2, tmp_path, "people")
+    return Bench(checkpoint, Sampling(), 2, tmp_path, KeptScores(tmp_path / "cells.jsonl", {"a": "a-1", "b": "b-1"}))
 
 
 class Counting:
@@ -46,6 +47,15 @@ def test_only_what_is_missing_is_made(bench):
     fill(bench, [method], ["two"], Subject(DEV + 1), lines.append)
     assert method.asked == [(DEV, ["one"]), (DEV, ["two"]), (DEV + 1, ["two"])]
     assert [line.split(":")[0] for line in lines] == [f"{DEV} one", f"{DEV} two", f"{DEV + 1} two"]
+
+
+def test_what_every_judge_has_scored_elsewhere_is_not_made_again(bench):
+    method = Counting()
+    for row, judges in (("one", ("a-1", "b-1")), ("two", ("a-1", "b-0"))):
+        for judge in judges:
+            bench.kept.add(Place(row, bench.cells.key(method.rows[row]), DEV, judge), {"scores": {}})
+    fill(bench, [method], ["one", "two"], Subject(DEV), str)
+    assert method.asked == [(DEV, ["two"])]
 
 
 def test_a_row_is_keyed_by_every_setting_of_its_training(bench):

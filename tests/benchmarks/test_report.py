@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.common import report
+from benchmarks.common import files, report
 from benchmarks.common.report import Row, as_object, best_checkpoint, difference, gain_share, rank_correlation, table
 
 
@@ -87,7 +87,7 @@ def test_numbers(value, unit, text):
 
 
 def test_rounding_reaches_everything():
-    assert report.rounded({"a": [1.23456, {"b": 12345.6}], "c": None, "d": 7}) == {
+    assert files.rounded({"a": [1.23456, {"b": 12345.6}], "c": None, "d": 7}) == {
         "a": [1.2346, {"b": 12346}], "c": None, "d": 7
     }  # fmt: skip
 
@@ -98,6 +98,6 @@ def test_rank_correlation():
 
 
 def test_json_lists_have_an_object_a_line(tmp_path):
-    report.write_json(tmp_path / "new" / "people.json", [{"row": "base"}, {"row": "caption"}])
+    files.write_json(tmp_path / "new" / "people.json", [{"row": "base"}, {"row": "caption"}])
     lines = (tmp_path / "new" / "people.json").read_text().splitlines()
     assert lines == ["[", '{"row": "base"},', '{"row": "caption"}', "]"]
