@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,8 +19,10 @@ from miniature.prompts import describe
 from .bench import Bench
 from .cells import Cell
 from .dreambooth import DreamBoothConfig, dreambooth
+from .reference import Checkpoint
 from .studio import Models
 from .subjects import CLASS_PROMPT, Subject
+from .textual_inversion import TextualInversionConfig, textual_inversion
 
 if TYPE_CHECKING:
     from hdb_core.lidb import LiDB
@@ -147,22 +149,22 @@ class Stranger:
 
 
 @dataclass(frozen=True)
-class DreamBooth:
-    """Full DreamBooth; a row for each checkpoint of one training."""
+class Reference:
+    """A slow training; a row for each checkpoint of it. Subclasses say what is trained."""
 
-    config: DreamBoothConfig = field(default_factory=DreamBoothConfig)
-    name: str = "dreambooth"
+    config: Any  # ReferenceConfig
+    name: str
+    kind: ClassVar[str]  # of the settings, in a row's key
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
         # The constant rate makes a checkpoint independent of those after it.
         settings = {k: v for k, v in asdict(self.config).items() if k != "checkpoints"}
-        return {f"{self.name}@{steps}": {"dreambooth": settings, "steps": steps} for steps in self.config.checkpoints}
+        return {f"{self.name}@{steps}": {self.kind: settings, "steps": steps} for steps in self.config.checkpoints}
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         last = max(i for i, row in enumerate(self.rows, 1) if row in wanted)
-        config = replace(self.config, checkpoints=self.config.checkpoints[:last])
-        run = dreambooth(bench.studio, subject.photo, self._class_pictures(bench), config, subject.seed)
+        run = self.training(bench, subject, replace(self.config, checkpoints=self.config.checkpoints[:last]))
         # Closed here, not when it is collected: the base must be back whatever happens.
         with closing(run):
             for row, (steps, seconds, flops, parameters) in zip(self.rows, run, strict=False):
@@ -170,14 +172,45 @@ class DreamBooth:
                 if row in wanted:
                     yield row, sampled(bench, bench.studio.base, subject, **facts)
 
-    def _class_pictures(self, bench: Bench) -> np.ndarray:
-        settings, count = {"prompt": self.config.class_prompt}, self.config.class_pictures
-        cell = bench.cells.read("class_pictures", settings, count)
-        if cell is None:
-            pictures = bench.studio.pictures(bench.studio.base, self.config.class_prompt, 0, count)
-            cell = Cell(pictures[None], {"prompts": [self.config.class_prompt]})
-            bench.cells.write("class_pictures", settings, count, cell)
-        return cell.pictures[0]
+    def training(self, bench: Bench, subject: Subject, config: Any) -> Generator[Checkpoint]:
+        """The checkpoints of one person, each while it is in the base model."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DreamBooth(Reference):
+    """Full DreamBooth."""
+
+    config: DreamBoothConfig = field(default_factory=DreamBoothConfig)
+    name: str = "dreambooth"
+    kind: ClassVar[str] = "dreambooth"
+
+    def training(self, bench: Bench, subject: Subject, config: DreamBoothConfig) -> Generator[Checkpoint]:
+        prior = class_pictures(bench, config.class_prompt, config.class_pictures)
+        return dreambooth(bench.studio, subject.photo, prior, config, subject.seed)
+
+
+@dataclass(frozen=True)
+class TextualInversion(Reference):
+    """Textual Inversion."""
+
+    config: TextualInversionConfig = field(default_factory=TextualInversionConfig)
+    name: str = "textual_inversion"
+    kind: ClassVar[str] = "textual_inversion"
+
+    def training(self, bench: Bench, subject: Subject, config: TextualInversionConfig) -> Generator[Checkpoint]:
+        return textual_inversion(bench.studio, subject.photo, config, subject.seed)
+
+
+def class_pictures(bench: Bench, prompt: str, count: int) -> np.ndarray:
+    """What the base makes of a class prompt, once for all people: uint8 (count, 128, 128, 3)."""
+    settings = {"prompt": prompt}
+    cell = bench.cells.read("class_pictures", settings, count)
+    if cell is None:
+        pictures = bench.studio.pictures(bench.studio.base, prompt, 0, count)
+        cell = Cell(pictures[None], {"prompts": [prompt]})
+        bench.cells.write("class_pictures", settings, count, cell)
+    return cell.pictures[0]
 
 
 def fill(bench: Bench, methods: Sequence[Method], rows: Container[str], subject: Subject,

@@ -16,7 +16,7 @@ from .bench import Bench, load_judges
 from .cells import Cell
 from .files import write_json, write_text
 from .kept import Place
-from .methods import DreamBooth, Method, fill
+from .methods import Method, Reference, fill
 from .report import (
     SCORES,
     Row,
@@ -49,7 +49,7 @@ class Table:
         return Place(row, self.bench.cells.key(self.settings[row]), subject.seed, judge)
 
     def judged(self, key: str, judge: Judge) -> list[Row]:
-        """All rows that have a cell or scores, with the best checkpoint of DreamBooth as its row.
+        """All rows that have a cell or scores, with the best checkpoint of each reference as its row.
 
         Args:
             key: of the judge.
@@ -65,8 +65,8 @@ class Table:
                 if values is not None:
                     row.add(subject.seed, values["scores"], values["kinds"], values["facts"])
         found = [row for row in rows.values() if row.people]
-        best = best_checkpoint(found, "dreambooth")
-        return [*found, best] if best else found
+        names = dict.fromkeys(row.name.split("@")[0] for row in found if "@" in row.name)
+        return [*found, *(best for name in names if (best := best_checkpoint(found, name)))]
 
     def _scored(
         self, scorer: Scorer, place: Place, subject: Subject, before: Readings | None
@@ -177,13 +177,13 @@ def make_and_report(args: argparse.Namespace, made: Table, reference_people: int
 
     Args:
         made: names rows, methods and people.
-        reference_people: how many of them, from the first, get full DreamBooth.
+        reference_people: how many of them, from the first, get the slow references.
         keep: write the scores to the file that other machines read.
     """
     part, parts = args.share
     for i, subject in enumerate(() if args.report_only else made.subjects):
         if i % parts == part:
-            own = [m for m in made.methods if i < reference_people or not isinstance(m, DreamBooth)]
+            own = [m for m in made.methods if i < reference_people or not isinstance(m, Reference)]
             fill(made.bench, own, made.rows, subject, lambda line: print(line, flush=True))
     if parts == 1:
         report(made, args)

@@ -1,4 +1,4 @@
-"""The benchmarks' way into the host: the same pictures for a seed, persons through files, DreamBooth that leaves no trace."""
+"""The benchmarks' way into the host: the same pictures for a seed, persons through files, references that leave no trace."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from benchmarks.common.dreambooth import DreamBoothConfig, dreambooth
 from benchmarks.common.studio import Sampling, Studio
 from benchmarks.common.subjects import Subject
+from benchmarks.common.textual_inversion import TextualInversionConfig, embeddings, textual_inversion, token_ids
 from miniature.people import SPLITS
 
 
@@ -72,5 +73,22 @@ def test_dreambooth_trains_and_puts_the_base_back(studio, subject, fingerprint, 
         assert second.flops == 2 * first.flops
         assert (one_picture(studio) != after_one).any()
         assert next(run, None) is None
+    assert fingerprint() == before
+    np.testing.assert_array_equal(one_picture(studio), plain)
+
+
+def test_textual_inversion_learns_the_rare_token_alone(studio, subject, fingerprint):
+    before, plain = fingerprint(), one_picture(studio)
+    other = studio.pictures(studio.base, "a face", 5, 1)
+    config = TextualInversionConfig(rate=0.1, checkpoints=(1, 2), batch_size=1)
+    run = textual_inversion(studio, subject.photo, config, seed=0)
+    first, after_one = next(run), one_picture(studio)
+    assert (after_one != plain).any()
+    np.testing.assert_array_equal(studio.pictures(studio.base, "a face", 5, 1), other)
+    assert first.parameters == len(token_ids(studio.base.clip, "[v]")) * embeddings(studio.base.clip).weight.shape[1]
+    second = next(run)
+    assert second.flops == 2 * first.flops > 0
+    assert (one_picture(studio) != after_one).any()
+    run.close()
     assert fingerprint() == before
     np.testing.assert_array_equal(one_picture(studio), plain)
