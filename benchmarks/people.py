@@ -13,11 +13,11 @@ continues. Scores are kept in ``benchmarks/results/cells.jsonl``: once that is c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from .common.bench import chosen_subjects, open_bench, parser
 from .common.dreambooth import DreamBoothConfig
-from .common.methods import Base, Caption, DreamBooth, FastFinetuning, Method, RealPictures, Stranger
+from .common.methods import Base, Caption, DreamBooth, FastFinetuning, Method, RealPictures, Stranger, chosen_rows
 from .common.results import Table, add_options, make_and_report
 
 NARROW = {"down_dim": 25, "up_dim": 12}
@@ -29,20 +29,6 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig) -> list[Metho
     middle = sorted(steps)[len(steps) // 2]
     narrow = FastFinetuning(f"lidb_{middle}_narrow", {"steps": middle, "basis": NARROW})
     return [Base(), Caption(), *persons, narrow, DreamBooth(reference), Stranger(persons[-1]), RealPictures()]
-
-
-def chosen_rows(methods: Iterable[Method], names: Sequence[str] | None) -> list[str]:
-    """The named rows and the base; without names all, but no saved narrow ones. ``dreambooth`` names its checkpoints.
-
-    Raises:
-        SystemExit: there is no such row.
-    """
-    known = [row for method in methods for row in method.rows]
-    if names is None:
-        return [row for row in known if not row.endswith("_narrow_saved")]
-    if unknown := set(names) - set(known) - {row.split("@")[0] for row in known}:
-        raise SystemExit(f"No row {', '.join(sorted(unknown))}. Rows: {', '.join(known)}")
-    return [row for row in known if row == "base" or row in names or row.split("@")[0] in names]
 
 
 def main() -> None:
@@ -58,7 +44,7 @@ def main() -> None:
     args = options.parse_args()
     config = DreamBoothConfig(rate=args.reference_rate, checkpoints=tuple(args.reference_steps))
     methods = all_methods(args.steps, config)
-    rows = chosen_rows(methods, args.rows)
+    rows = chosen_rows(methods, args.rows, left_out="_narrow_saved")
     bench, subjects = open_bench(args, args.short), chosen_subjects(args, args.short)
     make_and_report(args, Table(bench, methods, rows, subjects), args.reference_people)
 

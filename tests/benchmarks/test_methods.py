@@ -8,7 +8,7 @@ from benchmarks.common.bench import Bench, parsed_settings
 from benchmarks.common.cells import Cell
 from benchmarks.common.dreambooth import DreamBoothConfig
 from benchmarks.common.kept import KeptScores, Place
-from benchmarks.common.methods import DreamBooth, FastFinetuning, fill
+from benchmarks.common.methods import LORA, DreamBooth, FastFinetuning, LoRA, Predicted, Stranger, chosen_rows, fill
 from benchmarks.common.results import share
 from benchmarks.common.studio import Sampling
 from benchmarks.common.subjects import Subject
@@ -73,6 +73,29 @@ def test_a_row_is_keyed_by_every_setting_of_its_training(bench):
     assert len(keys) == 3 * 2 + 2
 
 
+def test_a_prediction_is_keyed_by_the_file_and_all_that_it_is_asked(bench, tmp_path):
+    nets = [tmp_path / f"{name}.safetensors" for name in ("one", "two", "again")]
+    for path, content in zip(nets, (b"one", b"two", b"one"), strict=True):
+        path.write_bytes(content)
+    one, two, again = (Predicted("hyper", path) for path in nets)
+    assert one.rows == again.rows
+    cold, warm, lora = FastFinetuning("x"), FastFinetuning("x", start=one), LoRA("x", LORA)
+    methods = (one, two, Predicted("hyper", nets[0], 1), Predicted("hyper", nets[0], photos=3), cold, warm, lora,
+               FastFinetuning("x", start=two))  # fmt: skip
+    keys = {bench.cells.key(method.rows[method.name]) for method in methods}
+    assert len(keys) == len(methods)
+    assert lora.rows["x"]["class_pictures"] and list(lora.rows) == ["x"]
+    assert Stranger(one).rows["stranger"] == one.rows["hyper"]
+
+
+def test_other_photos_show_the_person_elsewhere():
+    subject = Subject(DEV)
+    photos = subject.photos(4)
+    np.testing.assert_array_equal(photos[0], subject.photo)
+    assert len({photo.tobytes() for photo in photos}) == 4
+    np.testing.assert_array_equal(photos[:3], subject.photos(3))
+
+
 def test_a_default_that_is_spelled_out_is_the_same_row(bench):
     spelled = FastFinetuning("x", {"steps": 40, "rank": FinetuneConfig().rank})
     short = FastFinetuning("x", {"steps": 40})
@@ -86,19 +109,19 @@ def test_a_checkpoint_does_not_depend_on_the_others(bench):
 
 def test_rows_of_the_people_benchmark():
     methods = people.all_methods([40, 400], DreamBoothConfig(checkpoints=(10, 20)))
-    rows = people.chosen_rows(methods, None)
+    rows = chosen_rows(methods, None, "_narrow_saved")
     assert rows == [
         "base", "caption", "lidb_40", "lidb_40_saved", "lidb_400", "lidb_400_saved", "lidb_400_narrow",
         "dreambooth@10", "dreambooth@20", "stranger", "photo", "render",
     ]  # fmt: skip
-    assert people.chosen_rows(methods, ["lidb_40", "dreambooth"]) == [
+    assert chosen_rows(methods, ["lidb_40", "dreambooth"], "") == [
         "base",
         "lidb_40",
         "dreambooth@10",
         "dreambooth@20",
     ]
     with pytest.raises(SystemExit, match="lidb_41"):
-        people.chosen_rows(methods, ["lidb_41"])
+        chosen_rows(methods, ["lidb_41"], "")
 
 
 def test_sweeps():

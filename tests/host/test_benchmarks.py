@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.common.dreambooth import DreamBoothConfig, dreambooth
+from benchmarks.common.methods import COMPLETE
 from benchmarks.common.studio import Sampling, Studio
 from benchmarks.common.subjects import Subject
 from benchmarks.common.textual_inversion import TextualInversionConfig, embeddings, textual_inversion, token_ids
@@ -21,6 +22,22 @@ def studio(host, checkpoint, base_directory):
 @pytest.fixture(scope="module")
 def subject():
     return Subject(SPLITS["dev"].start)
+
+
+@pytest.fixture(scope="module")
+def layout(host, studio):
+    modules, family = host.module("nodes.host.targets").target_modules(studio.base.model, studio.base.clip)
+    return host.module("hdb_core.layout").layout_of(modules, family)
+
+
+@pytest.fixture(scope="module")
+def hypernet(host, layout, tmp_path_factory):
+    """The file of an untrained hypernetwork outside of the host's folders."""
+    core, path = host.module("hdb_core.hypernet"), tmp_path_factory.mktemp("nets") / "random.safetensors"
+    encoder = core.EncoderConfig(image_size=64, token_width=32, patch_size=16, stem=((16, 1),), depth=1, heads=2)
+    net = core.HyperNet.create(core.HyperNetConfig(layout, encoder=encoder, width=32, depth=1, heads=2, iterations=2))
+    host.module("hdb_core.hypernet_file").save(net, path, {})
+    return path
 
 
 def one_picture(studio, models=None, seed=5) -> np.ndarray:
@@ -49,6 +66,28 @@ def test_a_person_through_a_file(studio, subject):
     assert (loaded.down.shape[1:], loaded.up.shape[1:]) == ((2, 25), (12, 2))
     with torch.inference_mode():
         assert (one_picture(studio, studio.apply(loaded)) != one_picture(studio)).any()
+
+
+def test_a_predicted_person(studio, subject, hypernet):
+    one, refined, three = (
+        studio.predict(hypernet, subject.photos(photos), k) for k, photos in ((1, 1), (0, 1), (0, 3))
+    )
+    assert not torch.equal(one.lidb.up, refined.lidb.up) and not torch.equal(refined.lidb.up, three.lidb.up)
+    assert three.lidb.info["photos"] == "3" and refined.lidb.info["iterations"] == "2"
+    assert 0 < one.flops < refined.flops < three.flops and 0 < one.seconds < 1
+    goes_on, _ = studio.finetune(subject.photo, lidb=refined.lidb, steps=1, rank=2)
+    assert goes_on.info["started_from"] == "hypernetwork"
+    assert studio.finetune_step_flops(subject.photo, {"rank": 2}, lidb=refined.lidb) > refined.flops
+
+
+def test_a_lora_with_class_pictures(studio, subject, layout):
+    assert all(layer.in_features <= COMPLETE["down_dim"] for layer in layout.layers)
+    assert all(layer.out_features <= COMPLETE["up_dim"] for layer in layout.layers)
+    settings = {"steps": 1, "rank": 1, "batch_size": 1, "prior_weight": 1.0, "basis": {"down_dim": 40, "up_dim": 40}}
+    lora, _ = studio.finetune(subject.photo, class_pictures=subject.renders[:2], **settings)
+    size = studio.lora_size(lora, "bench")
+    numbers = sum(layer.in_features + layer.out_features for layer in layout.layers)
+    assert 2 * numbers < size < 2 * numbers + 500 * len(layout.layers)  # names and shapes
 
 
 def test_flops_of_a_step_grow_with_the_batch(studio, subject):
