@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -30,6 +31,10 @@ SCORES = ("identity", "retrieval", "edit", "joint", "leak", "drift", "diversity"
 EXTRA_SCORES = ("identity_raw", "pull")
 FACTS = ("steps", "seconds", "bytes", "flops")
 RESAMPLES = 2000
+COSTS = ("steps", "seconds", "flops")
+REACHED = 0.95  # of a reference's best joint score
+# How many times faster than each reference the fast fine-tune should be. Source: HyperDreamBooth, arXiv 2307.06949.
+GOALS = {"dreambooth": 25, "textual_inversion": 125}
 
 
 @dataclass
@@ -156,10 +161,59 @@ def best_checkpoint(rows: Sequence[Row], name: str) -> Row | None:
     return Row(name, best.scores, best.kinds, best.facts)
 
 
+class Reached(NamedTuple):
+    """What a reference costs until it is as good as `REACHED` of its best checkpoint."""
+
+    best: Row  # that checkpoint, named as the reference
+    steps: float
+    seconds: float
+    flops: float
+
+
+def cost_of_most(rows: Sequence[Row], name: str) -> Reached | None:
+    """When the joint score first reaches `REACHED` of the best checkpoint's.
+
+    Between two checkpoints, and from the base at no cost to the first one, score and cost are taken to lie on a line:
+    sparse checkpoints do not make a reference look slow. Over the people of all checkpoints.
+    """
+    best = best_checkpoint(rows, name)
+    checkpoints = sorted(
+        (row for row in rows if row.name.startswith(f"{name}@") and row.mean("joint")),
+        key=lambda row: row.fact("steps"),
+    )
+    base = [row for row in rows if row.name == "base" and row.mean("joint")]
+    columns = [row.scores["joint"] for row in (*base, *checkpoints)]
+    people = set.intersection(*(set(column) for column in columns)) if checkpoints else set()
+    if best is None or not people or any(row.fact(cost) is None for row in checkpoints for cost in COSTS):
+        return None
+    scores = [float(np.mean([column[person] for person in people])) for column in columns]
+    costs = [np.zeros(len(COSTS))] * len(base) + [np.array([row.fact(c) for c in COSTS]) for row in checkpoints]
+    target = REACHED * max(scores[len(base) :])
+    # Without a base nothing is known of what comes before the first checkpoint.
+    points = [(-1.0, costs[0]), *zip(scores, costs, strict=True)]
+    (below, before), (score, cost) = next(pair for pair in pairwise(points) if pair[1][0] >= target)
+    return Reached(best, *(before + (target - below) / (score - below) * (cost - before)).tolist())
+
+
+def compared(row: Row, reached: Reached) -> dict[str, float | None]:
+    """How many times less a row costs, and its joint score relative to the reference's best checkpoint."""
+    mine, theirs = (r.scores.get("joint", {}) for r in (row, reached.best))
+    common = mine.keys() & theirs.keys()
+    top = sum(theirs[person] for person in common)
+    ratios = {cost: getattr(reached, cost) / own if (own := row.fact(cost)) else None for cost in COSTS}
+    return {**ratios, "joint": sum(mine[person] for person in common) / top if top else None}
+
+
 def as_object(
-    row: Row, base: Row | None, reference: Row | None, unsaved: Row | None, second: Row | None
+    row: Row,
+    base: Row | None,
+    reference: Row | None,
+    unsaved: Row | None,
+    second: Row | None,
+    reached: Mapping[str, Reached] | None = None,
 ) -> dict[str, Any]:
-    """A row for JSON: scores, facts, standard errors, paired differences to other rows, the second judge."""
+    """A row for JSON: scores, facts, standard errors, paired differences to other rows, the second judge, speed."""
+    reached = reached or {}
 
     def values(source: Row, names: Sequence[str]) -> dict[str, float | None]:
         return {name: mean.value if (mean := source.mean(name)) else None for name in names}
@@ -181,6 +235,9 @@ def as_object(
         "minus_unsaved": differences(unsaved),
         "share_of_reference_gain": [share.value, share.error] if share else None,
         "kinds": kinds, "second_judge": values(second, SCORES) if second else None,
+        "reached": {c: getattr(reached[row.name], c) for c in COSTS} if row.name in reached else None,
+        "times_less": {name: compared(row, other) for name, other in reached.items()}
+        if reached and row.name not in reached and "@" not in row.name and row.fact("seconds") else None,
     })  # fmt: skip
 
 
@@ -207,6 +264,44 @@ def difference_table(objects: Sequence[Mapping[str, Any]], to: str) -> str:
             pairs = [found.get(name, (None, None)) for name in SCORES]
             lines.append([row["row"], *(percent(value, error, sign=True) for value, error in pairs)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def reached_table(objects: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of the references: their best checkpoint, and what `REACHED` of its joint score costs."""
+    lines = [["reference", "joint", "best at step", f"{REACHED:.0%} at step", "seconds", "TFLOP"]]
+    lines += [["---", *["---:"] * 5]]
+    for row in objects:
+        if found := row["reached"]:
+            lines.append([
+                row["row"], percent(row["joint"], row["errors"].get("joint")), number(row["steps"]),
+                number(found["steps"]), number(found["seconds"]), number(found["flops"], 1e12),
+            ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def speed_table(objects: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table: how many times less a row costs than each reference, beside the goal for seconds."""
+    references = [row["row"] for row in objects if row["reached"]]
+    head = ["row", "steps", "seconds"]
+    for name in references:
+        head += [f"joint, % of {name}", "seconds: times less", "steps: times fewer", "FLOP: times fewer"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row in objects:
+        if found := row["times_less"]:
+            cells = [row["row"], number(row["steps"]), number(row["seconds"])]
+            for name in references:
+                own = found[name]
+                cells += [percent(own["joint"]), against_goal(own["seconds"], GOALS.get(name)),
+                          number(own["steps"]), number(own["flops"])]  # fmt: skip
+            lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def against_goal(value: float | None, goal: float | None) -> str:
+    """ "31 (≥ 25)", "12 (< 25)", without a goal the value alone, or nothing."""
+    if value is None or goal is None:
+        return number(value)
+    return f"{number(value)} ({'≥' if value >= goal else '<'} {goal})"
 
 
 def percent(value: float | None, error: float | None = None, sign: bool = False) -> str:

@@ -16,16 +16,20 @@ from .bench import Bench, load_judges
 from .cells import Cell
 from .files import write_json, write_text
 from .kept import Place
-from .methods import Method, Reference, fill
+from .methods import LoRA, Method, Reference, fill
 from .report import (
+    REACHED,
     SCORES,
     Row,
     Scorer,
     as_object,
     best_checkpoint,
+    cost_of_most,
     difference_table,
     rank_correlation,
+    reached_table,
     readings_of,
+    speed_table,
     table,
 )
 from .subjects import Subject
@@ -65,8 +69,7 @@ class Table:
                 if values is not None:
                     row.add(subject.seed, values["scores"], values["kinds"], values["facts"])
         found = [row for row in rows.values() if row.people]
-        names = dict.fromkeys(row.name.split("@")[0] for row in found if "@" in row.name)
-        return [*found, *(best for name in names if (best := best_checkpoint(found, name)))]
+        return [*found, *(best for name in references(found) if (best := best_checkpoint(found, name)))]
 
     def _scored(
         self, scorer: Scorer, place: Place, subject: Subject, before: Readings | None
@@ -86,9 +89,10 @@ class Table:
         """Every row for JSON, by the first judge with the second beside it; ``judges`` by their keys."""
         rows, *others = ({row.name: row for row in self.judged(key, judge)} for key, judge in judges.items())
         second = others[0] if others else {}
-        base, reference = rows.get("base"), rows.get("dreambooth")
+        base, reference, every = rows.get("base"), rows.get("dreambooth"), list(rows.values())
+        reached = {name: cost for name in references(every) if (cost := cost_of_most(every, name))}
         return [
-            as_object(row, base, reference, rows.get(name.removesuffix("_saved")), second.get(name))
+            as_object(row, base, reference, rows.get(name.removesuffix("_saved")), second.get(name), reached)
             for name, row in rows.items()
         ]
 
@@ -101,6 +105,16 @@ class Table:
         ):
             if any(row[f"minus_{other}"] for row in objects):
                 parts += [f"{title}, in points", difference_table(objects, other)]
+        if any(row["reached"] for row in objects):
+            parts += [
+                f"What {REACHED:.0%} of a reference's best joint score costs, between checkpoints on a line",
+                reached_table(objects),
+            ]
+        if any(row["times_less"] for row in objects):
+            parts += [
+                "How many times less the others cost; in brackets the paper's ratio. Seconds depend on what else ran",
+                speed_table(objects),
+            ]
         agreeing = [row for row in objects if row["second_judge"]]
         if len(agreeing) > 2:
             pairs = {s: ([r[s] for r in agreeing], [r["second_judge"][s] for r in agreeing]) for s in SCORES[:4]}
@@ -129,6 +143,11 @@ class Table:
                     pictures = [cell.pictures[places[kind], 0] if kind in places else None for kind in columns]
                     lines.append((row, pictures))
         return grid.grid(lines, columns) if lines else None
+
+
+def references(rows: Sequence[Row]) -> list[str]:
+    """The names that have checkpoints."""
+    return list(dict.fromkeys(row.name.split("@")[0] for row in rows if "@" in row.name))
 
 
 def add_options(options: argparse.ArgumentParser, grid_people: int) -> None:
@@ -177,13 +196,13 @@ def make_and_report(args: argparse.Namespace, made: Table, reference_people: int
 
     Args:
         made: names rows, methods and people.
-        reference_people: how many of them, from the first, get the slow references.
+        reference_people: how many of them, from the first, get the slow references: DreamBooth, Textual Inversion, LoRA.
         keep: write the scores to the file that other machines read.
     """
     part, parts = args.share
     for i, subject in enumerate(() if args.report_only else made.subjects):
         if i % parts == part:
-            own = [m for m in made.methods if i < reference_people or not isinstance(m, Reference)]
+            own = [m for m in made.methods if i < reference_people or not isinstance(m, (Reference, LoRA))]
             fill(made.bench, own, made.rows, subject, lambda line: print(line, flush=True))
     if parts == 1:
         report(made, args)
