@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from benchmarks.common.bench import Bench, judge_keys
 from benchmarks.common.cells import Cell
 from benchmarks.common.kept import KeptScores, Place
 from benchmarks.common.methods import Base, FastFinetuning
-from benchmarks.common.results import Table
+from benchmarks.common.results import Table, make_and_report
 from benchmarks.common.studio import Sampling
 from benchmarks.common.subjects import CLASS_PROMPT, Subject
 from miniature.judge import Readings, true_readings
@@ -99,6 +100,22 @@ def test_a_report_is_the_same_where_the_pictures_are_not(table, tmp_path):
     elsewhere = table()
     assert elsewhere.objects({key: BlindJudge()}) == first
     assert elsewhere.grid(elsewhere.subjects[:0]) is None
+
+
+def test_a_grid_stays_where_its_pictures_are_not(table, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.common.results.load_judges", lambda _: {"a": Judge()})
+    args = Namespace(weights=tmp_path, results=tmp_path, name="hypernet", share=(0, 1), report_only=True, grid_people=1)
+    here = table()
+    write(here, "base", 3)
+    write(here, "lidb_40", 0)
+    make_and_report(args, here, 1)
+    files = [tmp_path / f"hypernet.{suffix}" for suffix in ("json", "md", "png")]
+    first = [path.read_bytes() for path in files]
+    shutil.rmtree(tmp_path / "runs")
+    elsewhere = table()
+    write(elsewhere, "base", 9)
+    make_and_report(args, elsewhere, 1)
+    assert [path.read_bytes() for path in files] == first
 
 
 def test_drift_is_that_of_the_kept_base(table, tmp_path):

@@ -12,6 +12,7 @@ from benchmarks.common.methods import LORA, DreamBooth, FastFinetuning, LoRA, Pr
 from benchmarks.common.results import share
 from benchmarks.common.studio import Sampling
 from benchmarks.common.subjects import Subject
+from benchmarks.common.textual_inversion import TextualInversionConfig
 from hdb_core.finetune import FinetuneConfig
 from miniature.people import SPLITS
 
@@ -124,13 +125,21 @@ def test_rows_of_the_people_benchmark():
         chosen_rows(methods, ["lidb_41"], "")
 
 
-def test_sweeps():
-    methods = tune.swept("lidb", ["learning_rate=0.01,0.02", "freeze_down=true"], [])
-    assert [m.name for m in methods] == ["learning_rate=0.01 freeze_down=True", "learning_rate=0.02 freeze_down=True"]
-    assert methods[1].settings == {"learning_rate": 0.02, "freeze_down": True}
-    (reference,) = tune.swept("dreambooth", ["rate=1e-5"], [3, 5])
+def test_sweeps(tmp_path):
+    net = tmp_path / "net.safetensors"
+    net.write_bytes(b"weights")
+    pairs = ["learning_rate=0.01,0.02", "freeze_down=true"]
+    cold, warm, lora = (tune.swept(method, pairs, None, net) for method in ("lidb", "hyper", "lora"))
+    names = ["learning_rate=0.01 freeze_down=True", "learning_rate=0.02 freeze_down=True"]
+    assert [m.name for m in cold] == [m.name for m in warm] == [m.name for m in lora] == names
+    assert cold[1].settings == warm[1].settings == {"learning_rate": 0.02, "freeze_down": True}
+    assert (cold[1].start, warm[1].start) == (None, Predicted("hyper", net))
+    assert lora[1].settings == {**LORA, "learning_rate": 0.02, "freeze_down": True}
+    (reference,) = tune.swept("dreambooth", ["rate=1e-5"], [3, 5], net)
     assert list(reference.rows) == ["rate=1e-05@3", "rate=1e-05@5"]
-    assert [m.name for m in tune.swept("lidb", [], [])] == ["defaults"]
+    (inversion,) = tune.swept("textual_inversion", [], None, net)
+    assert list(inversion.rows) == [f"defaults@{n}" for n in TextualInversionConfig().checkpoints]
+    assert [m.name for m in tune.swept("lidb", [], None, net)] == ["defaults"]
 
 
 @pytest.mark.parametrize("pair", ["learning_rat=0.1", "rank=many", "basis=1", "freeze_down=perhaps"])
