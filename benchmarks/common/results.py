@@ -131,11 +131,10 @@ class Table:
 
     def grid(self, subjects: Sequence[Subject]) -> grid.Image.Image | None:
         """Some people's photos, and one picture of each row and kind of prompt."""
-        shown = subjects
-        present = {prompt.kind for subject in shown for prompt in subject.prompts}
+        present = {prompt.kind for subject in subjects for prompt in subject.prompts}
         columns = [kind for kind in GRID_KINDS if kind in present]
         lines: list[tuple[str, list[np.ndarray | None]]] = []
-        for subject in shown:
+        for subject in subjects:
             places = {prompt.kind: i for i, prompt in enumerate(subject.prompts)}
             lines.append((f"person {subject.seed}, the photo", [subject.photo]))
             for row in self.rows:
