@@ -19,7 +19,8 @@ from miniature.scores import variety
 from .common import grid
 from .common.bench import Bench, chosen_subjects, load_judges, open_bench, parser
 from .common.cells import Cell
-from .common.report import percent, rounded, write_json, write_text
+from .common.files import rounded, write_json, write_text
+from .common.report import percent
 from .common.studio import SIZE
 from .common.subjects import CLASS_PROMPT
 

@@ -1,8 +1,8 @@
 """One photo in, that person's pictures out: the fast fine-tune against full DreamBooth, words, and the photo itself.
 
 ``python dev.py bench people --split test --people 50 --reference-people 16`` writes ``people.json`` (a row a line),
-``people.md`` and ``people.png`` to ``benchmarks/results/``. Finished cells stay in ``.runs/bench/people``: a second run
-continues. ``--share 1/2`` and ``--share 2/2`` in two processes with OMP_NUM_THREADS=1 use two cores best. Rows:
+``people.md`` and ``people.png`` to ``benchmarks/results/``. Finished cells stay in ``.runs/bench/cells``: a second run
+continues. Scores are kept in ``benchmarks/results/cells.jsonl``: once that is committed, another machine continues, too. ``--share 1/2`` and ``--share 2/2`` in two processes with OMP_NUM_THREADS=1 use two cores best. Rows:
 
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
 * ``lidb_N``: FastFinetune from nothing with N steps; ``_saved``: after Save LiDB and Load LiDB;
@@ -13,11 +13,11 @@ continues. ``--share 1/2`` and ``--share 2/2`` in two processes with OMP_NUM_THR
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from .common.bench import chosen_subjects, open_bench, parser
 from .common.dreambooth import DreamBoothConfig
-from .common.methods import Base, Caption, DreamBooth, FastFinetuning, Method, RealPictures, Stranger
+from .common.methods import Base, Caption, DreamBooth, FastFinetuning, Method, RealPictures, Stranger, chosen_rows
 from .common.results import Table, add_options, make_and_report
 
 NARROW = {"down_dim": 25, "up_dim": 12}
@@ -29,20 +29,6 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig) -> list[Metho
     middle = sorted(steps)[len(steps) // 2]
     narrow = FastFinetuning(f"lidb_{middle}_narrow", {"steps": middle, "basis": NARROW})
     return [Base(), Caption(), *persons, narrow, DreamBooth(reference), Stranger(persons[-1]), RealPictures()]
-
-
-def chosen_rows(methods: Iterable[Method], names: Sequence[str] | None) -> list[str]:
-    """The named rows and the base; without names all, but no saved narrow ones. ``dreambooth`` names its checkpoints.
-
-    Raises:
-        SystemExit: there is no such row.
-    """
-    known = [row for method in methods for row in method.rows]
-    if names is None:
-        return [row for row in known if not row.endswith("_narrow_saved")]
-    if unknown := set(names) - set(known) - {row.split("@")[0] for row in known}:
-        raise SystemExit(f"No row {', '.join(sorted(unknown))}. Rows: {', '.join(known)}")
-    return [row for row in known if row == "base" or row in names or row.split("@")[0] in names]
 
 
 def main() -> None:
@@ -58,7 +44,7 @@ def main() -> None:
     args = options.parse_args()
     config = DreamBoothConfig(rate=args.reference_rate, checkpoints=tuple(args.reference_steps))
     methods = all_methods(args.steps, config)
-    rows = chosen_rows(methods, args.rows)
+    rows = chosen_rows(methods, args.rows, left_out="_narrow_saved")
     bench, subjects = open_bench(args, args.short), chosen_subjects(args, args.short)
     make_and_report(args, Table(bench, methods, rows, subjects), args.reference_people)
 

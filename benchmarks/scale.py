@@ -28,7 +28,8 @@ from hdb_core.training.photos import Person, Photo
 from hdb_core.training.vision import HOST_ENCODERS
 
 from .common.bench import RESULTS
-from .common.report import number, write_json, write_text
+from .common.files import write_json, write_text
+from .common.report import number
 from .common.studio import counted_flops
 
 

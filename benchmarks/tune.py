@@ -1,8 +1,9 @@
-"""Settings of the fast fine-tune, or of full DreamBooth, compared on dev people with the short evaluation.
+"""Settings of the fast fine-tune, or of a reference, compared on dev people with the short evaluation.
 
 ``python dev.py bench tune --set learning_rate=0.01,0.02 rank=1,4`` tries every combination; every other setting has its
-default. ``--method dreambooth --set rate=1e-5,3e-5`` does the same for the reference, at each of its checkpoints.
-Finished cells stay in ``.runs/bench/tune``, and ``--rows`` of earlier sweeps can be repeated at no cost.
+default. ``--method hyper`` goes on from a prediction, ``--method lora`` is LoRA-DreamBooth. ``--method dreambooth --set
+rate=1e-5,3e-5`` and ``--method textual_inversion`` do the same for these references, at each of their checkpoints.
+Finished cells stay in ``.runs/bench/cells``: earlier sweeps can be repeated at no cost.
 """
 
 from __future__ import annotations
@@ -10,14 +11,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from hdb_core.finetune import FinetuneConfig
 
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
-from .common.methods import Base, DreamBooth, FastFinetuning, Method
+from .common.methods import LORA, Base, DreamBooth, FastFinetuning, LoRA, Method, Predicted, TextualInversion
 from .common.results import Table, add_options, make_and_report
+from .common.textual_inversion import TextualInversionConfig
+from .hypernet import HYPERNET
+
+REFERENCES: Mapping[str, tuple[type, Any]] = {
+    "dreambooth": (DreamBooth, DreamBoothConfig()),
+    "textual_inversion": (TextualInversion, TextualInversionConfig()),
+}
 
 
 def combinations(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -30,28 +39,34 @@ def row_name(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in settings.items()) or "defaults"
 
 
-def swept(method: str, pairs: Sequence[str], checkpoints: Sequence[int]) -> list[Method]:
-    """A method for each combination of settings."""
-    if method == "lidb":
-        return [FastFinetuning(row_name(s), s) for s in combinations(parsed_settings(pairs, FinetuneConfig))]
-    base = DreamBoothConfig(checkpoints=tuple(checkpoints))
-    chosen = combinations(parsed_settings(pairs, DreamBoothConfig))
-    return [DreamBooth(replace(base, **settings), row_name(settings)) for settings in chosen]
+def swept(method: str, pairs: Sequence[str], checkpoints: Sequence[int] | None, hypernet: Path) -> list[Method]:
+    """A method for each combination of settings; references with their own checkpoints unless some are given."""
+    if method in REFERENCES:
+        of, base = REFERENCES[method]
+        base = replace(base, checkpoints=tuple(checkpoints)) if checkpoints else base
+        chosen = combinations(parsed_settings(pairs, type(base)))
+        return [of(replace(base, **settings), row_name(settings)) for settings in chosen]
+    chosen = combinations(parsed_settings(pairs, FinetuneConfig))
+    if method == "lora":
+        return [LoRA(row_name(settings), {**LORA, **settings}) for settings in chosen]
+    start = Predicted("hyper", hypernet) if method == "hyper" else None
+    return [FastFinetuning(row_name(settings), settings, start) for settings in chosen]
 
 
 def main() -> None:
     options = parser(__doc__, people=8, name="tune")
-    options.add_argument("--method", choices=("lidb", "dreambooth"), default="lidb")
+    options.add_argument("--method", choices=("lidb", "hyper", "lora", *REFERENCES), default="lidb")
     options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE,…", help="settings to try")
-    options.add_argument("--checkpoints", type=int, nargs="+", default=list(DreamBoothConfig().checkpoints))
+    options.add_argument("--checkpoints", type=int, nargs="+", help="of a reference (default: its own)")
+    options.add_argument("--hypernet", type=Path, default=HYPERNET, help="its file, for --method hyper")
     options.add_argument("--saved", action="store_true", help="each person after Save LiDB and Load LiDB, too")
     options.add_argument("--full", action="store_true", help="11 prompts instead of 6")
     add_options(options, grid_people=2)
     args = options.parse_args()
-    methods = [Base(), *swept(args.method, args.set, args.checkpoints)]
+    methods = [Base(), *swept(args.method, args.set, args.checkpoints, args.hypernet.resolve())]
     rows = [row for method in methods for row in method.rows if args.saved or not row.endswith("_saved")]
     bench, subjects = open_bench(args, not args.full), chosen_subjects(args, not args.full)
-    make_and_report(args, Table(bench, methods, rows, subjects), reference_people=len(subjects))
+    make_and_report(args, Table(bench, methods, rows, subjects), reference_people=len(subjects), keep=False)
 
 
 if __name__ == "__main__":

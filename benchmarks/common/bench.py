@@ -14,11 +14,16 @@ from miniature.judge import ARCHITECTURES, Judge
 from miniature.people import SPLITS
 
 from .cells import Cells
+from .kept import KeptScores
 from .studio import Sampling, Studio, file_hash
 from .subjects import Subject
 
 RUNS = ROOT / ".runs" / "bench"
 RESULTS = ROOT / "benchmarks" / "results"
+KEPT = "cells.jsonl"
+
+# Raised whenever the same pictures would score otherwise.
+SCORES_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -30,20 +35,26 @@ class Bench:
         sampling: of every picture.
         seeds: pictures for each prompt.
         folder: takes cells and whatever the host writes.
-        name: of the benchmark, and so of its cells' folder.
+        kept: scores of cells that may have been made elsewhere.
+        short: the short evaluation.
     """
 
     checkpoint: Path
     sampling: Sampling
     seeds: int
     folder: Path
-    name: str
+    kept: KeptScores
     short: bool = False
 
     @cached_property
     def cells(self) -> Cells:
         settings = {"checkpoint": file_hash(self.checkpoint), "sampling": asdict(self.sampling), "seeds": self.seeds}
-        return Cells(self.folder / self.name, settings | {"short": self.short})
+        return Cells(self.folder / "cells", settings | {"short": self.short})
+
+    def finished(self, row: str, settings: Mapping[str, Any], person: int) -> bool:
+        """Whether a cell is here, or its scores are kept."""
+        here = self.cells.path(row, settings, person).exists()
+        return here or self.kept.has(row, self.cells.key(settings), person)
 
     @cached_property
     def studio(self) -> Studio:
@@ -84,7 +95,8 @@ def open_bench(args: argparse.Namespace, short: bool = False) -> Bench:
     if not args.checkpoint.is_file():
         raise SystemExit(f"No checkpoint {args.checkpoint}: complete weights/, or name one with --checkpoint.")
     sampling = Sampling(args.sampler, args.scheduler, args.sampler_steps, args.cfg, not args.float32)
-    return Bench(args.checkpoint.resolve(), sampling, args.seeds_per_prompt, args.runs.resolve(), args.name, short)
+    kept = KeptScores(args.results / KEPT, judge_keys(args.weights))
+    return Bench(args.checkpoint.resolve(), sampling, args.seeds_per_prompt, args.runs.resolve(), kept, short)
 
 
 def chosen_subjects(args: argparse.Namespace, short: bool = False) -> list[Subject]:
@@ -93,13 +105,24 @@ def chosen_subjects(args: argparse.Namespace, short: bool = False) -> list[Subje
     return [Subject(seed, short) for seed in args.seeds or range(first, first + args.people)]
 
 
+def judge_files(folder: Path) -> dict[str, Path]:
+    """The weights of the judges of a folder by architecture."""
+    files = {architecture: folder / f"judge_{architecture}.safetensors" for architecture in ARCHITECTURES}
+    return {architecture: path for architecture, path in files.items() if path.is_file()}
+
+
+def judge_keys(folder: Path) -> dict[str, str]:
+    """What stands for each judge of a folder, and for what its scores mean: "a-1-0123abcd"."""
+    return {name: f"{name}-{SCORES_VERSION}-{file_hash(path)[:8]}" for name, path in judge_files(folder).items()}
+
+
 def load_judges(folder: Path) -> dict[str, Judge]:
     """The judges of a folder by architecture; the first is the one that reports.
 
     Raises:
         SystemExit: there is none.
     """
-    judges = {a: Judge.load(a, folder) for a in ARCHITECTURES if (folder / f"judge_{a}.safetensors").is_file()}
+    judges = {architecture: Judge.load(architecture, folder) for architecture in judge_files(folder)}
     if not judges:
         raise SystemExit(f"No judge_*.safetensors in {folder}. Train one with python -m miniature.judge.")
     return judges

@@ -1,7 +1,7 @@
 """Finished results, one file for each row and person: its pictures as a PNG that carries what made them.
 
 A kill loses at most the cell in work. The folder's name holds a hash of all that made its pictures, so that results
-of another checkpoint or setting are never mixed in. Scores are not stored: they are read off the pictures.
+of another checkpoint or setting are never mixed in. Scores are read off the pictures, and kept by `kept`.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -19,13 +20,19 @@ from miniature.prompts import describe
 from .bench import Bench
 from .cells import Cell
 from .dreambooth import DreamBoothConfig, dreambooth
-from .studio import Models
+from .reference import Checkpoint
+from .studio import Made, Models, file_hash
 from .subjects import CLASS_PROMPT, Subject
+from .textual_inversion import TextualInversionConfig, textual_inversion
 
 if TYPE_CHECKING:
     from hdb_core.lidb import LiDB
 
 BYTES_PER_WEIGHT = 2  # float16, as checkpoints are shared
+CLASS_PICTURES = DreamBoothConfig().class_pictures
+# Dimensions of a basis that is complete on every layer of SD 1.x; narrower layers cut it to their size.
+COMPLETE = {"down_dim": 1280, "up_dim": 1280}
+LORA = {"steps": 400, "learning_rate": 1e-3, "down_lr_scale": 1.0, "prior_weight": 1.0, "basis": COMPLETE}
 
 
 class Method(Protocol):
@@ -82,42 +89,98 @@ class RealPictures:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """PredictLiDB: a person without training.
+
+    Attributes:
+        name: of the row.
+        hypernet: the hypernetwork's file.
+        iterations: k; 0 is the file's own.
+        photos: how many of the person it sees.
+    """
+
+    name: str
+    hypernet: Path
+    iterations: int = 0
+    photos: int = 1
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """All that decides the prediction."""
+        return {"hypernet": file_hash(self.hypernet), "iterations": self.iterations, "photos": self.photos}
+
+    @property
+    def rows(self) -> Mapping[str, Mapping[str, Any]]:
+        return {self.name: self.settings}
+
+    def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
+        lidb, seconds, flops = self.made(bench, subject)
+        _, path = bench.studio.saved(lidb, f"bench{os.getpid()}")
+        facts = {"steps": 0, "seconds": seconds, "bytes": path.stat().st_size, "flops": flops}
+        path.unlink()
+        yield self.name, sampled(bench, bench.studio.apply(lidb), subject, **facts)
+
+    def made(self, bench: Bench, subject: Subject) -> Made:
+        return bench.studio.predict(self.hypernet, subject.photos(self.photos), self.iterations)
+
+    def person(self, bench: Bench, subject: Subject) -> LiDB:
+        return self.made(bench, subject).lidb
+
+
+@dataclass(frozen=True)
 class FastFinetuning:
     """FastFinetune, and the same person after Save LiDB and Load LiDB.
 
     Attributes:
         name: of the row; the second is "<name>_saved".
         settings: fields of FinetuneConfig that are not at their default; a basis as a dict.
+        start: the prediction that it goes on from, which brings its basis; None starts from nothing.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    start: Predicted | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every field of FinetuneConfig."""
+        basis = asdict(FinetuneConfig().basis) | self.settings.get("basis", {})
+        return {**asdict(FinetuneConfig()), **self.settings, "basis": basis}
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
-        basis = asdict(FinetuneConfig().basis) | self.settings.get("basis", {})
-        resolved = {"finetune": {**asdict(FinetuneConfig()), **self.settings, "basis": basis}}
+        resolved: dict[str, Any] = {"finetune": self.config}
+        if self.start is not None:
+            resolved["start"] = self.start.settings
+        if self.config["prior_weight"] > 0:
+            resolved["class_pictures"] = CLASS_PICTURES
         return {self.name: resolved, f"{self.name}_saved": {**resolved, "file_rank": DEFAULT_RANK}}
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
-        lidb, seconds = self._trained(bench, subject)
+        lidb, seconds, flops = self.made(bench, subject)
         loaded, size = self._through_file(bench, subject, lidb)
-        steps = self.settings.get("steps", FinetuneConfig().steps)
-        facts = {"steps": steps, "seconds": seconds, "bytes": size,
-                 "flops": steps * bench.studio.finetune_step_flops(subject.photo, self.settings)}  # fmt: skip
+        facts = {"steps": self.config["steps"], "seconds": seconds, "bytes": size, "flops": flops}
         for row, person in zip(self.rows, (lidb, loaded), strict=True):
             if row in wanted:
                 yield row, sampled(bench, bench.studio.apply(person), subject, **facts)
 
-    def saved_person(self, bench: Bench, subject: Subject) -> LiDB:
+    def made(self, bench: Bench, subject: Subject) -> Made:
+        """The person, at the cost of the prediction and the training."""
+        start = self.start.made(bench, subject) if self.start else None
+        inputs: dict[str, Any] = {"lidb": start.lidb} if start else {}
+        if self.config["prior_weight"] > 0:
+            inputs["class_pictures"] = class_pictures(bench, self.config["class_prompt"], CLASS_PICTURES)
+        lidb, seconds = bench.studio.finetune(subject.photo, **inputs, **{"seed": subject.seed, **self.settings})
+        step = bench.studio.finetune_step_flops(subject.photo, self.settings, **inputs)
+        made = Made(lidb, seconds, self.config["steps"] * step)
+        return Made(lidb, made.seconds + start.seconds, made.flops + start.flops) if start else made
+
+    def person(self, bench: Bench, subject: Subject) -> LiDB:
         """The person as the file holds it, made now if it is not there."""
         path = self._file(bench, subject)
         if not path.exists():
-            self._through_file(bench, subject, self._trained(bench, subject)[0])
+            self._through_file(bench, subject, self.made(bench, subject).lidb)
         return bench.studio.host.module("hdb_core.lidb_file").load(path)
-
-    def _trained(self, bench: Bench, subject: Subject) -> tuple[LiDB, float]:
-        return bench.studio.finetune(subject.photo, **{"seed": subject.seed, **self.settings})
 
     def _through_file(self, bench: Bench, subject: Subject, lidb: LiDB) -> tuple[LiDB, int]:
         loaded, path = bench.studio.saved(lidb, f"bench{os.getpid()}")
@@ -131,38 +194,59 @@ class FastFinetuning:
         return bench.cells.path(self.name, self.rows[self.name], subject.seed).with_suffix(".safetensors")
 
 
+class LoRA(FastFinetuning):
+    """LoRA-DreamBooth, by FastFinetune in a complete basis and with the class-prior preservation loss.
+
+    Where a basis has as many dimensions as the layer, ``down_aux`` and ``up_aux`` are square and orthogonal, so
+    ``up_aux · up · down · down_aux`` is any matrix of the rank: a LoRA without constraint, in turned coordinates. As in
+    a LoRA, the up side starts at zero and the down side at random; here its rows are orthonormal. Adam is not
+    indifferent to the turn, and the products with the bases are work that a LoRA does not have (little beside the UNet).
+    Its bytes are those of the ordinary LoRA file.
+    """
+
+    @property
+    def rows(self) -> Mapping[str, Mapping[str, Any]]:
+        return {self.name: super().rows[self.name]}
+
+    def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
+        lidb, seconds, flops = self.made(bench, subject)
+        size = bench.studio.lora_size(lidb, f"bench{os.getpid()}")
+        facts = {"steps": self.config["steps"], "seconds": seconds, "bytes": size, "flops": flops}
+        yield self.name, sampled(bench, bench.studio.apply(lidb), subject, **facts)
+
+
 @dataclass(frozen=True)
 class Stranger:
     """The LiDB of the next person, judged as this one: what a wrong person scores."""
 
-    of: FastFinetuning
+    of: FastFinetuning | Predicted
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
         return {"stranger": self.of.rows[self.of.name]}
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
-        lidb = self.of.saved_person(bench, Subject(subject.seed + 1, subject.short))
+        lidb = self.of.person(bench, Subject(subject.seed + 1, subject.short))
         yield "stranger", sampled(bench, bench.studio.apply(lidb), subject)
 
 
 @dataclass(frozen=True)
-class DreamBooth:
-    """Full DreamBooth; a row for each checkpoint of one training."""
+class Reference:
+    """A slow training; a row for each checkpoint of it. Subclasses say what is trained."""
 
-    config: DreamBoothConfig = field(default_factory=DreamBoothConfig)
-    name: str = "dreambooth"
+    config: Any  # ReferenceConfig
+    name: str
+    kind: ClassVar[str]  # of the settings, in a row's key
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
         # The constant rate makes a checkpoint independent of those after it.
         settings = {k: v for k, v in asdict(self.config).items() if k != "checkpoints"}
-        return {f"{self.name}@{steps}": {"dreambooth": settings, "steps": steps} for steps in self.config.checkpoints}
+        return {f"{self.name}@{steps}": {self.kind: settings, "steps": steps} for steps in self.config.checkpoints}
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         last = max(i for i, row in enumerate(self.rows, 1) if row in wanted)
-        config = replace(self.config, checkpoints=self.config.checkpoints[:last])
-        run = dreambooth(bench.studio, subject.photo, self._class_pictures(bench), config, subject.seed)
+        run = self.training(bench, subject, replace(self.config, checkpoints=self.config.checkpoints[:last]))
         # Closed here, not when it is collected: the base must be back whatever happens.
         with closing(run):
             for row, (steps, seconds, flops, parameters) in zip(self.rows, run, strict=False):
@@ -170,22 +254,69 @@ class DreamBooth:
                 if row in wanted:
                     yield row, sampled(bench, bench.studio.base, subject, **facts)
 
-    def _class_pictures(self, bench: Bench) -> np.ndarray:
-        settings, count = {"prompt": self.config.class_prompt}, self.config.class_pictures
-        cell = bench.cells.read("class_pictures", settings, count)
-        if cell is None:
-            pictures = bench.studio.pictures(bench.studio.base, self.config.class_prompt, 0, count)
-            cell = Cell(pictures[None], {"prompts": [self.config.class_prompt]})
-            bench.cells.write("class_pictures", settings, count, cell)
-        return cell.pictures[0]
+    def training(self, bench: Bench, subject: Subject, config: Any) -> Generator[Checkpoint]:
+        """The checkpoints of one person, each while it is in the base model."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DreamBooth(Reference):
+    """Full DreamBooth."""
+
+    config: DreamBoothConfig = field(default_factory=DreamBoothConfig)
+    name: str = "dreambooth"
+    kind: ClassVar[str] = "dreambooth"
+
+    def training(self, bench: Bench, subject: Subject, config: DreamBoothConfig) -> Generator[Checkpoint]:
+        prior = class_pictures(bench, config.class_prompt, config.class_pictures)
+        return dreambooth(bench.studio, subject.photo, prior, config, subject.seed)
+
+
+@dataclass(frozen=True)
+class TextualInversion(Reference):
+    """Textual Inversion."""
+
+    config: TextualInversionConfig = field(default_factory=TextualInversionConfig)
+    name: str = "textual_inversion"
+    kind: ClassVar[str] = "textual_inversion"
+
+    def training(self, bench: Bench, subject: Subject, config: TextualInversionConfig) -> Generator[Checkpoint]:
+        return textual_inversion(bench.studio, subject.photo, config, subject.seed)
+
+
+def class_pictures(bench: Bench, prompt: str, count: int) -> np.ndarray:
+    """What the base makes of a class prompt, once for all people: uint8 (count, 128, 128, 3)."""
+    settings = {"prompt": prompt}
+    cell = bench.cells.read("class_pictures", settings, count)
+    if cell is None:
+        pictures = bench.studio.pictures(bench.studio.base, prompt, 0, count)
+        cell = Cell(pictures[None], {"prompts": [prompt]})
+        bench.cells.write("class_pictures", settings, count, cell)
+    return cell.pictures[0]
+
+
+def chosen_rows(methods: Iterable[Method], names: Sequence[str] | None, left_out: str) -> list[str]:
+    """The named rows and the base; without names all but those that end in ``left_out``.
+
+    "dreambooth" names all its checkpoints.
+
+    Raises:
+        SystemExit: there is no such row.
+    """
+    known = [row for method in methods for row in method.rows]
+    if names is None:
+        return [row for row in known if not row.endswith(left_out)]
+    if unknown := set(names) - set(known) - {row.split("@")[0] for row in known}:
+        raise SystemExit(f"No row {', '.join(sorted(unknown))}. Rows: {', '.join(known)}")
+    return [row for row in known if row == "base" or row in names or row.split("@")[0] in names]
 
 
 def fill(bench: Bench, methods: Sequence[Method], rows: Container[str], subject: Subject,
          report: Callable[[str], None]) -> None:  # fmt: skip
-    """Makes the cells of a person that are not there yet, of the named rows."""
+    """Makes the cells of a person that are neither there nor judged yet, of the named rows."""
     for method in methods:
         own = {row: settings for row, settings in method.rows.items() if row in rows}
-        wanted = {row for row, made in own.items() if not bench.cells.path(row, made, subject.seed).exists()}
+        wanted = {row for row, made in own.items() if not bench.finished(row, made, subject.seed)}
         start = time.perf_counter()
         for row, cell in method.run(bench, subject, wanted) if wanted else ():
             if row in wanted:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -26,12 +24,17 @@ from miniature.scores import (
 )
 
 from .cells import Cell
+from .files import rounded
 from .subjects import CLASS_PROMPT, Subject
 
 SCORES = ("identity", "retrieval", "edit", "joint", "leak", "drift", "diversity")
 EXTRA_SCORES = ("identity_raw", "pull")
 FACTS = ("steps", "seconds", "bytes", "flops")
 RESAMPLES = 2000
+COSTS = ("steps", "seconds", "flops")
+REACHED = 0.95  # of a reference's best joint score
+# How many times faster than each reference the fast fine-tune should be. Source: HyperDreamBooth, arXiv 2307.06949.
+GOALS = {"dreambooth": 25, "textual_inversion": 125}
 
 
 @dataclass
@@ -68,14 +71,18 @@ class Row:
 
 
 class Scorer:
-    """Reads cells with a judge; a person's readings of the base are kept for drift."""
+    """Reads cells with a judge."""
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
         self._ceilings: dict[Subject, np.ndarray] = {}
 
-    def add(self, row: Row, subject: Subject, cell: Cell, base: Cell | None) -> None:
-        """Scores one cell into its row; ``base`` is the base's cell of the same person."""
+    def scored(self, subject: Subject, cell: Cell, before: Readings | None) -> dict[str, Any]:
+        """The arguments of `Row.add` after the person for one cell.
+
+        Args:
+            before: of the base's pictures of the class prompt, from `class_readings`; None leaves out drift and pull.
+        """
         prompts = subject.prompts
         seeds = cell.pictures.shape[1]
         readings = self._read(cell.pictures[: len(prompts)])
@@ -85,11 +92,20 @@ class Scorer:
         scores = person_means(pictures)
         if seeds > 1:
             scores["diversity"] = diversity(readings, repeated)
-        if base is not None and base is not cell and cell.facts["prompts"][-1] == CLASS_PROMPT:
-            before, after = (self._read(c.pictures[-1:]) for c in (base, cell))
+        if before is not None and cell.facts["prompts"][-1] == CLASS_PROMPT:
+            after = self._read(cell.pictures[-1:])
             scores |= {"drift": drift(before, after), "pull": pull(before, after, subject.person)}
         kinds = {p.kind: person_means([s for s in pictures if s.kind == p.kind]) for p in prompts}
-        row.add(subject.seed, scores, kinds, cell.facts)
+        return {
+            "scores": scores,
+            "kinds": kinds,
+            "facts": {name: cell.facts[name] for name in FACTS if name in cell.facts},
+        }
+
+    def class_readings(self, cell: Cell) -> dict[str, list]:
+        """What `readings_of` makes readings of again: of the pictures of the class prompt."""
+        readings = self._read(cell.pictures[-1:])
+        return {"names": readings.names.tolist(), "factors": readings.factors.tolist()}
 
     def _read(self, pictures: np.ndarray) -> Readings:
         return self.judge.read(pictures.reshape(-1, *pictures.shape[2:]))
@@ -98,6 +114,11 @@ class Scorer:
         if subject not in self._ceilings:
             self._ceilings[subject] = ceilings(self.judge, subject.person, subject.prompts)
         return self._ceilings[subject]
+
+
+def readings_of(kept: Mapping[str, list]) -> Readings:
+    """Readings that `Scorer.class_readings` turned into lists."""
+    return Readings(np.array(kept["names"], np.int64), np.array(kept["factors"], np.float32))
 
 
 def person_means(scores: Sequence[PictureScore]) -> dict[str, float]:
@@ -140,10 +161,59 @@ def best_checkpoint(rows: Sequence[Row], name: str) -> Row | None:
     return Row(name, best.scores, best.kinds, best.facts)
 
 
+class Reached(NamedTuple):
+    """What a reference costs until it is as good as `REACHED` of its best checkpoint."""
+
+    best: Row  # that checkpoint, named as the reference
+    steps: float
+    seconds: float
+    flops: float
+
+
+def cost_of_most(rows: Sequence[Row], name: str) -> Reached | None:
+    """When the joint score first reaches `REACHED` of the best checkpoint's.
+
+    Between two checkpoints, and from the base at no cost to the first one, score and cost are taken to lie on a line:
+    sparse checkpoints do not make a reference look slow. Over the people of all checkpoints.
+    """
+    best = best_checkpoint(rows, name)
+    checkpoints = sorted(
+        (row for row in rows if row.name.startswith(f"{name}@") and row.mean("joint")),
+        key=lambda row: row.fact("steps"),
+    )
+    base = [row for row in rows if row.name == "base" and row.mean("joint")]
+    columns = [row.scores["joint"] for row in (*base, *checkpoints)]
+    people = set.intersection(*(set(column) for column in columns)) if checkpoints else set()
+    if best is None or not people or any(row.fact(cost) is None for row in checkpoints for cost in COSTS):
+        return None
+    scores = [float(np.mean([column[person] for person in people])) for column in columns]
+    costs = [np.zeros(len(COSTS))] * len(base) + [np.array([row.fact(c) for c in COSTS]) for row in checkpoints]
+    target = REACHED * max(scores[len(base) :])
+    # Without a base nothing is known of what comes before the first checkpoint.
+    points = [(-1.0, costs[0]), *zip(scores, costs, strict=True)]
+    (below, before), (score, cost) = next(pair for pair in pairwise(points) if pair[1][0] >= target)
+    return Reached(best, *(before + (target - below) / (score - below) * (cost - before)).tolist())
+
+
+def compared(row: Row, reached: Reached) -> dict[str, float | None]:
+    """How many times less a row costs, and its joint score relative to the reference's best checkpoint."""
+    mine, theirs = (r.scores.get("joint", {}) for r in (row, reached.best))
+    common = mine.keys() & theirs.keys()
+    top = sum(theirs[person] for person in common)
+    ratios = {cost: getattr(reached, cost) / own if (own := row.fact(cost)) else None for cost in COSTS}
+    return {**ratios, "joint": sum(mine[person] for person in common) / top if top else None}
+
+
 def as_object(
-    row: Row, base: Row | None, reference: Row | None, unsaved: Row | None, second: Row | None
+    row: Row,
+    base: Row | None,
+    reference: Row | None,
+    unsaved: Row | None,
+    second: Row | None,
+    reached: Mapping[str, Reached] | None = None,
 ) -> dict[str, Any]:
-    """A row for JSON: scores, facts, standard errors, paired differences to other rows, the second judge."""
+    """A row for JSON: scores, facts, standard errors, paired differences to other rows, the second judge, speed."""
+    reached = reached or {}
 
     def values(source: Row, names: Sequence[str]) -> dict[str, float | None]:
         return {name: mean.value if (mean := source.mean(name)) else None for name in names}
@@ -165,16 +235,10 @@ def as_object(
         "minus_unsaved": differences(unsaved),
         "share_of_reference_gain": [share.value, share.error] if share else None,
         "kinds": kinds, "second_judge": values(second, SCORES) if second else None,
+        "reached": {c: getattr(reached[row.name], c) for c in COSTS} if row.name in reached else None,
+        "times_less": {name: compared(row, other) for name, other in reached.items()}
+        if reached and row.name not in reached and "@" not in row.name and row.fact("seconds") else None,
     })  # fmt: skip
-
-
-def rounded(value: Any) -> Any:
-    """Floats below 1,000 to four digits, others to whole numbers, at any depth."""
-    if isinstance(value, float):
-        return round(value, 4) if abs(value) < 1000 else round(value)
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def table(objects: Sequence[Mapping[str, Any]]) -> str:
@@ -202,6 +266,44 @@ def difference_table(objects: Sequence[Mapping[str, Any]], to: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def reached_table(objects: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of the references: their best checkpoint, and what `REACHED` of its joint score costs."""
+    lines = [["reference", "joint", "best at step", f"{REACHED:.0%} at step", "seconds", "TFLOP"]]
+    lines += [["---", *["---:"] * 5]]
+    for row in objects:
+        if found := row["reached"]:
+            lines.append([
+                row["row"], percent(row["joint"], row["errors"].get("joint")), number(row["steps"]),
+                number(found["steps"]), number(found["seconds"]), number(found["flops"], 1e12),
+            ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def speed_table(objects: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table: how many times less a row costs than each reference, beside the goal for seconds."""
+    references = [row["row"] for row in objects if row["reached"]]
+    head = ["row", "steps", "seconds"]
+    for name in references:
+        head += [f"joint, % of {name}", "seconds: times less", "steps: times fewer", "FLOP: times fewer"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row in objects:
+        if found := row["times_less"]:
+            cells = [row["row"], number(row["steps"]), number(row["seconds"])]
+            for name in references:
+                own = found[name]
+                cells += [percent(own["joint"]), against_goal(own["seconds"], GOALS.get(name)),
+                          number(own["steps"]), number(own["flops"])]  # fmt: skip
+            lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def against_goal(value: float | None, goal: float | None) -> str:
+    """ "31 (≥ 25)", "12 (< 25)", without a goal the value alone, or nothing."""
+    if value is None or goal is None:
+        return number(value)
+    return f"{number(value)} ({'≥' if value >= goal else '<'} {goal})"
+
+
 def percent(value: float | None, error: float | None = None, sign: bool = False) -> str:
     """ "61.2 ± 1.4", or nothing."""
     if value is None:
@@ -219,20 +321,3 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
     return float(spearmanr(first, second).statistic)
-
-
-def write_text(path: Path, text: str) -> None:
-    """The whole file, or what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def write_json(path: Path, objects: Any) -> None:
-    """A list with one object a line, or any other value indented."""
-    if isinstance(objects, list):
-        text = "[\n" + ",\n".join(json.dumps(item) for item in objects) + "\n]\n"
-    else:
-        text = json.dumps(objects, indent=1) + "\n"
-    write_text(path, text)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from miniature.judge import Judge
+from miniature.judge import Judge, Readings
 
 from . import grid
 from .bench import Bench, load_judges
 from .cells import Cell
-from .methods import DreamBooth, Method, fill
+from .files import write_json, write_text
+from .kept import Place
+from .methods import LoRA, Method, Reference, fill
 from .report import (
+    REACHED,
     SCORES,
     Row,
     Scorer,
     as_object,
     best_checkpoint,
+    cost_of_most,
     difference_table,
     rank_correlation,
+    reached_table,
+    readings_of,
+    speed_table,
     table,
-    write_json,
-    write_text,
 )
 from .subjects import Subject
 
@@ -33,7 +38,7 @@ GRID_KINDS = ("bare", "expression", "plain", "accessory", "pencil sketch", "pixe
 
 
 class Table:
-    """Reads finished cells of some methods and reports them."""
+    """Reads finished cells of some methods, or their kept scores, and reports them."""
 
     def __init__(
         self, bench: Bench, methods: Sequence[Method], rows: Sequence[str], subjects: Sequence[Subject]
@@ -44,26 +49,50 @@ class Table:
     def cell(self, row: str, subject: Subject) -> Cell | None:
         return self.bench.cells.read(row, self.settings[row], subject.seed)
 
-    def judged(self, judge: Judge) -> list[Row]:
-        """All rows that have a cell, with the best checkpoint of DreamBooth as its row."""
+    def place(self, row: str, subject: Subject, judge: str) -> Place:
+        return Place(row, self.bench.cells.key(self.settings[row]), subject.seed, judge)
+
+    def judged(self, key: str, judge: Judge) -> list[Row]:
+        """All rows that have a cell or scores, with the best checkpoint of each reference as its row.
+
+        Args:
+            key: of the judge.
+        """
         scorer, rows = Scorer(judge), {name: Row(name) for name in self.rows}
         for subject in self.subjects:
-            base = self.cell("base", subject)
+            base = self._scored(scorer, self.place("base", subject, key), subject, None)
+            before = readings_of(base["class_readings"]) if base else None
             for name, row in rows.items():
-                cell = base if name == "base" else self.cell(name, subject)
-                if cell is not None:
-                    scorer.add(row, subject, cell, base)
+                values = base
+                if name != "base":
+                    values = self._scored(scorer, self.place(name, subject, key), subject, before)
+                if values is not None:
+                    row.add(subject.seed, values["scores"], values["kinds"], values["facts"])
         found = [row for row in rows.values() if row.people]
-        best = best_checkpoint(found, "dreambooth")
-        return [*found, best] if best else found
+        return [*found, *(best for name in references(found) if (best := best_checkpoint(found, name)))]
 
-    def objects(self, judges: Sequence[Judge]) -> list[dict[str, Any]]:
-        """Every row for JSON, by the first judge with the second beside it."""
-        rows, *others = ({row.name: row for row in self.judged(judge)} for judge in judges)
+    def _scored(
+        self, scorer: Scorer, place: Place, subject: Subject, before: Readings | None
+    ) -> Mapping[str, Any] | None:
+        """The scores of a cell, kept ones or new ones; None where there are neither."""
+        kept = self.bench.kept.get(place)
+        if kept is not None or (cell := self.cell(place.row, subject)) is None:
+            return kept
+        values = scorer.scored(subject, cell, before)
+        if place.row == "base":
+            values["class_readings"] = scorer.class_readings(cell)
+        elif before is None:  # incomplete until the base is there
+            return values
+        return self.bench.kept.add(place, values)
+
+    def objects(self, judges: Mapping[str, Judge]) -> list[dict[str, Any]]:
+        """Every row for JSON, by the first judge with the second beside it; ``judges`` by their keys."""
+        rows, *others = ({row.name: row for row in self.judged(key, judge)} for key, judge in judges.items())
         second = others[0] if others else {}
-        base, reference = rows.get("base"), rows.get("dreambooth")
+        base, reference, every = rows.get("base"), rows.get("dreambooth"), list(rows.values())
+        reached = {name: cost for name in references(every) if (cost := cost_of_most(every, name))}
         return [
-            as_object(row, base, reference, rows.get(name.removesuffix("_saved")), second.get(name))
+            as_object(row, base, reference, rows.get(name.removesuffix("_saved")), second.get(name), reached)
             for name, row in rows.items()
         ]
 
@@ -76,6 +105,16 @@ class Table:
         ):
             if any(row[f"minus_{other}"] for row in objects):
                 parts += [f"{title}, in points", difference_table(objects, other)]
+        if any(row["reached"] for row in objects):
+            parts += [
+                f"What {REACHED:.0%} of a reference's best joint score costs, between checkpoints on a line",
+                reached_table(objects),
+            ]
+        if any(row["times_less"] for row in objects):
+            parts += [
+                "How many times less the others cost; in brackets the paper's ratio. Seconds depend on what else ran",
+                speed_table(objects),
+            ]
         agreeing = [row for row in objects if row["second_judge"]]
         if len(agreeing) > 2:
             pairs = {s: ([r[s] for r in agreeing], [r["second_judge"][s] for r in agreeing]) for s in SCORES[:4]}
@@ -85,13 +124,17 @@ class Table:
         parts.append(f"Sampling: {asdict(self.bench.sampling)}, {self.bench.seeds} seeds for each prompt.")
         return "\n\n".join(parts) + "\n"
 
-    def grid(self, people: int) -> grid.Image.Image | None:
+    def shown(self, subject: Subject) -> list[str]:
+        """The rows of a person whose pictures are here."""
+        paths = {row: self.bench.cells.path(row, made, subject.seed) for row, made in self.settings.items()}
+        return [row for row in self.rows if paths[row].exists()]
+
+    def grid(self, subjects: Sequence[Subject]) -> grid.Image.Image | None:
         """Some people's photos, and one picture of each row and kind of prompt."""
-        shown = self.subjects[:people]
-        present = {prompt.kind for subject in shown for prompt in subject.prompts}
+        present = {prompt.kind for subject in subjects for prompt in subject.prompts}
         columns = [kind for kind in GRID_KINDS if kind in present]
         lines: list[tuple[str, list[np.ndarray | None]]] = []
-        for subject in shown:
+        for subject in subjects:
             places = {prompt.kind: i for i, prompt in enumerate(subject.prompts)}
             lines.append((f"person {subject.seed}, the photo", [subject.photo]))
             for row in self.rows:
@@ -99,6 +142,11 @@ class Table:
                     pictures = [cell.pictures[places[kind], 0] if kind in places else None for kind in columns]
                     lines.append((row, pictures))
         return grid.grid(lines, columns) if lines else None
+
+
+def references(rows: Sequence[Row]) -> list[str]:
+    """The names that have checkpoints."""
+    return list(dict.fromkeys(row.name.split("@")[0] for row in rows if "@" in row.name))
 
 
 def add_options(options: argparse.ArgumentParser, grid_people: int) -> None:
@@ -122,28 +170,40 @@ def share(text: str) -> tuple[int, int]:
 
 
 def report(made: Table, args: argparse.Namespace) -> None:
-    """Prints the table and writes JSON, Markdown and the grid under the benchmark's name."""
-    objects = made.objects(list(load_judges(args.weights).values()))
+    """Prints the table and writes JSON, Markdown and the grid under the benchmark's name.
+
+    A grid that shows every row is not replaced by one of fewer, when some pictures were made elsewhere.
+    """
+    keys = made.bench.kept.judges
+    objects = made.objects({keys[name]: judge for name, judge in load_judges(args.weights).items()})
     text = made.text(objects)
     print(text)
     args.results.mkdir(parents=True, exist_ok=True)
     write_json(args.results / f"{args.name}.json", objects)
     write_text(args.results / f"{args.name}.md", text)
-    if (sheet := made.grid(args.grid_people)) is not None:
-        grid.save(sheet, args.results / f"{args.name}.png")
+    path = args.results / f"{args.name}.png"
+    subjects = sorted(made.subjects, key=lambda subject: -len(made.shown(subject)))[: args.grid_people]
+    everything = {row["row"] for row in objects if row["row"] in made.rows}
+    if path.exists() and not (subjects and everything <= set(made.shown(subjects[0]))):
+        print(f"{path.name} stays as it is: nobody's pictures of all rows are on this machine.")
+    elif (sheet := made.grid(subjects)) is not None:
+        grid.save(sheet, path)
 
 
-def make_and_report(args: argparse.Namespace, made: Table, reference_people: int) -> None:
+def make_and_report(args: argparse.Namespace, made: Table, reference_people: int, keep: bool = True) -> None:
     """Fills in what is missing, person by person, and reports; with --share its part of the people, and no report.
 
     Args:
         made: names rows, methods and people.
-        reference_people: how many of them, from the first, get full DreamBooth.
+        reference_people: how many of them, from the first, get the slow references: DreamBooth, Textual Inversion, LoRA.
+        keep: write the scores to the file that other machines read.
     """
     part, parts = args.share
     for i, subject in enumerate(() if args.report_only else made.subjects):
         if i % parts == part:
-            own = [m for m in made.methods if i < reference_people or not isinstance(m, DreamBooth)]
+            own = [m for m in made.methods if i < reference_people or not isinstance(m, (Reference, LoRA))]
             fill(made.bench, own, made.rows, subject, lambda line: print(line, flush=True))
     if parts == 1:
         report(made, args)
+        if keep:
+            made.bench.kept.save()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from hdb_core.lidb import LiDB
 
 SIZE = 128
+TIMED = 5  # predictions: a single one of milliseconds says more of what else the machine did
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,14 @@ class Models(NamedTuple):
     vae: Any
 
 
+class Made(NamedTuple):
+    """A person, and what it cost."""
+
+    lidb: LiDB
+    seconds: float
+    flops: int
+
+
 class Studio:
     """A booted host with one checkpoint loaded."""
 
@@ -58,6 +68,7 @@ class Studio:
         comfy.utils.PROGRESS_BAR_ENABLED = False
         self.host, self.sampling = host, sampling
         self._step_flops: dict[str, int] = {}
+        self._hypernets: dict[Path, Any] = {}
         host.folder_paths.add_model_folder_path("checkpoints", str(checkpoint.parent))
         with torch.inference_mode():
             self.base = Models(*host.run("CheckpointLoaderSimple", ckpt_name=checkpoint.name))
@@ -98,22 +109,55 @@ class Studio:
         return (image * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
     @torch.inference_mode()
-    def finetune(self, photo: np.ndarray, **settings: Any) -> tuple[LiDB, float]:
-        """FastFinetune on a photo, uint8 (128, 128, 3), and its seconds.
+    def predict(self, hypernet: Path, photos: np.ndarray, iterations: int = 0) -> Made:
+        """PredictLiDB on photos of a person, uint8 (N, 128, 128, 3); 0 iterations are as many as the file says.
 
-        ``settings`` are fields of FinetuneConfig, a basis as a dict of its fields.
+        The seconds are the median of `TIMED` predictions after a first one, which reads the weights.
+        """
+        if hypernet not in self._hypernets:
+            self.host.folder_paths.add_model_folder_path("hyperdreambooth", str(hypernet.parent), is_default=True)
+            self._hypernets[hypernet] = self.host.run("LoadHyperNet", hypernet_name=hypernet.name)[0]
+        inputs = {"hypernet": self._hypernets[hypernet], "image": as_image(photos), "iterations": iterations}
+        predict = partial(self.host.run, "PredictLiDB", **inputs)
+        flops, seconds = counted_flops(predict), []
+        for _ in range(TIMED):
+            start = time.perf_counter()
+            lidb = predict()[0]
+            seconds.append(time.perf_counter() - start)
+        return Made(lidb, median(seconds), flops)
+
+    @torch.inference_mode()
+    def finetune(
+        self, photo: np.ndarray, lidb: LiDB | None = None, class_pictures: np.ndarray | None = None, **settings: Any
+    ) -> tuple[LiDB, float]:
+        """FastFinetune on a photo, and its seconds.
+
+        Args:
+            photo: uint8 (128, 128, 3).
+            lidb: goes on from this person.
+            class_pictures: uint8 (N, 128, 128, 3), for a prior_weight above 0.
+            **settings: fields of FinetuneConfig, a basis as a dict of its fields.
         """
         if "basis" in settings:
             settings["basis"] = self.host.module("hdb_core.basis").BasisRecipe(**settings["basis"])
+        class_images = None if class_pictures is None else as_image(class_pictures)
+        inputs = {**self.base._asdict(), "image": as_image(photo[None]), "lidb": lidb, "class_images": class_images}
         start = time.perf_counter()
-        lidb = self.host.run("FastFinetune", **self.base._asdict(), image=as_image(photo[None]), **settings)[0]
-        return lidb, time.perf_counter() - start
+        made = self.host.run("FastFinetune", **inputs, **settings)[0]
+        return made, time.perf_counter() - start
 
-    def finetune_step_flops(self, photo: np.ndarray, settings: Mapping[str, Any]) -> int:
-        """Floating-point operations of one step, counted once for each way to train."""
-        key = json.dumps({**settings, "steps": None}, sort_keys=True)
+    def finetune_step_flops(
+        self,
+        photo: np.ndarray,
+        settings: Mapping[str, Any],
+        lidb: LiDB | None = None,
+        class_pictures: np.ndarray | None = None,
+    ) -> int:
+        """Floating-point operations of one step, counted once for each way to train; arguments as for `finetune`."""
+        key = json.dumps([{**settings, "steps": None}, str(lidb and lidb.basis)], sort_keys=True)
         if key not in self._step_flops:
-            one, two = (counted_flops(partial(self.finetune, photo, **{**settings, "steps": n})) for n in (1, 2))
+            train = partial(self.finetune, photo, lidb, class_pictures)
+            one, two = (counted_flops(partial(train, **{**settings, "steps": n})) for n in (1, 2))
             self._step_flops[key] = two - one
         return self._step_flops[key]
 
@@ -128,6 +172,14 @@ class Studio:
         """A person after Save LiDB and Load LiDB, and the file, below ``lidb/`` of the output folder."""
         path = Path(self.host.run("SaveLiDB", lidb=lidb, filename_prefix=f"lidb/{name}")[0])
         return self.load(path), path
+
+    @torch.inference_mode()
+    def lora_size(self, lidb: LiDB, name: str) -> int:
+        """Bytes of a person as an ordinary LoRA file, which is written and deleted."""
+        path = Path(self.host.run("SaveLiDBAsLoRA", lidb=lidb, filename_prefix=f"loras/{name}")[0])
+        size = path.stat().st_size
+        path.unlink()
+        return size
 
     @torch.inference_mode()
     def load(self, path: Path) -> LiDB:

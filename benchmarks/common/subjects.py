@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from miniature.drawing import photo
 from miniature.people import Context, Person
+from miniature.photos import photo_context
 from miniature.prompts import EvaluationPrompt, evaluation_photo, evaluation_prompts
 
 CLASS_PROMPT = "a face"
+FIRST_OTHER_PHOTO = 10  # of a person's contexts; the folders that hypernetworks are trained on hold those before it
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ class Subject:
     def photo(self) -> np.ndarray:
         """uint8 (128, 128, 3)."""
         return photo(*self._shown)
+
+    def photos(self, count: int) -> np.ndarray:
+        """The photo and others of the person in contexts of their own, eyes never covered: uint8 (count, 128, 128, 3)."""
+        contexts = [photo_context(self.seed, FIRST_OTHER_PHOTO + i) for i in range(count - 1)]
+        bare = [replace(c, accessory="bare eyes") if c.accessory == "sunglasses" else c for c in contexts]
+        return np.stack([self.photo, *(photo(self.person, context) for context in bare)])
 
     @cached_property
     def renders(self) -> np.ndarray:

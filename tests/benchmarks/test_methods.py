@@ -7,10 +7,12 @@ from benchmarks import base, people, tune
 from benchmarks.common.bench import Bench, parsed_settings
 from benchmarks.common.cells import Cell
 from benchmarks.common.dreambooth import DreamBoothConfig
-from benchmarks.common.methods import DreamBooth, FastFinetuning, fill
+from benchmarks.common.kept import KeptScores, Place
+from benchmarks.common.methods import LORA, DreamBooth, FastFinetuning, LoRA, Predicted, Stranger, chosen_rows, fill
 from benchmarks.common.results import share
 from benchmarks.common.studio import Sampling
 from benchmarks.common.subjects import Subject
+from benchmarks.common.textual_inversion import TextualInversionConfig
 from hdb_core.finetune import FinetuneConfig
 from miniature.people import SPLITS
 
@@ -21,7 +23,7 @@ DEV = SPLITS["dev"].start
 def bench(tmp_path):
     checkpoint = tmp_path / "base.safetensors"
     checkpoint.write_bytes(b"weights")
-    return Bench(checkpoint, Sampling(), 2, tmp_path, "people")
+    return Bench(checkpoint, Sampling(), 2, tmp_path, KeptScores(tmp_path / "cells.jsonl", {"a": "a-1", "b": "b-1"}))
 
 
 class Counting:
@@ -48,6 +50,15 @@ def test_only_what_is_missing_is_made(bench):
     assert [line.split(":")[0] for line in lines] == [f"{DEV} one", f"{DEV} two", f"{DEV + 1} two"]
 
 
+def test_what_every_judge_has_scored_elsewhere_is_not_made_again(bench):
+    method = Counting()
+    for row, judges in (("one", ("a-1", "b-1")), ("two", ("a-1", "b-0"))):
+        for judge in judges:
+            bench.kept.add(Place(row, bench.cells.key(method.rows[row]), DEV, judge), {"scores": {}})
+    fill(bench, [method], ["one", "two"], Subject(DEV), str)
+    assert method.asked == [(DEV, ["two"])]
+
+
 def test_a_row_is_keyed_by_every_setting_of_its_training(bench):
     keys = {
         bench.cells.key(settings)
@@ -63,6 +74,29 @@ def test_a_row_is_keyed_by_every_setting_of_its_training(bench):
     assert len(keys) == 3 * 2 + 2
 
 
+def test_a_prediction_is_keyed_by_the_file_and_all_that_it_is_asked(bench, tmp_path):
+    nets = [tmp_path / f"{name}.safetensors" for name in ("one", "two", "again")]
+    for path, content in zip(nets, (b"one", b"two", b"one"), strict=True):
+        path.write_bytes(content)
+    one, two, again = (Predicted("hyper", path) for path in nets)
+    assert one.rows == again.rows
+    cold, warm, lora = FastFinetuning("x"), FastFinetuning("x", start=one), LoRA("x", LORA)
+    methods = (one, two, Predicted("hyper", nets[0], 1), Predicted("hyper", nets[0], photos=3), cold, warm, lora,
+               FastFinetuning("x", start=two))  # fmt: skip
+    keys = {bench.cells.key(method.rows[method.name]) for method in methods}
+    assert len(keys) == len(methods)
+    assert lora.rows["x"]["class_pictures"] and list(lora.rows) == ["x"]
+    assert Stranger(one).rows["stranger"] == one.rows["hyper"]
+
+
+def test_other_photos_show_the_person_elsewhere():
+    subject = Subject(DEV)
+    photos = subject.photos(4)
+    np.testing.assert_array_equal(photos[0], subject.photo)
+    assert len({photo.tobytes() for photo in photos}) == 4
+    np.testing.assert_array_equal(photos[:3], subject.photos(3))
+
+
 def test_a_default_that_is_spelled_out_is_the_same_row(bench):
     spelled = FastFinetuning("x", {"steps": 40, "rank": FinetuneConfig().rank})
     short = FastFinetuning("x", {"steps": 40})
@@ -76,28 +110,36 @@ def test_a_checkpoint_does_not_depend_on_the_others(bench):
 
 def test_rows_of_the_people_benchmark():
     methods = people.all_methods([40, 400], DreamBoothConfig(checkpoints=(10, 20)))
-    rows = people.chosen_rows(methods, None)
+    rows = chosen_rows(methods, None, "_narrow_saved")
     assert rows == [
         "base", "caption", "lidb_40", "lidb_40_saved", "lidb_400", "lidb_400_saved", "lidb_400_narrow",
         "dreambooth@10", "dreambooth@20", "stranger", "photo", "render",
     ]  # fmt: skip
-    assert people.chosen_rows(methods, ["lidb_40", "dreambooth"]) == [
+    assert chosen_rows(methods, ["lidb_40", "dreambooth"], "") == [
         "base",
         "lidb_40",
         "dreambooth@10",
         "dreambooth@20",
     ]
     with pytest.raises(SystemExit, match="lidb_41"):
-        people.chosen_rows(methods, ["lidb_41"])
+        chosen_rows(methods, ["lidb_41"], "")
 
 
-def test_sweeps():
-    methods = tune.swept("lidb", ["learning_rate=0.01,0.02", "freeze_down=true"], [])
-    assert [m.name for m in methods] == ["learning_rate=0.01 freeze_down=True", "learning_rate=0.02 freeze_down=True"]
-    assert methods[1].settings == {"learning_rate": 0.02, "freeze_down": True}
-    (reference,) = tune.swept("dreambooth", ["rate=1e-5"], [3, 5])
+def test_sweeps(tmp_path):
+    net = tmp_path / "net.safetensors"
+    net.write_bytes(b"weights")
+    pairs = ["learning_rate=0.01,0.02", "freeze_down=true"]
+    cold, warm, lora = (tune.swept(method, pairs, None, net) for method in ("lidb", "hyper", "lora"))
+    names = ["learning_rate=0.01 freeze_down=True", "learning_rate=0.02 freeze_down=True"]
+    assert [m.name for m in cold] == [m.name for m in warm] == [m.name for m in lora] == names
+    assert cold[1].settings == warm[1].settings == {"learning_rate": 0.02, "freeze_down": True}
+    assert (cold[1].start, warm[1].start) == (None, Predicted("hyper", net))
+    assert lora[1].settings == {**LORA, "learning_rate": 0.02, "freeze_down": True}
+    (reference,) = tune.swept("dreambooth", ["rate=1e-5"], [3, 5], net)
     assert list(reference.rows) == ["rate=1e-05@3", "rate=1e-05@5"]
-    assert [m.name for m in tune.swept("lidb", [], [])] == ["defaults"]
+    (inversion,) = tune.swept("textual_inversion", [], None, net)
+    assert list(inversion.rows) == [f"defaults@{n}" for n in TextualInversionConfig().checkpoints]
+    assert [m.name for m in tune.swept("lidb", [], None, net)] == ["defaults"]
 
 
 @pytest.mark.parametrize("pair", ["learning_rat=0.1", "rank=many", "basis=1", "freeze_down=perhaps"])

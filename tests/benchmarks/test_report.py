@@ -4,8 +4,21 @@ import json
 
 import pytest
 
-from benchmarks.common import report
-from benchmarks.common.report import Row, as_object, best_checkpoint, difference, gain_share, rank_correlation, table
+from benchmarks.common import files, report
+from benchmarks.common.report import (
+    Row,
+    against_goal,
+    as_object,
+    best_checkpoint,
+    compared,
+    cost_of_most,
+    difference,
+    gain_share,
+    rank_correlation,
+    reached_table,
+    speed_table,
+    table,
+)
 
 
 def row(name: str, identity: dict[int, float], joint: float = 0.5, **facts: float) -> Row:
@@ -41,6 +54,50 @@ def test_the_best_checkpoint_has_the_best_joint_score():
     best = best_checkpoint([BASE, *rows], "dreambooth")
     assert (best.name, best.fact("steps")) == ("dreambooth", 100)
     assert best_checkpoint([BASE], "dreambooth") is None
+
+
+def checkpoint(steps: int, joint: float, people: tuple[int, ...] = (1, 2)) -> Row:
+    name = f"dreambooth@{steps}"
+    return row(name, dict.fromkeys(people, 0.5), joint, steps=steps, seconds=2.0 * steps, flops=3.0 * steps)
+
+
+def test_most_of_the_best_score_lies_between_checkpoints():
+    base, none = row("base", {1: 0.1, 2: 0.1, 3: 0.1}, 0.0), row("lidb_40", {1: 0.1})
+    rows = [base, none, checkpoint(400, 0.8), checkpoint(100, 0.4), checkpoint(200, 1.0)]
+    found = cost_of_most(rows, "dreambooth")
+    assert found[1:] == pytest.approx(
+        (100 + 100 * 0.55 / 0.6, 2 * (100 + 100 * 0.55 / 0.6), 3 * (100 + 100 * 0.55 / 0.6))
+    )
+    assert (found.best.name, found.best.fact("steps")) == ("dreambooth", 200)
+    first = cost_of_most([base, checkpoint(100, 0.4), checkpoint(200, 0.3)], "dreambooth")
+    assert first.steps == pytest.approx(95)
+    assert cost_of_most([checkpoint(100, 0.4), checkpoint(200, 0.3)], "dreambooth").steps == 100
+    dip = [checkpoint(100, 0.4), checkpoint(200, 0.3), checkpoint(400, 0.4)]
+    assert cost_of_most(dip, "dreambooth").steps == 100
+    assert cost_of_most([base], "dreambooth") is None
+    assert cost_of_most([checkpoint(100, 0.4), checkpoint(200, 0.3, (3,))], "dreambooth") is None
+
+
+def test_how_many_times_less_a_row_costs():
+    reached = cost_of_most([checkpoint(100, 0.8), checkpoint(200, 0.4)], "dreambooth")
+    fast = row("hyper_5", {2: 0.5, 3: 0.5}, 0.6, steps=5, seconds=4.0)
+    assert compared(fast, reached) == {"steps": 20, "seconds": 50, "flops": None, "joint": pytest.approx(0.75)}
+    best = reached.best
+    objects = [as_object(r, None, best, None, None, {"dreambooth": reached}) for r in (fast, best, BASE)]
+    assert objects[0]["times_less"]["dreambooth"]["seconds"] == 50
+    assert objects[1]["reached"] == {"steps": 100, "seconds": 200, "flops": 300}
+    assert [made["times_less"] is None for made in objects] == [False, True, True]
+    assert "| dreambooth | 80.0 ± 0.0 | 100 | 100 | 200 |" in reached_table(objects)
+    text = speed_table(objects)
+    assert "| hyper_5 | 5 | 4 | 75.0 | 50 (≥ 25) | 20 |  |" in text
+    assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "goal", "text"), [(31.4, 25, "31.4 (≥ 25)"), (12, 25, "12 (< 25)"), (12, None, "12"), (None, 25, "")]
+)
+def test_goals(value, goal, text):
+    assert against_goal(value, goal) == text
 
 
 def test_an_object_has_what_the_result_file_promises():
@@ -87,7 +144,7 @@ def test_numbers(value, unit, text):
 
 
 def test_rounding_reaches_everything():
-    assert report.rounded({"a": [1.23456, {"b": 12345.6}], "c": None, "d": 7}) == {
+    assert files.rounded({"a": [1.23456, {"b": 12345.6}], "c": None, "d": 7}) == {
         "a": [1.2346, {"b": 12346}], "c": None, "d": 7
     }  # fmt: skip
 
@@ -98,6 +155,6 @@ def test_rank_correlation():
 
 
 def test_json_lists_have_an_object_a_line(tmp_path):
-    report.write_json(tmp_path / "new" / "people.json", [{"row": "base"}, {"row": "caption"}])
+    files.write_json(tmp_path / "new" / "people.json", [{"row": "base"}, {"row": "caption"}])
     lines = (tmp_path / "new" / "people.json").read_text().splitlines()
     assert lines == ["[", '{"row": "base"},', '{"row": "caption"}', "]"]

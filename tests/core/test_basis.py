@@ -22,6 +22,18 @@ def test_orthonormal_and_cut_to_the_layer(down_dim, up_dim):
     torch.testing.assert_close(up_aux.T @ up_aux, torch.eye(b), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("layer", LAYOUT.layers)
+def test_with_enough_dimensions_a_basis_spans_every_matrix(layer):
+    """Any matrix has a core in it: what is trained there is an ordinary LoRA."""
+    down_aux, up_aux = layer_basis(BasisRecipe(0, 64, 64), layer)
+    assert down_aux.shape == (layer.in_features,) * 2 and up_aux.shape == (layer.out_features,) * 2
+    torch.testing.assert_close(down_aux.T @ down_aux, torch.eye(layer.in_features), atol=1e-5, rtol=0)
+    torch.testing.assert_close(up_aux @ up_aux.T, torch.eye(layer.out_features), atol=1e-5, rtol=0)
+    delta_weight = torch.randn(layer.out_features, layer.in_features, generator=torch.Generator().manual_seed(0))
+    core = up_aux.T @ delta_weight @ down_aux.T
+    torch.testing.assert_close(up_aux @ core @ down_aux, delta_weight, atol=1e-4, rtol=0)
+
+
 def test_values_are_frozen():
     down_aux, up_aux = layer_basis(BasisRecipe(0, 12, 8), LAYER)
     np.testing.assert_allclose(down_aux[0, :3], [-0.27068675, 0.08409986, 0.19175696], atol=1e-6)

@@ -1,4 +1,4 @@
-"""The benchmarks' way into the host: the same pictures for a seed, persons through files, DreamBooth that leaves no trace."""
+"""The benchmarks' way into the host: the same pictures for a seed, persons through files, references that leave no trace."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from benchmarks.common.dreambooth import DreamBoothConfig, dreambooth
+from benchmarks.common.methods import COMPLETE
 from benchmarks.common.studio import Sampling, Studio
 from benchmarks.common.subjects import Subject
+from benchmarks.common.textual_inversion import TextualInversionConfig, embeddings, textual_inversion, token_ids
 from miniature.people import SPLITS
 
 
@@ -20,6 +22,22 @@ def studio(host, checkpoint, base_directory):
 @pytest.fixture(scope="module")
 def subject():
     return Subject(SPLITS["dev"].start)
+
+
+@pytest.fixture(scope="module")
+def layout(host, studio):
+    modules, family = host.module("nodes.host.targets").target_modules(studio.base.model, studio.base.clip)
+    return host.module("hdb_core.layout").layout_of(modules, family)
+
+
+@pytest.fixture(scope="module")
+def hypernet(host, layout, tmp_path_factory):
+    """The file of an untrained hypernetwork outside of the host's folders."""
+    core, path = host.module("hdb_core.hypernet"), tmp_path_factory.mktemp("nets") / "random.safetensors"
+    encoder = core.EncoderConfig(image_size=64, token_width=32, patch_size=16, stem=((16, 1),), depth=1, heads=2)
+    net = core.HyperNet.create(core.HyperNetConfig(layout, encoder=encoder, width=32, depth=1, heads=2, iterations=2))
+    host.module("hdb_core.hypernet_file").save(net, path, {})
+    return path
 
 
 def one_picture(studio, models=None, seed=5) -> np.ndarray:
@@ -50,6 +68,28 @@ def test_a_person_through_a_file(studio, subject):
         assert (one_picture(studio, studio.apply(loaded)) != one_picture(studio)).any()
 
 
+def test_a_predicted_person(studio, subject, hypernet):
+    one, refined, three = (
+        studio.predict(hypernet, subject.photos(photos), k) for k, photos in ((1, 1), (0, 1), (0, 3))
+    )
+    assert not torch.equal(one.lidb.up, refined.lidb.up) and not torch.equal(refined.lidb.up, three.lidb.up)
+    assert three.lidb.info["photos"] == "3" and refined.lidb.info["iterations"] == "2"
+    assert 0 < one.flops < refined.flops < three.flops and 0 < one.seconds < 1
+    goes_on, _ = studio.finetune(subject.photo, lidb=refined.lidb, steps=1, rank=2)
+    assert goes_on.info["started_from"] == "hypernetwork"
+    assert studio.finetune_step_flops(subject.photo, {"rank": 2}, lidb=refined.lidb) > refined.flops
+
+
+def test_a_lora_with_class_pictures(studio, subject, layout):
+    assert all(layer.in_features <= COMPLETE["down_dim"] for layer in layout.layers)
+    assert all(layer.out_features <= COMPLETE["up_dim"] for layer in layout.layers)
+    settings = {"steps": 1, "rank": 1, "batch_size": 1, "prior_weight": 1.0, "basis": {"down_dim": 40, "up_dim": 40}}
+    lora, _ = studio.finetune(subject.photo, class_pictures=subject.renders[:2], **settings)
+    size = studio.lora_size(lora, "bench")
+    numbers = sum(layer.in_features + layer.out_features for layer in layout.layers)
+    assert 2 * numbers < size < 2 * numbers + 500 * len(layout.layers)  # names and shapes
+
+
 def test_flops_of_a_step_grow_with_the_batch(studio, subject):
     one, two = (studio.finetune_step_flops(subject.photo, {"batch_size": n}) for n in (1, 2))
     assert one < two < 2 * one  # the text is encoded once for all samples
@@ -72,5 +112,22 @@ def test_dreambooth_trains_and_puts_the_base_back(studio, subject, fingerprint, 
         assert second.flops == 2 * first.flops
         assert (one_picture(studio) != after_one).any()
         assert next(run, None) is None
+    assert fingerprint() == before
+    np.testing.assert_array_equal(one_picture(studio), plain)
+
+
+def test_textual_inversion_learns_the_rare_token_alone(studio, subject, fingerprint):
+    before, plain = fingerprint(), one_picture(studio)
+    other = studio.pictures(studio.base, "a face", 5, 1)
+    config = TextualInversionConfig(rate=0.1, checkpoints=(1, 2), batch_size=1)
+    run = textual_inversion(studio, subject.photo, config, seed=0)
+    first, after_one = next(run), one_picture(studio)
+    assert (after_one != plain).any()
+    np.testing.assert_array_equal(studio.pictures(studio.base, "a face", 5, 1), other)
+    assert first.parameters == len(token_ids(studio.base.clip, "[v]")) * embeddings(studio.base.clip).weight.shape[1]
+    second = next(run)
+    assert second.flops == 2 * first.flops > 0
+    assert (one_picture(studio) != after_one).any()
+    run.close()
     assert fingerprint() == before
     np.testing.assert_array_equal(one_picture(studio), plain)

@@ -1,0 +1,115 @@
+"""A person from one photo without training, and after a few steps: against references that train for long.
+
+``python dev.py bench hypernet --split test --people 50 --reference-people 16`` writes ``hypernet.json`` (a row a line),
+``hypernet.md`` and ``hypernet.png`` to ``benchmarks/results/``. Cells, scores and ``--share`` are those of
+``bench people``, whose rows of the same settings are not made again. ``--rows`` makes and reports only some. Rows:
+
+* ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
+* ``hyper``: Predict LiDB; ``hyper_k1``: in one iteration; ``hyper_3photos``: from two more photos of the person;
+* ``hyper_N``: FastFinetune with N steps from there, and ``lidb_N`` from nothing; ``_saved`` (by ``--rows`` only): after
+  Save LiDB and Load LiDB;
+* ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
+* ``dreambooth@N``, ``textual_inversion@N``: checkpoints; without a number the one with the best joint score;
+* ``stranger``: the next person's prediction; ``photo``: the given photo itself; ``render``: true pictures of the prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from devtools.environment import BASE, CHECKPOINT
+from hdb_core.finetune import FinetuneConfig
+
+from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
+from .common.dreambooth import DreamBoothConfig
+from .common.methods import (
+    LORA,
+    Base,
+    Caption,
+    DreamBooth,
+    FastFinetuning,
+    LoRA,
+    Method,
+    Predicted,
+    RealPictures,
+    Stranger,
+    TextualInversion,
+    chosen_rows,
+)
+from .common.results import Table, add_options, make_and_report
+from .common.textual_inversion import TextualInversionConfig
+
+HYPERNET = BASE / "models" / "hyperdreambooth" / CHECKPOINT
+STEPS = (5, 10, 20, 40)  # from the prediction
+COLD_STEPS = (40, 400)
+RANKS = (1, 4)  # of LoRA
+
+
+def all_methods(
+    hypernet: Path,
+    settings: Mapping[str, Any],
+    dreambooth: DreamBoothConfig,
+    inversion: TextualInversionConfig,
+) -> list[Method]:
+    """Every method, in the order of the table.
+
+    Args:
+        hypernet: the hypernetwork's file.
+        settings: fields of FinetuneConfig that are not at their default when going on from a prediction.
+        dreambooth: of full DreamBooth.
+        inversion: of Textual Inversion.
+    """
+    predicted = Predicted("hyper", hypernet)
+    return [
+        Base(), Caption(),
+        Predicted("hyper_k1", hypernet, iterations=1), predicted, Predicted("hyper_3photos", hypernet, photos=3),
+        *(FastFinetuning(f"hyper_{n}", {**settings, "steps": n}, predicted) for n in STEPS),
+        *(FastFinetuning(f"lidb_{n}", {"steps": n}) for n in COLD_STEPS),
+        *(LoRA(f"lora{rank}", {**LORA, "rank": rank}) for rank in RANKS),
+        DreamBooth(dreambooth), TextualInversion(inversion), Stranger(predicted), RealPictures(),
+    ]  # fmt: skip
+
+
+def single_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """``name=value`` of FinetuneConfig.
+
+    Raises:
+        SystemExit: several values, an unknown name, a value of another type, or the steps, which the row's name says.
+    """
+    found = parsed_settings(pairs, FinetuneConfig)
+    if wrong := [name for name, values in found.items() if len(values) != 1 or name == "steps"]:
+        raise SystemExit(f"--set {', '.join(wrong)}: expected one value, and no steps: they are in the row's name.")
+    return {name: value for name, (value,) in found.items()}
+
+
+def main() -> None:
+    options = parser(__doc__, people=50, name="hypernet")
+    dreambooth, inversion = DreamBoothConfig(), TextualInversionConfig()
+    options.add_argument("--rows", nargs="+", help="only these rows (default: all but the saved ones)")
+    options.add_argument("--hypernet", type=Path, default=HYPERNET, help="its file")
+    options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of hyper_N")
+    options.add_argument("--reference-people", type=int, default=16, help="how many get the slow references")
+    options.add_argument("--reference-rate", type=float, default=dreambooth.rate, help="of DreamBooth")
+    options.add_argument("--reference-steps", type=int, nargs="+", default=list(dreambooth.checkpoints))
+    options.add_argument("--inversion-rate", type=float, default=inversion.rate, help="of Textual Inversion")
+    options.add_argument("--inversion-steps", type=int, nargs="+", default=list(inversion.checkpoints))
+    options.add_argument("--short", action="store_true", help="6 prompts instead of 11")
+    add_options(options, grid_people=3)
+    args = options.parse_args()
+    if not args.hypernet.is_file():
+        raise SystemExit(f"No hypernetwork {args.hypernet}: complete weights/, or name one with --hypernet.")
+    methods = all_methods(
+        args.hypernet.resolve(),
+        single_settings(args.set),
+        DreamBoothConfig(rate=args.reference_rate, checkpoints=tuple(args.reference_steps)),
+        TextualInversionConfig(rate=args.inversion_rate, checkpoints=tuple(args.inversion_steps)),
+    )
+    rows = chosen_rows(methods, args.rows, left_out="_saved")
+    bench, subjects = open_bench(args, args.short), chosen_subjects(args, args.short)
+    make_and_report(args, Table(bench, methods, rows, subjects), args.reference_people)
+
+
+if __name__ == "__main__":
+    main()

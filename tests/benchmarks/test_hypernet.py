@@ -1,0 +1,53 @@
+"""Rows of the hypernetwork's benchmark, and which of them another benchmark's cells serve."""
+
+import pytest
+
+from benchmarks import hypernet, people
+from benchmarks.common.dreambooth import DreamBoothConfig
+from benchmarks.common.methods import chosen_rows
+from benchmarks.common.textual_inversion import TextualInversionConfig
+
+
+def settings_of(methods):
+    return {row: made for method in methods for row, made in method.rows.items()}
+
+
+@pytest.fixture
+def methods(tmp_path):
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(b"weights")
+
+    def make(**settings):
+        inversion = TextualInversionConfig(checkpoints=(10, 20))
+        return hypernet.all_methods(path, settings, DreamBoothConfig(checkpoints=(50,)), inversion)
+
+    return make
+
+
+def test_rows(methods):
+    assert chosen_rows(methods(), None, "_saved") == [
+        "base", "caption", "hyper_k1", "hyper", "hyper_3photos", "hyper_5", "hyper_10", "hyper_20", "hyper_40",
+        "lidb_40", "lidb_400", "lora1", "lora4", "dreambooth@50", "textual_inversion@10", "textual_inversion@20",
+        "stranger", "photo", "render",
+    ]  # fmt: skip
+    assert chosen_rows(methods(), ["hyper_20_saved", "textual_inversion"], "_saved") == [
+        "base", "hyper_20_saved", "textual_inversion@10", "textual_inversion@20"
+    ]  # fmt: skip
+
+
+def test_rows_of_both_benchmarks_have_the_same_settings(methods):
+    here = settings_of(methods())
+    there = settings_of(people.all_methods([40, 150, 400], DreamBoothConfig(checkpoints=(50,))))
+    shared = {"base", "caption", "lidb_40", "lidb_400", "dreambooth@50", "photo", "render"}
+    assert {row for row in here if here[row] == there.get(row)} >= shared
+    assert here["stranger"] != there["stranger"]
+
+
+def test_settings_are_those_of_the_steps_after_the_prediction(methods):
+    plain, changed = settings_of(methods()), settings_of(methods(learning_rate=0.005))
+    differing = {row.removesuffix("_saved") for row in plain if plain[row] != changed[row]}
+    assert differing == {f"hyper_{n}" for n in hypernet.STEPS}
+    assert hypernet.single_settings(["learning_rate=0.005", "rank=2"]) == {"learning_rate": 0.005, "rank": 2}
+    for wrong in ("learning_rate=0.1,0.2", "steps=3"):
+        with pytest.raises(SystemExit, match="one value"):
+            hypernet.single_settings([wrong])

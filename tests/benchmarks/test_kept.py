@@ -1,0 +1,138 @@
+"""Scores in the repository: what comes back, in which order, and a report whose pictures were made elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+
+import numpy as np
+import pytest
+
+from benchmarks.common.bench import Bench, judge_keys
+from benchmarks.common.cells import Cell
+from benchmarks.common.kept import KeptScores, Place
+from benchmarks.common.methods import Base, FastFinetuning
+from benchmarks.common.results import Table, make_and_report
+from benchmarks.common.studio import Sampling
+from benchmarks.common.subjects import CLASS_PROMPT, Subject
+from miniature.judge import Readings, true_readings
+from miniature.people import SPLITS
+
+PLACE = Place("base", "0123", 7, "a-1")
+VALUES = {"scores": {"identity": 0.123456}, "kinds": {"plain": {"edit": 1.0}}, "facts": {"flops": 10**14}}
+
+
+def test_values_come_back_rounded(tmp_path):
+    kept = KeptScores(tmp_path / "new" / "cells.jsonl", {"a": "a-1"})
+    kept.add(PLACE, VALUES)
+    kept.save()
+    again = KeptScores(kept.path, {"a": "a-1"})
+    assert again.get(PLACE) == {**VALUES, "scores": {"identity": 0.1235}}
+    assert again.get(PLACE._replace(key="4567")) is None
+
+
+def test_a_cell_needs_every_judge(tmp_path):
+    kept = KeptScores(tmp_path / "cells.jsonl", {"a": "a-1", "b": "b-1"})
+    kept.add(PLACE, VALUES)
+    assert not kept.has("base", "0123", 7)
+    kept.add(PLACE._replace(judge="b-1"), VALUES)
+    assert kept.has("base", "0123", 7)
+    assert not KeptScores(tmp_path / "cells.jsonl", {}).has("base", "0123", 7)
+
+
+def test_the_file_has_one_order_and_what_another_process_wrote(tmp_path):
+    one, two = (KeptScores(tmp_path / "cells.jsonl", {"a": "a-1"}) for _ in range(2))
+    two.add(PLACE._replace(person=10), VALUES)
+    two.add(PLACE._replace(person=9), VALUES)
+    two.save()
+    one.add(PLACE, VALUES)
+    one.save()
+    lines = [json.loads(line) for line in one.path.read_text().splitlines()]
+    assert [line["person"] for line in lines] == [7, 9, 10]
+
+
+class Judge:
+    """Reads a person of its own off every picture: that of its first pixel."""
+
+    def read(self, pictures: np.ndarray) -> Readings:
+        subjects = [Subject(SPLITS["dev"].start + int(picture[0, 0, 0])) for picture in pictures]
+        return true_readings([(subject.person, subject.context) for subject in subjects])
+
+
+class BlindJudge:
+    def read(self, pictures: np.ndarray) -> Readings:
+        raise AssertionError("there is nothing to read")
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A function that opens the same table as a process of its own would."""
+    (tmp_path / "base.safetensors").write_bytes(b"weights")
+    (tmp_path / "judge_a.safetensors").write_bytes(b"judge")
+
+    def opened() -> Table:
+        kept = KeptScores(tmp_path / "cells.jsonl", judge_keys(tmp_path))
+        bench = Bench(tmp_path / "base.safetensors", Sampling(), 2, tmp_path / "runs", kept, short=True)
+        method = FastFinetuning("lidb_40")
+        return Table(bench, [Base(), method], ["base", "lidb_40"], [Subject(SPLITS["dev"].start, True)])
+
+    return opened
+
+
+def write(table: Table, row: str, shade: int) -> None:
+    (subject,) = table.subjects
+    texts = [*(prompt.text() for prompt in subject.prompts), CLASS_PROMPT]
+    pictures = np.full((len(texts), 2, 128, 128, 3), shade, np.uint8)
+    table.bench.cells.write(row, table.settings[row], subject.seed, Cell(pictures, {"prompts": texts, "seconds": 2.5}))
+
+
+def test_a_report_is_the_same_where_the_pictures_are_not(table, tmp_path):
+    here = table()
+    assert list(here.bench.kept.judges) == ["a"]
+    key = here.bench.kept.judges["a"]
+    write(here, "base", 3)
+    write(here, "lidb_40", 0)
+    first = here.objects({key: Judge()})
+    assert first[1]["drift"] > 0 and first[1]["pull"] > 0 and first[1]["identity"] > first[0]["identity"]
+    here.bench.kept.save()
+    shutil.rmtree(tmp_path / "runs")
+    elsewhere = table()
+    assert elsewhere.objects({key: BlindJudge()}) == first
+    assert elsewhere.grid(elsewhere.subjects[:0]) is None
+
+
+def test_a_grid_stays_where_its_pictures_are_not(table, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.common.results.load_judges", lambda _: {"a": Judge()})
+    args = Namespace(weights=tmp_path, results=tmp_path, name="hypernet", share=(0, 1), report_only=True, grid_people=1)
+    here = table()
+    write(here, "base", 3)
+    write(here, "lidb_40", 0)
+    make_and_report(args, here, 1)
+    files = [tmp_path / f"hypernet.{suffix}" for suffix in ("json", "md", "png")]
+    first = [path.read_bytes() for path in files]
+    shutil.rmtree(tmp_path / "runs")
+    elsewhere = table()
+    write(elsewhere, "base", 9)
+    make_and_report(args, elsewhere, 1)
+    assert [path.read_bytes() for path in files] == first
+
+
+def test_drift_is_that_of_the_kept_base(table, tmp_path):
+    here = table()
+    key = here.bench.kept.judges["a"]
+    write(here, "base", 3)
+    here.objects({key: Judge()})
+    here.bench.kept.save()
+    shutil.rmtree(tmp_path / "runs")
+    elsewhere = table()
+    write(elsewhere, "lidb_40", 0)
+    assert elsewhere.objects({key: Judge()})[1]["drift"] > 0
+
+
+def test_scores_without_a_base_are_not_kept(table):
+    here = table()
+    key = here.bench.kept.judges["a"]
+    write(here, "lidb_40", 0)
+    assert here.objects({key: Judge()})[0]["drift"] is None
+    assert here.bench.kept.get(here.place("lidb_40", here.subjects[0], key)) is None
