@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
-    config = FitConfig(basis=_basis(args), prompt=args.prompt, rank=args.rank, steps=args.fit_steps, learning_rate=args.fit_rate)  # fmt: skip
+    config = FitConfig(basis=_basis(args), prompt=args.prompt, rank=args.rank, steps=args.fit_steps, learning_rate=args.fit_rate, weighting=args.weighting, min_timestep=args.min_timestep)  # fmt: skip
     _faces(args, accelerator)
     people = find_people(args.photos)
     size = args.image_size

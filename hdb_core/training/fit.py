@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adapters import attach
 from ..basis import BasisRecipe, bases_of
 from ..errors import FinetuneError
-from ..finetune import Batch, Denoiser, diffusion_loss
+from ..finetune import Batch, Denoiser, diffusion_loss, weighted
 from ..lidb import expand_factors, start_down
 
 
@@ -23,14 +23,16 @@ class FitConfig:
         steps: optimiser steps.
         rank: of the people.
         learning_rate: of the up side (Adam).
+        weighting: of the noise levels, one of `finetune.WEIGHTINGS`.
         min_timestep: lower end of the noise levels, as a fraction of the schedule.
         prompt: of everybody, with the rare token; a photo's own words follow it.
         basis: of the people.
     """
 
-    steps: int = 60
+    steps: int = 40
     rank: int = 1
-    learning_rate: float = 0.03
+    learning_rate: float = 0.05
+    weighting: str = "v"
     min_timestep: float = 0.1
     prompt: str = "a [v] face"
     basis: BasisRecipe = field(default_factory=BasisRecipe)
@@ -80,6 +82,7 @@ def fit_people(
             turns = [step % len(photos) for photos in latents]
             batch = draw(denoiser, torch.stack([p[t] for p, t in zip(latents, turns, strict=True)]), weight,
                          config.min_timestep, generator)  # fmt: skip
+            batch = weighted(denoiser, batch, config.weighting)
             live.update(expand_factors(bases, down, up))
             prompts = [caption(config.prompt, own[turn]) for own, turn in zip(words, turns, strict=True)]
             loss = diffusion_loss(denoiser, batch, denoiser.encode_prompts(prompts))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..adapters import attach
 from ..basis import bases_of
-from ..finetune import Batch, Denoiser, diffusion_loss
+from ..errors import HyperNetError
+from ..finetune import WEIGHTINGS, Batch, Denoiser, diffusion_loss, weighted
 from ..hypernet import HyperNet, HyperNetConfig
 from ..lidb import Factors, expand_factors, start_down
 from .faces import Faces
@@ -40,6 +41,7 @@ class TrainConfig:
         regression_steps: over which it falls to zero in a straight line; 0 keeps it.
         diffusion_weight: of the diffusion loss through the frozen base model.
         diffusion_start: step from which the diffusion loss counts; before it, it is not computed.
+        weighting: of its noise levels, one of `finetune.WEIGHTINGS`.
         min_timestep: lower end of its noise levels, as a fraction of the schedule.
         max_photos: a person is predicted from 1 to so many photos.
         max_iterations: and with k from 1 to so many refinements.
@@ -60,6 +62,7 @@ class TrainConfig:
     regression_steps: int = 0
     diffusion_weight: float = 1.0
     diffusion_start: int = 0
+    weighting: str = "v"
     min_timestep: float = 0.1
     max_photos: int = 1
     max_iterations: int = 2
@@ -68,6 +71,10 @@ class TrainConfig:
     down_rate: float = 10.0
     encoder_rate: float = 0.2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weighting not in WEIGHTINGS:
+            raise HyperNetError(f"Expected --weighting {' or '.join(WEIGHTINGS)}, got {self.weighting!r}.")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -176,6 +183,7 @@ class PersonLoss:
 
     def denoising(self, factors: Factors, batch: Batch, words: Sequence[str]) -> Tensor:
         """The diffusion loss of a batch whose samples carry these people."""
+        batch = weighted(self.denoiser, batch, self.config.weighting)
         with attach(self.denoiser.modules, expand_factors(self.bases, *factors)):
             text = self.denoiser.encode_prompts([caption(self.net.prompt, w) for w in words])
             return diffusion_loss(self.denoiser, batch, text)

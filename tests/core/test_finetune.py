@@ -17,6 +17,7 @@ from hdb_core.finetune import (
     finetune,
     latent_mask,
     start_factors,
+    weighted,
 )
 from hdb_core.layout import Layout
 from hdb_core.lidb import LiDB, core, expand, norm, start_down
@@ -41,10 +42,23 @@ def frozen_state(toy):
     return {name: tensor.clone() for name, tensor in toy.net.state_dict().items()}
 
 
+def test_v_weighting_is_the_error_of_v(toy, latents, config):
+    """v = (noise − σ · latents) / √(σ² + 1), so its error is that of the latents times (σ² + 1) / σ²."""
+    batch = BatchSampler(toy.sigmas(), latents, config).draw(0)
+    noisy = toy.add_noise(batch.latents, batch.noise, batch.sigma)
+    conditioning = toy.encode_prompts([config.prompt] * len(batch.sigma))
+    denoised, s = toy.denoise(noisy, batch.sigma, conditioning), batch.sigma.view(-1, 1, 1, 1)
+    v, predicted = ((noisy - x) / s / (s**2 + 1).sqrt() - s * x / (s**2 + 1).sqrt() for x in (batch.latents, denoised))
+    loss = diffusion_loss(toy, weighted(toy, batch, "v"), conditioning)
+    close(loss, (v - predicted).square().mean())
+    assert weighted(toy, batch, "native") is batch
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {},
+        {"weighting": "v"},
         {"freeze_down": True},
         {"train_text_encoder": False},
         {"final_lr_scale": 0.0},
