@@ -17,6 +17,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "weights"
 RUNS = ROOT / ".runs"
+_HYPERNET = "--model .runs/diffusers --photos .runs/people --folder .runs/hypernet --image-size 128"
 STAGES = {
     "pictures": "miniature.pictures",
     "vae": "miniature.vae",
@@ -26,10 +27,18 @@ STAGES = {
     "judge_a": "miniature.judge --architecture a",
     "judge_b": "miniature.judge --architecture b",
     "pack": "miniature.checkpoint pack",
+    "people": "miniature.photos --people 2000",
+    "diffusers": "miniature.checkpoint diffusers",
+    "precompute": f"hdb_core.train precompute {_HYPERNET} --min-timestep 0.15",
+    "pretrain": f"hdb_core.train pretrain {_HYPERNET} --pretrain-steps 600",
+    "hypernet": f"hdb_core.train train {_HYPERNET} --steps 400 --people 64 --diffusion-weight 0 --learning-rate 1e-3 "
+    "--warmup 50 --depth 2 --down-rate 0 --encoder-rate 0.5 --max-photos 2 --held-out 0.05 --sample-every 0",
+    "pack_hypernet": "miniature.checkpoint pack",
 }
 MADE_BY = {
     "miniature_vae.safetensors": ("pictures", "vae", "latents", "pack"),
     "miniature_base.safetensors": ("pictures", "vae", "latents", "text", "base", "pack"),
+    "miniature_hypernet.safetensors": ("people", "diffusers", "precompute", "pretrain", "hypernet", "pack_hypernet"),
     "judge_a.safetensors": ("pictures", "judge_a"),
     "judge_b.safetensors": ("pictures", "judge_b"),
 }

@@ -87,7 +87,7 @@ def test_sd15_fits_people_and_trains_a_hypernetwork(denoiser, people):
     for step in range(2):
         losses = loss_of(net, step)
         losses["loss"].backward()
-        assert losses["diffusion"].isfinite() and losses["regression"].isfinite()
+        assert losses["diffusion"].isfinite()
         if step == 0:
             assert (net.net.readout.grad.flatten(1).norm(dim=1) > 0).all()
         optimizer.step()
