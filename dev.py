@@ -45,7 +45,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main() -> int:
     args, rest = parse(sys.argv[1:])
     os.chdir(ROOT)
-    if {"-h", "--help"} & set(rest):
+    if rest[:1] in (["-h"], ["--help"]):
         return subprocess.run([sys.executable, "-m", f"devtools.{args.command}", *rest], check=False).returncode
     try:
         host = prepare(args.comfyui, args.python)
