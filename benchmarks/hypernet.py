@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from devtools.environment import BASE, CHECKPOINT
+from devtools import environment
 from hdb_core.finetune import FinetuneConfig
 
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
@@ -41,7 +41,7 @@ from .common.methods import (
 from .common.results import Table, add_options, make_and_report
 from .common.textual_inversion import TextualInversionConfig
 
-HYPERNET = BASE / "models" / "hyperdreambooth" / CHECKPOINT
+HYPERNET = environment.BASE / "models" / "hyperdreambooth" / environment.HYPERNET
 STEPS = (5, 10, 20, 40)  # from the prediction
 COLD_STEPS = (40, 400)
 RANKS = (1, 4)  # of LoRA

@@ -155,7 +155,8 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
     encoder = net.net.config.encoder
     frozen = encoder.kind == "clip_vision"
     faces = PhotoTokens(run.tokens, [p.person for p in people], encoder) if frozen else PhotoPixels(encoder)
-    loss_of = PersonLoss(base.denoiser, people, net.net.config, TrainConfig(draws=args.draws), faces)
+    config = TrainConfig(draws=args.draws, weighting=args.weighting, min_timestep=args.min_timestep)
+    loss_of = PersonLoss(base.denoiser, people, net.net.config, config, faces)
     combinations = [(photos, k) for photos in range(1, args.max_photos + 1) for k in range(1, args.max_iterations + 1)]
     rows = [{"photos": p, "iterations": k, **loss_of.evaluate(net, p, k, args.seed)} for p, k in combinations]
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -181,7 +182,8 @@ def _fitted(args: argparse.Namespace, run: Run) -> list[FittedPerson]:
 def _faces(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Faces, EncoderConfig]:
     """What the hypernetwork reads of everybody's photos, missing tokens computed now, and the encoder."""
     if args.clip_vision is None:
-        return PhotoPixels(_vit(args)), _vit(args)
+        config = _vit(args)
+        return PhotoPixels(config), config
     encoder = load_vision_encoder(args.clip_vision, accelerator.device)
     people, folder = find_people(args.photos), Run(args.folder).tokens
     share = (accelerator.process_index, accelerator.num_processes)
