@@ -49,7 +49,7 @@ from .training.tokens import PhotoTokens, precompute_tokens
 from .training.trainer import Trainer, parts_of
 from .training.vision import load_vision_encoder
 
-_PATHS = ("model", "photos", "folder", "clip_vision", "tokenizer")  # of a machine, in no file
+_PATHS = ("model", "photos", "folder", "start", "clip_vision", "tokenizer")  # of a machine, in no file
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -99,7 +99,7 @@ def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
         steps=args.pretrain_steps, people=args.pretrain_people, learning_rate=args.pretrain_rate, encoder_rate=1.0, seed=args.seed
     )  # fmt: skip
     people, _ = held_out(_fitted(args, run), args.held_out)
-    loss_of = PhotoLoss(base.denoiser, people, PhotoPixels(encoder), args.class_prompt, config)
+    loss_of = PhotoLoss(base.denoiser, people, PhotoPixels(encoder), args.class_prompt, config, args.portraits)
     latents: Any = tuple(people[0].latents.shape[1:])
     with initialised(config.seed):
         net = PhotoPredictor(encoder, loss_of.text([""]).shape[-1], latents)
@@ -123,7 +123,9 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     loss_of = PersonLoss(base.denoiser, people, _net_config(args, base, encoder), config, faces)
     net = FromFaces(HyperNet.create(loss_of.net, config.seed))
     net.net.set_scale(loss_of.energy)
-    if net.net.encoder is not None and run.encoder.exists():
+    if args.start is not None:
+        net.net.load_state_dict(_start(args.start, loss_of.net).state_dict())
+    elif net.net.encoder is not None and run.encoder.exists():
         net.net.encoder.load_state_dict(load_file(run.encoder))
     rates = {"net.down_start": config.down_rate, "net.encoder": config.encoder_rate}
     trainer = Trainer(accelerator, net, config, run.state, run.log, args.accumulate, rates)
@@ -214,6 +216,22 @@ def _require_same_encoder(run: Run, encoder: EncoderConfig) -> None:
         )
 
 
+def _start(path: Path, config: HyperNetConfig) -> HyperNet:
+    """The hypernetwork that a training begins with.
+
+    Raises:
+        HyperNetError: if its sizes, layers or basis are others than those of the training.
+    """
+    net = hypernet_file.load(path)
+    own, other = ({**c.fields(), "iterations": 0, "layout": c.layout, "basis": c.basis} for c in (config, net.config))
+    if different := sorted(name for name in own if own[name] != other[name]):
+        raise HyperNetError(
+            f"{path} differs from the hypernetwork to be trained in: {', '.join(different)}. "
+            "Give the options that it was trained with."
+        )
+    return net
+
+
 def _net_config(args: argparse.Namespace, base: BaseModel, encoder: EncoderConfig) -> HyperNetConfig:
     return HyperNetConfig(
         base.denoiser.layout, _basis(args), encoder, width=args.width, depth=args.depth, rank=args.rank,
@@ -250,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="transformers folder of a frozen CLIP, SigLIP or DINOv2 image encoder, instead of a trained ViT",
     )
+    parser.add_argument("--start", type=Path, help="a hypernetwork's file that `train` begins with, instead of anew")
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     parser.add_argument("--mixed-precision", choices=tuple(_DTYPES), default="bf16")
     parser.add_argument(
@@ -278,6 +297,11 @@ def _parser() -> argparse.ArgumentParser:
     stem = [f"{width}x{blocks}" for width, blocks in encoder.stem]
     parser.add_argument("--stem", nargs="*", default=stem, metavar="WIDTHxBLOCKS", help=f"default: {' '.join(stem)}")
     parser.add_argument("--free-down", action="store_true", help="predict the down side too")
+    parser.add_argument(
+        "--portraits",
+        action="store_true",
+        help="everybody's first photo is of one kind (passport photo): pretrain predicts it, and sees the others",
+    )
     parser.add_argument("--same-photo", action="store_true", help="denoise the photo that a person was predicted from")
     return parser
 

@@ -1,7 +1,7 @@
 """Photos of synthetic people as a folder that the training of the hypernetwork reads: ``python -m miniature.photos``.
 
-A sub-folder a person, a plain photo in a context of its own a file, and beside it the words that are true of that photo and
-not of the person. People come from the upper half of the training split, whom the base has never drawn.
+A sub-folder a person, a photo a file, and beside it the words that are true of that photo and not of the person. The
+first is a portrait, in the same pose and context for everybody; the others have contexts of their own. People come from the upper half of the training split, whom the base has never drawn.
 """
 
 import argparse
@@ -19,7 +19,9 @@ PHOTOS_OF_A_PERSON = 100  # seeds of contexts kept apart for each person
 
 
 def photo_context(seed: int, index: int) -> Context:
-    """The context of photo ``index`` of a person."""
+    """The context of photo ``index`` of a person; that of the portrait is everybody's."""
+    if index == 0:
+        return Context()
     return sample_context(PHOTOS_OF_A_PERSON * seed + index, style="photo")
 
 

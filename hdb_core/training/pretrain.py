@@ -17,7 +17,7 @@ from ..finetune import Denoiser
 from ..hypernet import EncoderConfig, PhotoEncoder
 from .faces import Faces
 from .fit import caption
-from .loop import TrainConfig, turns_of
+from .loop import TrainConfig, Turn, turns_of
 from .people import FittedPerson
 
 _DEPTH, _HEADS, _PATCH = 2, 4, 2
@@ -67,12 +67,22 @@ class PhotoLoss:
         faces: pixels of their photos.
         class_prompt: begins every caption: no person is known yet.
         config: of the draws; ``people`` a step, of which each is seen on one photo and predicted on another.
+        portraits: what is predicted is always the first photo, and seen are the others. If all first photos are of one
+            kind, nothing but the face is left to predict, down to its fine shapes, which the unknown position, tilt and
+            expression of any photo blur.
     """
 
     def __init__(
-        self, denoiser: Denoiser, people: Sequence[FittedPerson], faces: Faces, class_prompt: str, config: TrainConfig
+        self,
+        denoiser: Denoiser,
+        people: Sequence[FittedPerson],
+        faces: Faces,
+        class_prompt: str,
+        config: TrainConfig,
+        portraits: bool = False,
     ) -> None:
         self.denoiser, self.people, self.faces, self.config = denoiser, people, faces, config
+        self.portraits = portraits
         self.class_prompt = class_prompt
         self.counts = [len(person.latents) for person in people]
         self.device = denoiser.sigmas().device
@@ -81,11 +91,18 @@ class PhotoLoss:
     def __call__(self, net: nn.Module, step: int, part: slice = slice(None)) -> dict[str, Tensor]:
         """``loss`` alone, of a part of the people of a step."""
         turns = turns_of(step, self.counts, self.config)[0][part]
+        if self.portraits:
+            turns = [self._of_portrait(turn) for turn in turns]
         pixels = self.faces.read([(self.people[turn.person].person, turn.seen[0]) for turn in turns])
         shown = [(self.people[turn.person], turn.denoised[0]) for turn in turns]
         latents = torch.stack([person.latents[number].float() for person, number in shown]).to(self.device)
         text = self.text([caption(self.class_prompt, p.person.photos[number].words) for p, number in shown])
         return {"loss": functional.mse_loss(net(pixels.to(self.device), text).float(), latents)}
+
+    def _of_portrait(self, turn: Turn) -> Turn:
+        """The same with the first photo to be predicted, and another one seen if there is any."""
+        seen = turn.seen[0] or turn.denoised[0]
+        return turn._replace(seen=[seen], denoised=[0])
 
     def text(self, captions: Sequence[str]) -> Tensor:
         """The state (B, text_width) of the last token, which has seen the whole caption; each is computed once."""

@@ -28,7 +28,9 @@ from transformers import (
 from hdb_core import hypernet_file, train
 from hdb_core.errors import HyperNetError
 from hdb_core.training import trainer, vision
+from hdb_core.training.faces import PhotoPixels
 from hdb_core.training.photos import find_people
+from hdb_core.training.pretrain import PhotoLoss
 from hdb_core.training.tokens import PhotoTokens, precompute_tokens
 from miniature.photos import FIRST, write_person
 from miniature.text import load_tokenizer
@@ -134,6 +136,30 @@ def test_pretrained_encoder_is_what_training_starts_from(model, photos, fitted, 
     assert run("train", model, photos, folder, "--steps", "3", "--encoder-rate", "0") == 0
     for name, weight in load_file(folder / "encoder.safetensors").items():
         torch.testing.assert_close(weights(folder)[f"net.encoder.{name}"], weight)
+
+
+def test_portraits_are_predicted_and_never_seen(model, photos, fitted, tmp_path, monkeypatch):
+    seen, shown = [], []
+    read, text = PhotoPixels.read, PhotoLoss.text
+    monkeypatch.setattr(PhotoPixels, "read", lambda self, photos: seen.extend(n for _, n in photos) or read(self, photos))
+    monkeypatch.setattr(PhotoLoss, "text", lambda self, words: shown.extend(words) or text(self, words))
+    folder = copied(fitted, tmp_path / "run")
+    options = ["--pretrain-people", "8", "--pretrain-steps", "4", "--portraits"]
+    assert run("pretrain", model, photos, folder, *options) == 0
+    assert set(seen) == {1, 2}
+    portrait = (photos / f"{FIRST:08}" / "0.txt").read_text().strip()
+    assert set(shown) == {"", f"a face, {portrait}"}
+
+
+def test_training_begins_with_another_hypernetwork(model, photos, fitted, tmp_path, capsys):
+    first, second, other = (copied(fitted, tmp_path / name) for name in ("first", "second", "other"))
+    assert run("train", model, photos, first, "--steps", "3") == 0
+    start = ["--start", str(first / "hypernet.safetensors")]
+    assert run("train", model, photos, second, "--steps", "1", "--learning-rate", "1e-9", *start) == 0
+    for name, weight in hypernet_file.load(first / "hypernet.safetensors").state_dict().items():
+        torch.testing.assert_close(weights(second)[f"net.{name}"], weight, atol=1e-6, rtol=1e-6)
+    assert run("train", model, photos, other, "--steps", "1", "--basis-seed", "1", *start) == 1
+    assert "differs from the hypernetwork to be trained in: basis" in capsys.readouterr().err
 
 
 def test_diffusion_loss_alone_in_bf16(model, photos, tmp_path):
