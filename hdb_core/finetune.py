@@ -27,7 +27,8 @@ from .prompt import CLASS_PROMPT, rare_token
 
 # A power of two: exact in float32 and bfloat16, and keeps float16 gradients above underflow.
 _GRAD_SCALE = 1024.0
-# A model that predicts nothing has a native-target error of about 1; ten times that is no training noise.
+# A model that predicts nothing has a native-target error of about 1, so a loss of about the sum of the batch's weights;
+# ten times that is no training noise.
 _EXPLODED_LOSS = 10.0
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 # How noise levels count. native: by the error of what the model predicts, which for ε says little about a person where
@@ -363,6 +364,7 @@ def _train(
 ) -> FinetuneResult:
     optimizer = _optimizer(factors, config)
     losses: list[float] = []
+    first = math.inf
     good, start = factors.snapshot(), time.perf_counter()
     live: dict[str, tuple[Tensor, Tensor]] = {}
     with attach(denoiser.modules, live):
@@ -372,9 +374,9 @@ def _train(
             live.update(factors())
             text = denoiser.encode_prompts(sampler.prompts) if conditioning is None else conditioning
             batch = weighted(denoiser, sampler.draw(step), config.weighting)
-            loss, grad_norm = _backward(diffusion_loss(denoiser, batch, text), factors, config)
-            exploded = losses and loss > _EXPLODED_LOSS * max(1.0, losses[0])
-            if exploded or not math.isfinite(loss):
+            loss, of_nothing, grad_norm = _backward(denoiser, batch, text, factors, config)
+            first = first if step else loss / of_nothing
+            if loss / of_nothing > _EXPLODED_LOSS * max(1.0, first) or not math.isfinite(loss):
                 raise _diverged(good, losses, step, config, f"its loss is {loss:.3g}")
             good = factors.snapshot()
             losses.append(loss)
@@ -394,15 +396,19 @@ def _encode_once(denoiser: Denoiser, prompts: Sequence[str]) -> Any:
         return denoiser.encode_prompts(prompts)
 
 
-def _backward(loss: Tensor, factors: TrainableFactors, config: FinetuneConfig) -> tuple[float, float]:
-    """Fill the gradients; the loss and the gradient norm leave the device in the step's only synchronisation."""
+def _backward(
+    denoiser: Denoiser, batch: Batch, conditioning: Any, factors: TrainableFactors, config: FinetuneConfig
+) -> tuple[float, float, float]:
+    """Fill the gradients. The loss, that of a model that predicts nothing, and the gradient norm leave the device in the
+    step's only synchronisation."""
+    loss = diffusion_loss(denoiser, batch, conditioning)
     (loss * _GRAD_SCALE).backward()
     parameters = [p for p in factors.parameters() if p.requires_grad]
     for gradient in (p.grad for p in parameters if p.grad is not None):
         gradient.div_(_GRAD_SCALE)
     norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-    loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
-    return loss_value, norm_value
+    loss_value, of_nothing, norm_value = torch.stack([loss.detach(), batch.weight.sum(), norm]).tolist()
+    return loss_value, of_nothing, norm_value
 
 
 def _optimizer(factors: TrainableFactors, config: FinetuneConfig) -> torch.optim.Optimizer:

@@ -279,6 +279,13 @@ def test_nan_stops_and_keeps_the_last_good_person(toy, latents, config):
     assert torch.equal(error.value.lidb.up, finetune(toy, latents, replace(config, steps=1)).lidb.up)
 
 
+def test_much_noise_is_no_explosion(toy, latents, config):
+    """Single noise levels in turn: an error of v is up to 200 times that of ε, where there is much noise."""
+    config = replace(config, steps=20, batch_size=1, learning_rate=1e-6, weighting="v")
+    losses = finetune(toy, latents, config).losses
+    assert max(losses) > 10 * max(1, losses[0])
+
+
 def test_an_exploding_loss_stops_before_it_is_infinite(toy, latents, config):
     losses = []
     with pytest.raises(FinetuneDiverged, match=r"its loss is \d") as error:
