@@ -76,10 +76,11 @@ class FinetuneConfig:
 
     Attributes:
         steps: optimiser steps.
-        rank: of the result; columns beyond the given LiDB's rank start with no effect (relaxed rank).
+        rank: of the result, or that of the given LiDB if it is higher; columns beyond the given LiDB's rank start with
+            no effect (relaxed rank).
         learning_rate: of the up side (Adam).
-        down_lr_scale: rate of the down side, relative to `learning_rate`.
         freeze_down: keep the down side at its start; from a cold start it is then shared by all people.
+        down_lr_scale: rate of a down side that is not frozen, relative to `learning_rate`.
         final_lr_scale: the rates fall linearly to this part of themselves.
         max_grad_norm: clip the gradient to this norm, or None.
         batch_size: (noise, timestep) pairs per step.
@@ -193,7 +194,7 @@ def finetune(
         callback: called after every step; whatever it raises ends the training with the model as it was.
 
     Returns:
-        The person of rank `config.rank`, its losses and the time.
+        The person, of rank `config.rank` or that of `init` if it is higher, its losses and the time.
 
     Raises:
         FinetuneError: if the inputs make no sense.
@@ -253,26 +254,27 @@ class TrainableFactors(nn.Module):
 def start_factors(basis: BasisRecipe, layout: Layout, rank: int, init: LiDB | None = None) -> tuple[Tensor, Tensor]:
     """The factors before the first step: down [L, R, a], up [L, b, R], float32 on the CPU; see `TrainableFactors`.
 
+    R is `rank`, or the rank of `init` if it is higher.
+
     Raises:
-        FinetuneError: if the rank does not fit.
+        FinetuneError: if the rank does not fit into the basis.
         LayoutError: if `init` was made for another model.
     """
+    rank = rank if init is None else max(rank, init.rank)
     down = start_down(basis, layout, rank)
     up = torch.zeros(len(layout.layers), basis.up_dim, rank)
     if init is None:
         return down, up
     require_layers(init.layout, layout)
     require_layers(layout, init.layout, "The connected MODEL")
-    if not init.rank <= rank <= basis.max_rank:
-        raise FinetuneError(
-            f"Expected a rank from {init.rank} (that of the connected LIDB) to {basis.max_rank}, got {rank}. "
-            "Set a higher rank to continue from this LIDB."
-        )
+    if rank > basis.max_rank:
+        raise FinetuneError(f"Expected a rank of at most {basis.max_rank} (basis of the connected LIDB), got {rank}.")
     init_down, init_up = (t.detach().clone().float().cpu() for t in (init.down, init.up))
     length = init_down.norm(dim=-1, keepdim=True)
     scale = torch.where(length > 0, length, 1.0).log2().round().exp2()
-    down[:, : init.rank] = init_down / scale
-    up[:, :, : init.rank] = init_up * scale.mT
+    # A component that reads nothing has no effect, and could get none while its down side is frozen: a cold start again.
+    down[:, : init.rank] = torch.where(length > 0, init_down / scale, down[:, : init.rank])
+    up[:, :, : init.rank] = init_up * (scale * (length > 0)).mT
     return down, up
 
 
