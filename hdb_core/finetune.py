@@ -4,6 +4,10 @@ The loop knows nothing of its host. A `Denoiser` brings the frozen model; the fa
 (`adapters`), so no base weight ever gets a gradient.
 Source: HyperDreamBooth, arXiv 2307.06949, section 4.3 (rank-relaxed fast fine-tuning); DreamBooth, arXiv 2208.12242
 (class-prior preservation).
+
+The defaults were chosen on people of the miniature: the most identity on prompts that contradict the photo, with the
+edits as good as the base's. Errors of v, which count colours and shapes, and a down side that is not trained decide
+there; a higher rank, or more steps at this rate, bring no more of the person and cost edits.
 """
 
 from __future__ import annotations
@@ -99,14 +103,14 @@ class FinetuneConfig:
     """
 
     steps: int = 40
-    rank: int = 4
-    learning_rate: float = 0.02
+    rank: int = 1
+    learning_rate: float = 0.05
+    freeze_down: bool = True
     down_lr_scale: float = 0.1
-    freeze_down: bool = False
     final_lr_scale: float = 1.0
     max_grad_norm: float | None = None
     batch_size: int = 4
-    weighting: str = "native"
+    weighting: str = "v"
     min_timestep: float = 0.0
     max_timestep: float = 1.0
     prompt: str = "a [v] face"

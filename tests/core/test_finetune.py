@@ -58,12 +58,12 @@ def test_v_weighting_is_the_error_of_v(toy, latents, config):
     "options",
     [
         {},
-        {"weighting": "v"},
-        {"freeze_down": True},
+        {"weighting": "native"},
+        {"freeze_down": False},
         {"train_text_encoder": False},
         {"final_lr_scale": 0.0},
         {"max_grad_norm": 0.5},
-        {"down_lr_scale": 1.0},
+        {"freeze_down": False, "down_lr_scale": 1.0},
         {"min_timestep": 0.3, "max_timestep": 0.9},
         {"rank": 1, "batch_size": 1},
         {"basis": BasisRecipe(3, 28, 26)},  # wider than the text layers
