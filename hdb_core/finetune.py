@@ -4,6 +4,10 @@ The loop knows nothing of its host. A `Denoiser` brings the frozen model; the fa
 (`adapters`), so no base weight ever gets a gradient.
 Source: HyperDreamBooth, arXiv 2307.06949, section 4.3 (rank-relaxed fast fine-tuning); DreamBooth, arXiv 2208.12242
 (class-prior preservation).
+
+The defaults were chosen on people of the miniature: the most identity on prompts that contradict the photo, with the
+edits as good as the base's. Errors of v, which count colours and shapes, and a down side that is not trained decide
+there; a higher rank, or more steps at this rate, bring no more of the person and cost edits.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from .prompt import CLASS_PROMPT, rare_token
 
 # A power of two: exact in float32 and bfloat16, and keeps float16 gradients above underflow.
 _GRAD_SCALE = 1024.0
-# A model that predicts nothing has a native-target error of about 1; ten times that is no training noise.
+# A model that predicts nothing has a native-target error of about 1, so a loss of about the sum of the batch's weights;
+# ten times that is no training noise.
 _EXPLODED_LOSS = 10.0
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 # How noise levels count. native: by the error of what the model predicts, which for ε says little about a person where
@@ -75,10 +80,11 @@ class FinetuneConfig:
 
     Attributes:
         steps: optimiser steps.
-        rank: of the result; columns beyond the given LiDB's rank start with no effect (relaxed rank).
+        rank: of the result, or that of the given LiDB if it is higher; columns beyond the given LiDB's rank start with
+            no effect (relaxed rank).
         learning_rate: of the up side (Adam).
-        down_lr_scale: rate of the down side, relative to `learning_rate`.
         freeze_down: keep the down side at its start; from a cold start it is then shared by all people.
+        down_lr_scale: rate of a down side that is not frozen, relative to `learning_rate`.
         final_lr_scale: the rates fall linearly to this part of themselves.
         max_grad_norm: clip the gradient to this norm, or None.
         batch_size: (noise, timestep) pairs per step.
@@ -97,14 +103,14 @@ class FinetuneConfig:
     """
 
     steps: int = 40
-    rank: int = 4
-    learning_rate: float = 0.02
+    rank: int = 1
+    learning_rate: float = 0.05
+    freeze_down: bool = True
     down_lr_scale: float = 0.1
-    freeze_down: bool = False
     final_lr_scale: float = 1.0
     max_grad_norm: float | None = None
     batch_size: int = 4
-    weighting: str = "native"
+    weighting: str = "v"
     min_timestep: float = 0.0
     max_timestep: float = 1.0
     prompt: str = "a [v] face"
@@ -192,7 +198,7 @@ def finetune(
         callback: called after every step; whatever it raises ends the training with the model as it was.
 
     Returns:
-        The person of rank `config.rank`, its losses and the time.
+        The person, of rank `config.rank` or that of `init` if it is higher, its losses and the time.
 
     Raises:
         FinetuneError: if the inputs make no sense.
@@ -252,26 +258,27 @@ class TrainableFactors(nn.Module):
 def start_factors(basis: BasisRecipe, layout: Layout, rank: int, init: LiDB | None = None) -> tuple[Tensor, Tensor]:
     """The factors before the first step: down [L, R, a], up [L, b, R], float32 on the CPU; see `TrainableFactors`.
 
+    R is `rank`, or the rank of `init` if it is higher.
+
     Raises:
-        FinetuneError: if the rank does not fit.
+        FinetuneError: if the rank does not fit into the basis.
         LayoutError: if `init` was made for another model.
     """
+    rank = rank if init is None else max(rank, init.rank)
     down = start_down(basis, layout, rank)
     up = torch.zeros(len(layout.layers), basis.up_dim, rank)
     if init is None:
         return down, up
     require_layers(init.layout, layout)
     require_layers(layout, init.layout, "The connected MODEL")
-    if not init.rank <= rank <= basis.max_rank:
-        raise FinetuneError(
-            f"Expected a rank from {init.rank} (that of the connected LIDB) to {basis.max_rank}, got {rank}. "
-            "Set a higher rank to continue from this LIDB."
-        )
+    if rank > basis.max_rank:
+        raise FinetuneError(f"Expected a rank of at most {basis.max_rank} (basis of the connected LIDB), got {rank}.")
     init_down, init_up = (t.detach().clone().float().cpu() for t in (init.down, init.up))
     length = init_down.norm(dim=-1, keepdim=True)
     scale = torch.where(length > 0, length, 1.0).log2().round().exp2()
-    down[:, : init.rank] = init_down / scale
-    up[:, :, : init.rank] = init_up * scale.mT
+    # A component that reads nothing has no effect, and could get none while its down side is frozen: a cold start again.
+    down[:, : init.rank] = torch.where(length > 0, init_down / scale, down[:, : init.rank])
+    up[:, :, : init.rank] = init_up * (scale * (length > 0)).mT
     return down, up
 
 
@@ -363,6 +370,7 @@ def _train(
 ) -> FinetuneResult:
     optimizer = _optimizer(factors, config)
     losses: list[float] = []
+    first = math.inf
     good, start = factors.snapshot(), time.perf_counter()
     live: dict[str, tuple[Tensor, Tensor]] = {}
     with attach(denoiser.modules, live):
@@ -372,9 +380,9 @@ def _train(
             live.update(factors())
             text = denoiser.encode_prompts(sampler.prompts) if conditioning is None else conditioning
             batch = weighted(denoiser, sampler.draw(step), config.weighting)
-            loss, grad_norm = _backward(diffusion_loss(denoiser, batch, text), factors, config)
-            exploded = losses and loss > _EXPLODED_LOSS * max(1.0, losses[0])
-            if exploded or not math.isfinite(loss):
+            loss, of_nothing, grad_norm = _backward(denoiser, batch, text, factors, config)
+            first = first if step else loss / of_nothing
+            if loss / of_nothing > _EXPLODED_LOSS * max(1.0, first) or not math.isfinite(loss):
                 raise _diverged(good, losses, step, config, f"its loss is {loss:.3g}")
             good = factors.snapshot()
             losses.append(loss)
@@ -394,15 +402,19 @@ def _encode_once(denoiser: Denoiser, prompts: Sequence[str]) -> Any:
         return denoiser.encode_prompts(prompts)
 
 
-def _backward(loss: Tensor, factors: TrainableFactors, config: FinetuneConfig) -> tuple[float, float]:
-    """Fill the gradients; the loss and the gradient norm leave the device in the step's only synchronisation."""
+def _backward(
+    denoiser: Denoiser, batch: Batch, conditioning: Any, factors: TrainableFactors, config: FinetuneConfig
+) -> tuple[float, float, float]:
+    """Fill the gradients. The loss, that of a model that predicts nothing, and the gradient norm leave the device in the
+    step's only synchronisation."""
+    loss = diffusion_loss(denoiser, batch, conditioning)
     (loss * _GRAD_SCALE).backward()
     parameters = [p for p in factors.parameters() if p.requires_grad]
     for gradient in (p.grad for p in parameters if p.grad is not None):
         gradient.div_(_GRAD_SCALE)
     norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-    loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
-    return loss_value, norm_value
+    loss_value, of_nothing, norm_value = torch.stack([loss.detach(), batch.weight.sum(), norm]).tolist()
+    return loss_value, of_nothing, norm_value
 
 
 def _optimizer(factors: TrainableFactors, config: FinetuneConfig) -> torch.optim.Optimizer:

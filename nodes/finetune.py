@@ -56,7 +56,7 @@ class FastFinetune(io.ComfyNode):
                     default=DEFAULTS.rank,
                     min=1,
                     max=DEFAULTS.basis.max_rank,
-                    tooltip="Rank of the LiDB while training. At least the rank of a connected lidb. Save LiDB can lower it.",
+                    tooltip="Rank of the LiDB; a connected lidb of a higher rank keeps its own. More follows the photo more closely and leaves less freedom to the prompt.",
                 ),
                 io.Float.Input(
                     "learning_rate",
