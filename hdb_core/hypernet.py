@@ -30,6 +30,7 @@ from .lidb import LiDB, start_down
 from .prompt import rare_token
 
 _MIN_SIDE = 16  # pixels
+_SUMMED_WIDTH = 32  # of each place in a summary
 _FIRST_STEP = 0.02  # of the read-out: small predictions at first, but no dead gradient anywhere
 
 
@@ -44,6 +45,8 @@ class EncoderConfig:
         patch_size: of ``vit``, pixels; with a stem, of its first convolution.
         stem: of ``vit``: residual convolutions before it, as (width, blocks) of each stage; every stage after the first
             halves the map, and the ViT gets a token for each place of the last one. Empty: it sees the patches themselves.
+        summary: tokens that ``vit`` sums a photo up in, and that are all the hypernetwork then sees of it; 0 gives it the
+            token of every place instead.
         depth: layers of ``vit``.
         heads: attention heads of ``vit``.
         mean: of the pixels (0..1), by channel.
@@ -57,6 +60,7 @@ class EncoderConfig:
     token_width: int = 256
     patch_size: int = 4
     stem: tuple[tuple[int, int], ...] = ((64, 1), (128, 2), (256, 1))
+    summary: int = 2
     depth: int = 2
     heads: int = 4
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -117,6 +121,7 @@ class HyperNetConfig:
         encoder = dict(rest.pop("encoder"))
         colors: Any = {name: tuple(float(v) for v in encoder.pop(name)) for name in ("mean", "std")}
         stem = tuple((int(width), int(blocks)) for width, blocks in encoder.pop("stem"))
+        encoder.setdefault("summary", 0)
         return cls(layout=layout, basis=basis, encoder=EncoderConfig(**encoder, **colors, stem=stem), **rest)
 
 
@@ -154,9 +159,10 @@ def initialised(seed: int) -> Iterator[None]:
 
 
 class PhotoEncoder(nn.Module):
-    """A ViT of `transformers`, behind convolutions if the configuration has a stem.
+    """A ViT of `transformers`, behind convolutions if the configuration has a stem, and before an MLP if it has a summary.
 
-    Convolutions find where things are with far fewer photos than a ViT on bare patches.
+    Convolutions find where things are with far fewer photos than a ViT on bare patches; an MLP over all places at once
+    then learns distances between them with far fewer photos than attention.
     Source: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929; Xiao et al., Early Convolutions Help
     Transformers See Better, arXiv 2106.14881.
     """
@@ -190,10 +196,22 @@ class PhotoEncoder(nn.Module):
             ),
             add_pooling_layer=False,
         )
+        self.tokens_of = config.summary, config.token_width
+        width, places = config.summary * config.token_width, (config.image_size // stride) ** 2 + 1
+        self.summary = nn.Sequential(
+            nn.LayerNorm(config.token_width),
+            nn.Linear(config.token_width, _SUMMED_WIDTH),
+            nn.Flatten(),
+            nn.Linear(places * _SUMMED_WIDTH, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+        ) if config.summary else None  # fmt: skip
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Tokens (N, T, token_width) of pixels (N, 3, image_size, image_size)."""
-        return self.vit(pixel_values=self.stem(pixels)).last_hidden_state
+        tokens = self.vit(pixel_values=self.stem(pixels)).last_hidden_state
+        return tokens if self.summary is None else self.summary(tokens).unflatten(1, self.tokens_of)
 
 
 class ResidualBlock(nn.Module):

@@ -22,7 +22,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -100,9 +99,8 @@ def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
     )  # fmt: skip
     people, _ = held_out(_fitted(args, run), args.held_out)
     loss_of = PhotoLoss(base.denoiser, people, PhotoPixels(encoder), args.class_prompt, config, args.portraits)
-    latents: Any = tuple(people[0].latents.shape[1:])
     with initialised(config.seed):
-        net = PhotoPredictor(encoder, loss_of.text([""]).shape[-1], latents)
+        net = PhotoPredictor(encoder, loss_of.text([""]).shape[-1], len(loss_of.components.variance))
     trainer = Trainer(
         accelerator, net, config, run.folder / "pretrain.pt", run.folder / "pretrain.csv", args.accumulate
     )
@@ -198,7 +196,7 @@ def _vit(args: argparse.Namespace) -> EncoderConfig:
     stem = tuple((int(w), int(n)) for w, n in (stage.split("x") for stage in args.stem))
     return EncoderConfig(
         image_size=args.encoder_size, token_width=args.encoder_width, patch_size=args.patch_size, stem=stem,
-        depth=args.encoder_depth,
+        summary=args.summary, depth=args.encoder_depth,
     )  # fmt: skip
 
 
@@ -283,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
         "group": 32, "fit_steps": fit.steps, "fit_rate": fit.learning_rate, "image_size": 512, "basis_seed": basis.seed,
         "down_dim": basis.down_dim, "up_dim": basis.up_dim, "encoder_size": encoder.image_size,
         "encoder_width": encoder.token_width, "encoder_depth": encoder.depth, "patch_size": encoder.patch_size,
+        "summary": encoder.summary,
         "pretrain_steps": 2000, "pretrain_people": 64, "pretrain_rate": 1e-3,
         "width": basic.width, "depth": basic.depth, "rank": basic.rank,
         **{f.name: f.default for f in fields(TrainConfig) if f.name != "same_photo"},

@@ -1,65 +1,94 @@
 """The image encoder learns to see who is on a photo, before the hypernetwork is trained behind it.
 
-From one photo of a person and the words of another it predicts that other photo's latents, so that it must keep what
-stays and forget what the words say. The diffusion loss teaches the same, but with the noise of single draws and a pass
-of the base model in every sample.
+From one photo of a person, and the words of another, it predicts that other photo, so that it must keep what stays and
+forget what the words say. What it predicts are the principal components of the latents, the small ones counting as much
+as the large: as plain numbers, colours and outlines are nearly all of a photo, and the shapes of a face nearly nothing.
+The diffusion loss teaches the same, but with the noise of single draws and a pass of the base model in every sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..errors import HyperNetError
 from ..finetune import Denoiser
-from ..hypernet import EncoderConfig, PhotoEncoder
+from ..hypernet import EncoderConfig, PhotoEncoder, initialised
 from .faces import Faces
 from .fit import caption
 from .loop import TrainConfig, Turn, turns_of
 from .people import FittedPerson
 
-_DEPTH, _HEADS, _PATCH = 2, 4, 2
+_COMPONENTS = 160
+_MOST_PHOTOS = 4096  # that the components are found from
+
+
+@dataclass(frozen=True)
+class Components:
+    """Principal components of photos.
+
+    Attributes:
+        mean: (P,) of the latents, flat.
+        directions: (P, K), orthonormal columns.
+        variance: (K,), falling.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, latents: Tensor) -> Components:
+        """Of photos (N, C, h, w); the global generator is left as it was."""
+        flat = latents[:_MOST_PHOTOS].float().flatten(1)
+        mean, count = flat.mean(0), min(_COMPONENTS, *flat.shape)
+        with initialised(0):
+            _, singular, directions = torch.svd_lowrank(flat - mean, count, niter=4)
+        return cls(mean, directions, singular.square() / len(flat))
+
+    def loss(self, predicted: Tensor, latents: Tensor) -> Tensor:
+        """The error of components (B, K), each in units of its standard deviation, of photos (B, C, h, w).
+
+        Predicting the mean photo costs 1. Components count alike, but for the smallest, which fade out.
+        """
+        weight = 1 / (self.variance + self.variance[len(self.variance) // 2])
+        error = predicted * self.variance.sqrt() - (latents.flatten(1) - self.mean) @ self.directions
+        return (error.square() * weight).sum(1).mean() / (weight * self.variance).sum()
 
 
 class PhotoPredictor(nn.Module):
-    """A photo's latents from the pixels of another photo of the person, and from its own words.
+    """A photo's components from the pixels of another photo of the person, and from its own words.
 
     Args:
-        encoder: what is trained for later; the rest is thrown away.
+        encoder: what is trained for later, with a summary; the rest is thrown away.
         text_width: of the text states.
-        latents: (C, h, w); h and w are even.
+        components: K.
+
+    Raises:
+        HyperNetError: if the encoder has no summary.
     """
 
-    def __init__(self, encoder: EncoderConfig, text_width: int, latents: tuple[int, int, int]) -> None:
+    def __init__(self, encoder: EncoderConfig, text_width: int, components: int) -> None:
         super().__init__()
-        width, (channels, height, breadth) = encoder.token_width, latents
-        self.grid = (channels, height // _PATCH, breadth // _PATCH)
+        if encoder.summary < 1:
+            raise HyperNetError("The encoder is pretrained on its summary. Set --summary to 1 or more.")
         self.encoder = PhotoEncoder(encoder)
-        self.face_in, self.text_in = nn.LayerNorm(width), nn.Linear(text_width, width)
-        self.places = nn.Parameter(0.5 * torch.randn(self.grid[1] * self.grid[2], width))
-        layer = nn.TransformerDecoderLayer(
-            width, _HEADS, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.decoder = nn.TransformerDecoder(layer, _DEPTH, norm=nn.LayerNorm(width))
-        self.out = nn.Linear(width, channels * _PATCH**2)
+        self.text_in = nn.Linear(text_width, encoder.token_width)
+        self.hidden = nn.Linear((encoder.summary + 1) * encoder.token_width, 2 * encoder.token_width)
+        self.out = nn.Linear(2 * encoder.token_width, components)
 
     def forward(self, pixels: Tensor, text: Tensor) -> Tensor:
-        """Latents (B, C, h, w) for pixels (B, 3, image_size, image_size) and text states (B, text_width)."""
-        words = self.text_in(text)[:, None]
-        seen = torch.cat([self.face_in(self.encoder(pixels)), words], 1)
-        patches = self.out(self.decoder(self.places + words, seen))
-        channels, height, breadth = self.grid
-        return (
-            patches.view(-1, height, breadth, _PATCH, _PATCH, channels)
-            .permute(0, 5, 1, 3, 2, 4)
-            .reshape(-1, channels, height * _PATCH, breadth * _PATCH)
-        )
+        """Components (B, K) for pixels (B, 3, image_size, image_size) and text states (B, text_width)."""
+        seen = torch.cat([self.encoder(pixels).flatten(1), self.text_in(text)], 1)
+        return self.out(functional.silu(self.hidden(seen)))
 
 
 class PhotoLoss:
-    """The squared error of the predicted latents, for `trainer.Trainer`.
+    """The error of the predicted components, for `trainer.Trainer`.
 
     Args:
         denoiser: whose text encoder reads the words.
@@ -86,6 +115,8 @@ class PhotoLoss:
         self.class_prompt = class_prompt
         self.counts = [len(person.latents) for person in people]
         self.device = denoiser.sigmas().device
+        shown = [p.latents[:1] if portraits else p.latents for p in people]
+        self.components = Components.of(torch.cat(shown).to(self.device))
         self._text: dict[str, Tensor] = {}
 
     def __call__(self, net: nn.Module, step: int, part: slice = slice(None)) -> dict[str, Tensor]:
@@ -97,7 +128,7 @@ class PhotoLoss:
         shown = [(self.people[turn.person], turn.denoised[0]) for turn in turns]
         latents = torch.stack([person.latents[number].float() for person, number in shown]).to(self.device)
         text = self.text([caption(self.class_prompt, p.person.photos[number].words) for p, number in shown])
-        return {"loss": functional.mse_loss(net(pixels.to(self.device), text).float(), latents)}
+        return {"loss": self.components.loss(net(pixels.to(self.device), text).float(), latents)}
 
     def _of_portrait(self, turn: Turn) -> Turn:
         """The same with the first photo to be predicted, and another one seen if there is any."""

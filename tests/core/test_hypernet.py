@@ -50,11 +50,12 @@ def rewrite(path, edit):
 @pytest.mark.parametrize(
     "stem, tokens", [((), 64), (((16, 1),), 64), (((16, 1), (24, 2)), 16), (((8, 0), (16, 1), (16, 1)), 4)]
 )
-def test_encoder_has_a_token_for_each_place(stem, tokens):
+def test_encoder_has_a_token_for_each_place_or_a_summary(stem, tokens):
     encoder = replace(ENCODER, patch_size=4, stem=stem)
-    with initialised(0):
-        net = PhotoEncoder(encoder)
-    assert net(preprocess(photos(2), encoder)).shape == (2, 1 + tokens, 24)
+    for summary, count in ((0, 1 + tokens), (3, 3)):
+        with initialised(0):
+            net = PhotoEncoder(replace(encoder, summary=summary))
+        assert net(preprocess(photos(2), encoder)).shape == (2, count, 24)
 
 
 @pytest.mark.parametrize("free_down", [False, True])

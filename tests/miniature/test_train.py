@@ -141,7 +141,9 @@ def test_pretrained_encoder_is_what_training_starts_from(model, photos, fitted, 
 def test_portraits_are_predicted_and_never_seen(model, photos, fitted, tmp_path, monkeypatch):
     seen, shown = [], []
     read, text = PhotoPixels.read, PhotoLoss.text
-    monkeypatch.setattr(PhotoPixels, "read", lambda self, photos: seen.extend(n for _, n in photos) or read(self, photos))
+    monkeypatch.setattr(
+        PhotoPixels, "read", lambda self, photos: seen.extend(n for _, n in photos) or read(self, photos)
+    )
     monkeypatch.setattr(PhotoLoss, "text", lambda self, words: shown.extend(words) or text(self, words))
     folder = copied(fitted, tmp_path / "run")
     options = ["--pretrain-people", "8", "--pretrain-steps", "4", "--portraits"]

@@ -1,0 +1,47 @@
+"""The components of photos that the image encoder learns to predict."""
+
+import pytest
+import torch
+
+from hdb_core.errors import HyperNetError
+from hdb_core.hypernet import EncoderConfig
+from hdb_core.training.pretrain import Components, PhotoPredictor
+
+
+@pytest.fixture
+def latents():
+    """300 photos of 12 numbers, the first of which vary a thousand times as much as the last."""
+    scale = torch.logspace(1, -2, 12).view(1, 3, 2, 2)
+    return 5 + scale * torch.randn(300, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+def true(components, latents):
+    return (latents.flatten(1) - components.mean) @ components.directions / components.variance.sqrt()
+
+
+def test_the_mean_costs_one_and_the_truth_nothing(latents):
+    before = torch.get_rng_state()
+    components = Components.of(latents)
+    assert torch.equal(torch.get_rng_state(), before)
+    right = true(components, latents)
+    torch.testing.assert_close(components.loss(torch.zeros_like(right), latents), torch.tensor(1.0))
+    assert components.loss(right, latents) < 1e-6
+
+
+def test_a_small_component_counts_as_much_as_the_largest(latents):
+    components = Components.of(latents)
+    right = true(components, latents)
+
+    def cost(number):
+        wrong = right.clone()
+        wrong[:, number] = 0
+        return components.loss(wrong, latents).item()
+
+    assert components.variance[0] > 100 * components.variance[4]
+    assert cost(0) == pytest.approx(cost(4), rel=0.1)
+    assert cost(11) < 0.1 * cost(0)
+
+
+def test_an_encoder_without_a_summary_is_refused():
+    with pytest.raises(HyperNetError, match="Set --summary"):
+        PhotoPredictor(EncoderConfig(image_size=32, token_width=24, summary=0), 8, 10)
