@@ -48,7 +48,7 @@ from .training.tokens import PhotoTokens, precompute_tokens
 from .training.trainer import Trainer, parts_of
 from .training.vision import load_vision_encoder
 
-_PATHS = ("model", "photos", "folder", "start", "clip_vision", "tokenizer")  # of a machine, in no file
+_PATHS = ("model", "photos", "folder", "begin_with", "clip_vision", "tokenizer")  # of a machine, in no file
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -121,8 +121,8 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     loss_of = PersonLoss(base.denoiser, people, _net_config(args, base, encoder), config, faces)
     net = FromFaces(HyperNet.create(loss_of.net, config.seed))
     net.net.set_scale(loss_of.energy)
-    if args.start is not None:
-        net.net.load_state_dict(_start(args.start, loss_of.net).state_dict())
+    if args.begin_with is not None:
+        net.net.load_state_dict(_beginning(args.begin_with, loss_of.net).state_dict())
     elif net.net.encoder is not None and run.encoder.exists():
         net.net.encoder.load_state_dict(load_file(run.encoder))
     rates = {"net.down_start": config.down_rate, "net.encoder": config.encoder_rate}
@@ -214,7 +214,7 @@ def _require_same_encoder(run: Run, encoder: EncoderConfig) -> None:
         )
 
 
-def _start(path: Path, config: HyperNetConfig) -> HyperNet:
+def _beginning(path: Path, config: HyperNetConfig) -> HyperNet:
     """The hypernetwork that a training begins with.
 
     Raises:
@@ -266,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="transformers folder of a frozen CLIP, SigLIP or DINOv2 image encoder, instead of a trained ViT",
     )
-    parser.add_argument("--start", type=Path, help="a hypernetwork's file that `train` begins with, instead of anew")
+    parser.add_argument("--begin-with", type=Path, help="a hypernetwork's file that `train` begins with, instead of anew")
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     parser.add_argument("--mixed-precision", choices=tuple(_DTYPES), default="bf16")
     parser.add_argument(

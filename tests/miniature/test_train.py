@@ -156,7 +156,7 @@ def test_portraits_are_predicted_and_never_seen(model, photos, fitted, tmp_path,
 def test_training_begins_with_another_hypernetwork(model, photos, fitted, tmp_path, capsys):
     first, second, other = (copied(fitted, tmp_path / name) for name in ("first", "second", "other"))
     assert run("train", model, photos, first, "--steps", "3") == 0
-    start = ["--start", str(first / "hypernet.safetensors")]
+    start = ["--begin-with", str(first / "hypernet.safetensors")]
     assert run("train", model, photos, second, "--steps", "1", "--learning-rate", "1e-9", *start) == 0
     for name, weight in hypernet_file.load(first / "hypernet.safetensors").state_dict().items():
         torch.testing.assert_close(weights(second)[f"net.{name}"], weight, atol=1e-6, rtol=1e-6)
