@@ -27,12 +27,12 @@ STAGES = {
     "judge_a": "miniature.judge --architecture a",
     "judge_b": "miniature.judge --architecture b",
     "pack": "miniature.checkpoint pack",
-    "people": "miniature.photos --people 2000",
+    "people": "miniature.photos --people 3400 --photos 5",
     "diffusers": "miniature.checkpoint diffusers",
     "precompute": f"hdb_core.train precompute {_HYPERNET} --min-timestep 0.15",
-    "pretrain": f"hdb_core.train pretrain {_HYPERNET} --pretrain-steps 600",
-    "hypernet": f"hdb_core.train train {_HYPERNET} --steps 400 --people 64 --diffusion-weight 0 --learning-rate 1e-3 "
-    "--warmup 50 --depth 2 --down-rate 0 --encoder-rate 0.5 --max-photos 2 --held-out 0.05 --sample-every 0",
+    "pretrain": f"hdb_core.train pretrain {_HYPERNET} --pretrain-steps 2000 --portraits",
+    "hypernet": f"hdb_core.train train {_HYPERNET} --steps 1300 --regression-steps 150 --diffusion-start 150 --people 32 "
+    "--learning-rate 1e-3 --warmup 20 --depth 2 --down-rate 3 --encoder-rate 0.1 --max-photos 2 --min-timestep 0.05",
     "pack_hypernet": "miniature.checkpoint pack",
 }
 MADE_BY = {

@@ -25,6 +25,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from benchmarks import training as comparison
 from hdb_core import hypernet_file, train
 from hdb_core.errors import HyperNetError
 from hdb_core.training import trainer, vision
@@ -162,6 +163,22 @@ def test_training_begins_with_another_hypernetwork(model, photos, fitted, tmp_pa
         torch.testing.assert_close(weights(second)[f"net.{name}"], weight, atol=1e-6, rtol=1e-6)
     assert run("train", model, photos, other, "--steps", "1", "--basis-seed", "1", *start) == 1
     assert "differs from the hypernetwork to be trained in: basis" in capsys.readouterr().err
+
+
+def test_ways_to_train_are_compared(model, photos, fitted, tmp_path):
+    """The benchmark trains and evaluates a variant once."""
+    options = ["--model", str(model), "--photos", str(photos), *SIZES]
+    rows = []
+    for name in ("regression", "diffusion, k = 1"):
+        run = comparison.prepared(train.Run(fitted), tmp_path / name)
+        rows.append(comparison.trained(name, run.folder, 2, options))
+        before = run.state.stat().st_mtime_ns
+        assert comparison.trained(name, run.folder, 2, options) == rows[-1]
+        assert run.state.stat().st_mtime_ns == before
+    assert [row["steps"] for row in rows] == [2, 2]
+    assert hypernet_file.read_header(run.file).config.iterations == 1
+    assert "diffusion" not in (tmp_path / "regression" / "log.csv").read_text().splitlines()[0]
+    assert len(comparison.table(rows).splitlines()) == 4
 
 
 def test_diffusion_loss_alone_in_bf16(model, photos, tmp_path):

@@ -1,0 +1,113 @@
+"""Ways to train the hypernetwork, each for the same short time, judged by people whom its training never saw.
+
+``python dev.py bench training`` takes the people and the pretrained encoder of ``--folder`` (`precompute` and `pretrain`
+of ``hdb_core.train``), trains every variant on them with the same seed, and writes ``benchmarks/results/training.json``
+and ``training.md``. The error is that of v on a photo that was not given, with the person's own prediction, nobody's and
+a stranger's. Variants are trained in ``.runs/training`` and go on where they were stopped; finished ones are not
+trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hdb_core.train import Run
+
+from .common.bench import RESULTS, ROOT
+from .common.files import rounded, write_json, write_text
+
+DIFFUSION = ("--regression-weight", "0")
+VARIANTS: Mapping[str, Sequence[str]] = {
+    "diffusion": DIFFUSION,
+    "regression": ("--diffusion-weight", "0"),
+    "both": (),
+    "diffusion, as ε": (*DIFFUSION, "--weighting", "native"),
+    "diffusion, same photo": (*DIFFUSION, "--same-photo"),
+    "diffusion, one photo seen": (*DIFFUSION, "--max-photos", "1"),
+    "diffusion, four draws": (*DIFFUSION, "--people", "8", "--draws", "4"),
+    "diffusion, down side frozen": (*DIFFUSION, "--down-rate", "0"),
+    "diffusion, down side predicted": (*DIFFUSION, "--free-down"),
+    "diffusion, k = 1": (*DIFFUSION, "--max-iterations", "1"),
+    "diffusion, rank 2": (*DIFFUSION, "--rank", "2"),
+}
+COLUMNS = ("own", "nobody", "stranger", "mean", "regression", "mean_predictor")
+
+
+def prepared(source: Run, folder: Path) -> Run:
+    """A folder to train in, with the people and the encoder of another."""
+    run = Run(folder)
+    run.people.mkdir(parents=True, exist_ok=True)
+    for path in (*sorted(source.people.iterdir()), source.encoder):
+        target = folder / path.relative_to(source.folder)
+        if path.exists() and not target.exists():
+            os.link(path.resolve(), target)
+    return run
+
+
+def trained(name: str, folder: Path, steps: int, options: Sequence[str]) -> dict[str, Any]:
+    """The row of a variant, trained and evaluated now unless it has been.
+
+    Raises:
+        subprocess.CalledProcessError: if its training or evaluation fails.
+    """
+    result = folder / "evaluation.json"
+    if not result.exists():
+        for stage, own in (("train", ["--steps", str(steps)]), ("evaluate", ["--draws", "4", "--max-photos", "1"])):
+            command = [sys.executable, "-m", "hdb_core.train", stage, "--folder", str(folder)]
+            subprocess.run([*command, *options, *VARIANTS[name], *own], cwd=ROOT, check=True)
+    last = json.loads(result.read_text().splitlines()[-1])  # from one photo, at the most refinements
+    with (folder / "log.csv").open(newline="") as file:
+        done = int(list(csv.DictReader(file))[-1]["step"])
+    return {"variant": name, "steps": done, "options": shlex.join(VARIANTS[name]),
+            **{column: last[column] for column in COLUMNS if column in last}}  # fmt: skip
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in Markdown, with how much of the error a person's own prediction takes away."""
+    lines = [
+        "| variant | steps | own | stranger | nobody | own below nobody | regression (mean person) |",
+        "|---|" + "---:|" * 6,
+    ]
+    for row in rows:
+        gain = f"{1 - row['own'] / row['nobody']:.1%}"
+        fits = f"{row['regression']:.3f} ({row['mean_predictor']:.3f})" if "regression" in row else ""
+        lines.append(f"| {row['variant']} | {row['steps']} | {row['own']:.4f} | {row['stranger']:.4f} | {row['nobody']:.4f} | {gain} | {fits} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        prog="dev.py bench training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=f"of: {'; '.join(VARIANTS)}")  # fmt: skip
+    options.add_argument("--steps", type=int, default=150)
+    options.add_argument("--folder", type=Path, default=ROOT / ".runs" / "hypernet", help="with people and encoder")
+    options.add_argument("--photos", type=Path, default=ROOT / ".runs" / "people")
+    options.add_argument("--model", type=Path, default=ROOT / ".runs" / "diffusers")
+    options.add_argument("--results", type=Path, default=RESULTS)
+    args = options.parse_args()
+    shared = [
+        *("--model", str(args.model.resolve()), "--photos", str(args.photos.resolve()), "--cpu", "--image-size", "128"),
+        *("--learning-rate", "1e-3", "--down-rate", "3", "--warmup", "20", "--depth", "2", "--held-out", "0.05"),
+        *("--max-photos", "2", "--min-timestep", "0.05", "--sample-every", "0"),
+    ]
+    rows = []
+    for name in args.variants:
+        folder = ROOT / ".runs" / "training" / f"{name.replace(', ', '_').replace(' ', '_')}_{args.steps}"
+        rows.append(trained(name, prepared(Run(args.folder), folder).folder, args.steps, shared))
+        write_json(args.results / "training.json", [rounded(row) for row in rows])
+        write_text(args.results / "training.md", table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
