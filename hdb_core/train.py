@@ -27,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Module
 from tqdm import tqdm
 
 from . import hypernet_file
@@ -124,7 +125,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     if args.begin_with is not None:
         net.net.load_state_dict(_beginning(args.begin_with, loss_of.net).state_dict())
     elif net.net.encoder is not None and run.encoder.exists():
-        net.net.encoder.load_state_dict(load_file(run.encoder))
+        _load_encoder(net.net.encoder, run.encoder)
     rates = {"net.down_start": config.down_rate, "net.encoder": config.encoder_rate}
     trainer = Trainer(accelerator, net, config, run.state, run.log, args.accumulate, rates)
     notes = {}
@@ -214,6 +215,20 @@ def _require_same_encoder(run: Run, encoder: EncoderConfig) -> None:
         )
 
 
+def _load_encoder(encoder: Module, path: Path) -> None:
+    """What `pretrain` wrote.
+
+    Raises:
+        HyperNetError: if it is of another size.
+    """
+    try:
+        encoder.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise HyperNetError(
+            f"{path} is an image encoder of other sizes. Give the options that it was pretrained with, or move it away."
+        ) from error
+
+
 def _beginning(path: Path, config: HyperNetConfig) -> HyperNet:
     """The hypernetwork that a training begins with.
 
@@ -266,7 +281,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="transformers folder of a frozen CLIP, SigLIP or DINOv2 image encoder, instead of a trained ViT",
     )
-    parser.add_argument("--begin-with", type=Path, help="a hypernetwork's file that `train` begins with, instead of anew")
+    parser.add_argument(
+        "--begin-with", type=Path, help="a hypernetwork's file that `train` begins with, instead of anew"
+    )
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     parser.add_argument("--mixed-precision", choices=tuple(_DTYPES), default="bf16")
     parser.add_argument(

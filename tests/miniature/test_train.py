@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -124,7 +125,7 @@ def test_train_and_evaluate(model, photos, fitted, tmp_path):
     assert all(row["own"] != row["nobody"] != row["stranger"] for row in table)
 
 
-def test_pretrained_encoder_is_what_training_starts_from(model, photos, fitted, tmp_path):
+def test_pretrained_encoder_is_what_training_starts_from(model, photos, fitted, tmp_path, capsys):
     """Without a rate of its own the encoder stays what it was; its pretraining resumes."""
     folder, options = copied(fitted, tmp_path / "run"), ["--pretrain-people", "4", "--pretrain-rate", "3e-3"]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -137,6 +138,10 @@ def test_pretrained_encoder_is_what_training_starts_from(model, photos, fitted, 
     assert run("train", model, photos, folder, "--steps", "3", "--encoder-rate", "0") == 0
     for name, weight in load_file(folder / "encoder.safetensors").items():
         torch.testing.assert_close(weights(folder)[f"net.encoder.{name}"], weight)
+    other = copied(fitted, tmp_path / "other")
+    shutil.copy(folder / "encoder.safetensors", other)
+    assert run("train", model, photos, other, "--steps", "1", "--encoder-width", "64") == 1
+    assert "an image encoder of other sizes" in capsys.readouterr().err
 
 
 def test_portraits_are_predicted_and_never_seen(model, photos, fitted, tmp_path, monkeypatch):
