@@ -43,9 +43,6 @@ class TrainConfig:
         diffusion_start: step from which the diffusion loss counts; before it, it is not computed.
         weighting: of its noise levels, one of `finetune.WEIGHTINGS`.
         min_timestep: lower end of its noise levels, as a fraction of the schedule.
-        unprompted: share of the denoised photos whose prompt is empty. Classifier-free guidance subtracts what the model
-            makes of an empty prompt: if only the other side knows the person, it exaggerates them until the picture is
-            one flat colour. Source: Ho & Salimans, Classifier-Free Diffusion Guidance, arXiv 2207.12598.
         max_photos: a person is predicted from 1 to so many photos.
         max_iterations: and with k from 1 to so many refinements.
         same_photo: denoise the photo that the person was predicted from, even if there are others.
@@ -67,7 +64,6 @@ class TrainConfig:
     diffusion_start: int = 0
     weighting: str = "v"
     min_timestep: float = 0.1
-    unprompted: float = 0.2
     max_photos: int = 1
     max_iterations: int = 2
     same_photo: bool = False
@@ -181,19 +177,16 @@ class PersonLoss:
         rows = [d * len(turns) + i for d in range(self.config.draws) for i in range(len(turns))[part]]
         weight = torch.full((len(denoised),), 1 / len(rows), device=self.down.device)
         batch = draw(self.denoiser, latents, weight, self.config.min_timestep, generator)
-        prompts = [
-            caption(self.net.prompt, self.people[person].person.photos[photo].words) for person, photo in denoised
-        ]
-        empty = (torch.rand(len(denoised), generator=generator) < self.config.unprompted).tolist()
-        texts = ["" if empty[row] else prompts[row] for row in rows]
+        words = [self.people[denoised[row][0]].person.photos[denoised[row][1]].words for row in rows]
         repeated = Factors(*(factor.repeat(self.config.draws, 1, 1, 1) for factor in predicted))
-        return self.denoising(repeated, Batch(*(tensor[rows] for tensor in batch)), texts)
+        return self.denoising(repeated, Batch(*(tensor[rows] for tensor in batch)), words)
 
-    def denoising(self, factors: Factors, batch: Batch, prompts: Sequence[str]) -> Tensor:
+    def denoising(self, factors: Factors, batch: Batch, words: Sequence[str]) -> Tensor:
         """The diffusion loss of a batch whose samples carry these people."""
         batch = weighted(self.denoiser, batch, self.config.weighting)
         with attach(self.denoiser.modules, expand_factors(self.bases, *factors)):
-            return diffusion_loss(self.denoiser, batch, self.denoiser.encode_prompts(prompts))
+            text = self.denoiser.encode_prompts([caption(self.net.prompt, w) for w in words])
+            return diffusion_loss(self.denoiser, batch, text)
 
     @torch.no_grad()
     def evaluate(self, net: nn.Module, photos: int, iterations: int, seed: int = 0) -> dict[str, float]:
@@ -223,9 +216,9 @@ class PersonLoss:
                 latents = torch.stack([person.latents[-1] for person in own]).to(self.down)
                 weight = torch.full((len(own),), 1 / len(turns) / self.config.draws, device=self.down.device)
                 batch = draw(self.denoiser, latents, weight, self.config.min_timestep, generator)
-                prompts = [caption(self.net.prompt, person.person.photos[-1].words) for person in own]
+                words = [person.person.photos[-1].words for person in own]
                 for name, factors in chosen.items():
-                    losses[name] += float(self.denoising(Factors(*(f[rows] for f in factors)), batch, prompts))
+                    losses[name] += float(self.denoising(Factors(*(f[rows] for f in factors)), batch, words))
         if not bool(self.energy.any()):
             return losses
         targets = stacked(self.people, self.down)

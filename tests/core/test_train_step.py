@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -50,23 +48,6 @@ def test_parts_add_up_to_the_whole(loss_of, accelerator, accumulate):
     for name, loss in whole[0].items():
         torch.testing.assert_close(parts[0][name], loss, atol=0, rtol=1e-5)
     assert (parts[1] - whole[1]).norm() < 1e-5 * whole[1].norm()
-
-
-@pytest.mark.parametrize("share, empty", [(0.0, {0}), (1.0, {12}), (0.5, set(range(1, 12)))])
-def test_some_prompts_are_empty(loss_of, accelerator, monkeypatch, share, empty):
-    """The same ones, in however many parts a step is taken."""
-    seen = []
-    encode = type(loss_of.denoiser).encode_prompts
-    monkeypatch.setattr(
-        type(loss_of.denoiser), "encode_prompts", lambda self, texts: seen.append(list(texts)) or encode(self, texts)
-    )
-    loss_of.config = replace(loss_of.config, unprompted=share)
-    for accumulate in (1, 2):
-        gradients(loss_of, accelerator, accumulate)
-    whole, *parts = seen
-    assert whole.count("") in empty
-    assert sorted(whole) == sorted(parts[0] + parts[1])
-    assert set(whole) <= {"", "a [v] face"}
 
 
 @pytest.mark.parametrize("accumulate", [0, 4])
