@@ -121,7 +121,6 @@ class HyperNetConfig:
         encoder = dict(rest.pop("encoder"))
         colors: Any = {name: tuple(float(v) for v in encoder.pop(name)) for name in ("mean", "std")}
         stem = tuple((int(width), int(blocks)) for width, blocks in encoder.pop("stem"))
-        encoder.setdefault("summary", 0)
         return cls(layout=layout, basis=basis, encoder=EncoderConfig(**encoder, **colors, stem=stem), **rest)
 
 
