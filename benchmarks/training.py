@@ -10,7 +10,6 @@ trained again.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shlex
@@ -61,13 +60,13 @@ def trained(name: str, folder: Path, steps: int, options: Sequence[str]) -> dict
     """
     result = folder / "evaluation.json"
     if not result.exists():
-        for stage, own in (("train", ["--steps", str(steps)]), ("evaluate", ["--draws", "4", "--max-photos", "1"])):
+        # Whatever a variant was trained on, all are judged by the same error.
+        judged = ["--weighting", "v", "--draws", "4", "--max-photos", "1"]
+        for stage, own in (("train", ["--steps", str(steps)]), ("evaluate", judged)):
             command = [sys.executable, "-m", "hdb_core.train", stage, "--folder", str(folder)]
             subprocess.run([*command, *options, *VARIANTS[name], *own], cwd=ROOT, check=True)
     last = json.loads(result.read_text().splitlines()[-1])  # from one photo, at the most refinements
-    with (folder / "log.csv").open(newline="") as file:
-        done = int(list(csv.DictReader(file))[-1]["step"])
-    return {"variant": name, "steps": done, "options": shlex.join(VARIANTS[name]),
+    return {"variant": name, "steps": steps, "options": shlex.join(VARIANTS[name]),
             **{column: last[column] for column in COLUMNS if column in last}}  # fmt: skip
 
 

@@ -370,7 +370,6 @@ def _train(
 ) -> FinetuneResult:
     optimizer = _optimizer(factors, config)
     losses: list[float] = []
-    first = math.inf
     good, start = factors.snapshot(), time.perf_counter()
     live: dict[str, tuple[Tensor, Tensor]] = {}
     with attach(denoiser.modules, live):
@@ -381,8 +380,10 @@ def _train(
             text = denoiser.encode_prompts(sampler.prompts) if conditioning is None else conditioning
             batch = weighted(denoiser, sampler.draw(step), config.weighting)
             loss, of_nothing, grad_norm = _backward(denoiser, batch, text, factors, config)
-            first = first if step else loss / of_nothing
-            if loss / of_nothing > _EXPLODED_LOSS * max(1.0, first) or not math.isfinite(loss):
+            relative = loss / of_nothing
+            if step == 0:
+                limit = _EXPLODED_LOSS * max(1.0, relative)
+            if relative > limit or not math.isfinite(loss):
                 raise _diverged(good, losses, step, config, f"its loss is {loss:.3g}")
             good = factors.snapshot()
             losses.append(loss)

@@ -1,7 +1,8 @@
 """Photos of synthetic people as a folder that the training of the hypernetwork reads: ``python -m miniature.photos``.
 
 A sub-folder a person, a photo a file, and beside it the words that are true of that photo and not of the person. The
-first is a portrait, in the same pose and context for everybody; the others have contexts of their own. People come from the upper half of the training split, whom the base has never drawn.
+first is a portrait, in the same pose and context for everybody; the others have contexts of their own. People come from
+the upper half of the training split, whom the base has never drawn.
 """
 
 import argparse

@@ -44,7 +44,7 @@ class Components:
     @classmethod
     def of(cls, latents: Tensor) -> Components:
         """Of photos (N, C, h, w); the global generator is left as it was."""
-        flat = latents[:_MOST_PHOTOS].float().flatten(1)
+        flat = latents.float().flatten(1)
         mean, count = flat.mean(0), min(_COMPONENTS, *flat.shape)
         with initialised(0):
             _, singular, directions = torch.svd_lowrank(flat - mean, count, niter=4)
@@ -115,8 +115,8 @@ class PhotoLoss:
         self.class_prompt = class_prompt
         self.counts = [len(person.latents) for person in people]
         self.device = denoiser.sigmas().device
-        shown = [p.latents[:1] if portraits else p.latents for p in people]
-        self.components = Components.of(torch.cat(shown).to(self.device))
+        shown = [p.latents[:1] if portraits else p.latents for p in people[:_MOST_PHOTOS]]
+        self.components = Components.of(torch.cat(shown)[:_MOST_PHOTOS].to(self.device))
         self._text: dict[str, Tensor] = {}
 
     def __call__(self, net: nn.Module, step: int, part: slice = slice(None)) -> dict[str, Tensor]:
