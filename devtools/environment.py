@@ -91,7 +91,7 @@ def prepare(comfyui: Path | None = None, python: Path | None = None) -> Host:
         else:
             host = _existing(comfyui.expanduser().resolve(), python)
         _ensure_base(host, own_models=comfyui is not None)
-        _ensure_checkpoint(host)
+        _ensure_models(host)
     return host
 
 
@@ -176,9 +176,6 @@ def _ensure_base(host: Host, own_models: bool) -> None:
     models = ("models/checkpoints", "models/lidb", "models/hyperdreambooth")
     for folder in ("custom_nodes", "input", "output", "temp", "user", *models):
         (base / folder).mkdir(parents=True, exist_ok=True)
-    shipped = ROOT / "weights" / "miniature_hypernet.safetensors"
-    if shipped.is_file():
-        shutil.copy(shipped, base / "models" / "hyperdreambooth" / HYPERNET)
     _link(base / "custom_nodes" / PACK, ROOT)
     for photo in (ROOT / "example_workflows" / "input").glob("*.png"):
         shutil.copy(photo, base / "input")
@@ -209,16 +206,18 @@ def _link(link: Path, target: Path) -> None:
         raise SetupError(f"Could not link {link} to {target} ({error}). Remove {link} and run this again.") from error
 
 
-def _ensure_checkpoint(host: Host) -> None:
-    """Expands the compact `weights/` to the single-file checkpoint that stock loaders read."""
+def _ensure_models(host: Host) -> None:
+    """The models of `weights/`: the base expanded to the single-file checkpoint that stock loaders read, the hypernetwork
+    as it is. Both are left alone until `weights/` changes, since a running server reads them."""
     weights, expander = ROOT / "weights", ROOT / "miniature" / "checkpoint.py"
     if not (weights / "miniature_base.safetensors").is_file():
         _say("The miniature base model is not in weights/: continuing without it.")
         return
     target = host.base / "models" / "checkpoints" / CHECKPOINT
+    shipped, hypernet = weights / "miniature_hypernet.safetensors", host.base / "models" / "hyperdreambooth" / HYPERNET
     stamp = target.with_suffix(".stamp")
     wanted = _digest([expander, *sorted(p for p in weights.rglob("*") if p.is_file())])
-    if target.is_file() and _read(stamp) == wanted:
+    if target.is_file() and hypernet.is_file() == shipped.is_file() and _read(stamp) == wanted:
         return
     _say("Expanding the miniature base model …")
     stamp.unlink(missing_ok=True)
@@ -226,6 +225,10 @@ def _ensure_checkpoint(host: Host) -> None:
         [str(host.python), "-m", "miniature.checkpoint", "expand", "--weights", str(weights), "--target", str(target)],
         "The miniature base model could not be expanded",
     )
+    if shipped.is_file():
+        shutil.copy(shipped, hypernet)
+    else:
+        hypernet.unlink(missing_ok=True)
     stamp.write_text(wanted)
 
 
