@@ -49,7 +49,7 @@ from .training.tokens import PhotoTokens, precompute_tokens
 from .training.trainer import Trainer, parts_of
 from .training.vision import load_vision_encoder
 
-_PATHS = ("model", "photos", "folder", "begin_with", "clip_vision", "tokenizer")  # of a machine, in no file
+_PATHS = ("model", "photos", "folder", "begin_with", "clip_vision", "encoder", "tokenizer")  # of a machine, in no file
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -102,6 +102,8 @@ def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
     loss_of = PhotoLoss(base.denoiser, people, PhotoPixels(encoder), args.class_prompt, config, args.portraits)
     with initialised(config.seed):
         net = PhotoPredictor(encoder, loss_of.text([""]).shape[-1], len(loss_of.components.variance))
+    if args.encoder:
+        _load_encoder(net.encoder, args.encoder)
     trainer = Trainer(
         accelerator, net, config, run.folder / "pretrain.pt", run.folder / "pretrain.csv", args.accumulate
     )
@@ -124,8 +126,8 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     net.net.set_scale(loss_of.energy)
     if args.begin_with is not None:
         net.net.load_state_dict(_beginning(args.begin_with, loss_of.net).state_dict())
-    elif net.net.encoder is not None and run.encoder.exists():
-        _load_encoder(net.net.encoder, run.encoder)
+    elif net.net.encoder is not None and (args.encoder or run.encoder.exists()):
+        _load_encoder(net.net.encoder, args.encoder or run.encoder)
     rates = {"net.down_start": config.down_rate, "net.encoder": config.encoder_rate}
     trainer = Trainer(accelerator, net, config, run.state, run.log, args.accumulate, rates)
     notes = {}
@@ -283,6 +285,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--begin-with", type=Path, help="a hypernetwork's file that `train` begins with, instead of anew"
+    )
+    parser.add_argument(
+        "--encoder",
+        type=Path,
+        help="what `pretrain` wrote into another folder, for `train`, or for another `pretrain` to go on with",
     )
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     parser.add_argument("--mixed-precision", choices=tuple(_DTYPES), default="bf16")

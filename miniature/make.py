@@ -17,7 +17,9 @@ from safetensors import safe_open
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "weights"
 RUNS = ROOT / ".runs"
-_HYPERNET = "--model .runs/diffusers --photos .runs/people --folder .runs/hypernet --image-size 128"
+_TRAIN = "--model .runs/diffusers --image-size 128"
+_FITTED = f"{_TRAIN} --photos .runs/fitted --folder .runs/regression"
+_PEOPLE = f"{_TRAIN} --photos .runs/people --folder .runs/hypernet"
 STAGES = {
     "pictures": "miniature.pictures",
     "vae": "miniature.vae",
@@ -27,18 +29,34 @@ STAGES = {
     "judge_a": "miniature.judge --architecture a",
     "judge_b": "miniature.judge --architecture b",
     "pack": "miniature.checkpoint pack",
-    "people": "miniature.photos --people 3400 --photos 5",
     "diffusers": "miniature.checkpoint diffusers",
-    "precompute": f"hdb_core.train precompute {_HYPERNET} --min-timestep 0.15",
-    "pretrain": f"hdb_core.train pretrain {_HYPERNET} --pretrain-steps 2000 --portraits",
-    "hypernet": f"hdb_core.train train {_HYPERNET} --steps 1300 --regression-steps 150 --diffusion-start 150 --people 32 "
-    "--learning-rate 1e-3 --warmup 20 --depth 2 --down-rate 3 --encoder-rate 0.1 --max-photos 2 --min-timestep 0.05",
+    "people": "miniature.photos --people 10000 --photos 3",
+    "latents_of_people": f"hdb_core.train precompute {_PEOPLE} --fit-steps 0",
+    "pretrain": f"hdb_core.train pretrain {_PEOPLE} --portraits --pretrain-steps 700 --pretrain-people 128 --warmup 50",
+    "fitted": "miniature.photos --folder .runs/fitted --people 384 --photos 4",
+    "precompute": f"hdb_core.train precompute {_FITTED} --min-timestep 0.15",
+    "regression": f"hdb_core.train train {_FITTED} --encoder .runs/hypernet/encoder.safetensors --diffusion-weight 0 "
+    "--steps 150 --people 64 --learning-rate 2e-3 --warmup 20 --depth 2 --down-rate 0 --encoder-rate 0 --max-photos 2 "
+    "--held-out 0.05 --sample-every 0",
+    "hypernet": f"hdb_core.train train {_PEOPLE} --begin-with .runs/regression/hypernet.safetensors "
+    "--regression-weight 0 --steps 1300 --learning-rate 1e-3 --warmup 20 --depth 2 --down-rate 3 --encoder-rate 0.1 "
+    "--max-photos 2 --min-timestep 0.05",
     "pack_hypernet": "miniature.checkpoint pack",
 }
 MADE_BY = {
     "miniature_vae.safetensors": ("pictures", "vae", "latents", "pack"),
     "miniature_base.safetensors": ("pictures", "vae", "latents", "text", "base", "pack"),
-    "miniature_hypernet.safetensors": ("people", "diffusers", "precompute", "pretrain", "hypernet", "pack_hypernet"),
+    "miniature_hypernet.safetensors": (
+        "diffusers",
+        "people",
+        "latents_of_people",
+        "pretrain",
+        "fitted",
+        "precompute",
+        "regression",
+        "hypernet",
+        "pack_hypernet",
+    ),
     "judge_a.safetensors": ("pictures", "judge_a"),
     "judge_b.safetensors": ("pictures", "judge_b"),
 }

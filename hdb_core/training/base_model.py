@@ -96,7 +96,10 @@ class BaseModel:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Model-space latents (N, C, H/8, W/8) float32 of pixels (N, 3, H, W) in 0..1."""
-        encoded = self.vae.encode((pixels * 2 - 1).to(self.vae.device, self.vae.dtype))
+        device = self.vae.device
+        # bfloat16 has the range of float32 and, unlike float16, does not overflow in a VAE.
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.denoiser.dtype is torch.bfloat16):
+            encoded = self.vae.encode((pixels * 2 - 1).to(device, self.vae.dtype))
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         return latents.float() * self.vae.config.scaling_factor
 
@@ -138,7 +141,8 @@ def load_base_model(
         parts.scheduler.alphas_cumprod,
         prediction_type or parts.scheduler.config.prediction_type,
     )
-    return BaseModel(denoiser, parts.vae.to(device).eval().requires_grad_(False))
+    vae = parts.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return BaseModel(denoiser, vae)
 
 
 def _read_folder(folder: Path, dtype: torch.dtype, tokenizer: Path | None) -> Parts:

@@ -164,11 +164,14 @@ def backward(
 
 
 def _groups(net: nn.Module, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The parameters that are trained, by their rate."""
+    """The parameters that are trained, by their rate; those of rate 0 get no gradients, which saves their cost."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         scale = next((scale for start, scale in rates.items() if name.startswith(start)), 1.0)
-        groups.setdefault(scale, []).append(parameter)
+        if scale == 0:
+            parameter.requires_grad_(False)
+        else:
+            groups.setdefault(scale, []).append(parameter)
     return [{"params": parameters, "scale": scale} for scale, parameters in groups.items()]
 
 

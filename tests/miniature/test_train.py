@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -138,9 +137,22 @@ def test_pretrained_encoder_is_what_training_starts_from(model, photos, fitted, 
     assert run("train", model, photos, folder, "--steps", "3", "--encoder-rate", "0") == 0
     for name, weight in load_file(folder / "encoder.safetensors").items():
         torch.testing.assert_close(weights(folder)[f"net.encoder.{name}"], weight)
-    other = copied(fitted, tmp_path / "other")
-    shutil.copy(folder / "encoder.safetensors", other)
-    assert run("train", model, photos, other, "--steps", "1", "--encoder-width", "64") == 1
+
+
+def test_an_encoder_of_another_folder(model, photos, fitted, tmp_path, capsys):
+    folder, other = copied(fitted, tmp_path / "run"), copied(fitted, tmp_path / "other")
+    options = ["--pretrain-people", "4", "--pretrain-steps", "1"]
+    assert run("pretrain", model, photos, folder, *options) == 0
+    theirs = ["--encoder", str(folder / "encoder.safetensors")]
+    assert run("pretrain", model, photos, other, *options, *theirs, "--pretrain-rate", "1e-9") == 0
+    for name, weight in load_file(folder / "encoder.safetensors").items():
+        torch.testing.assert_close(load_file(other / "encoder.safetensors")[name], weight, atol=1e-6, rtol=1e-6)
+    (other / "encoder.safetensors").unlink()
+    assert run("train", model, photos, other, "--steps", "1", "--encoder-rate", "0", *theirs) == 0
+    for name, weight in load_file(folder / "encoder.safetensors").items():
+        torch.testing.assert_close(weights(other)[f"net.encoder.{name}"], weight)
+    third = copied(fitted, tmp_path / "third")
+    assert run("train", model, photos, third, "--steps", "1", "--encoder-width", "64", *theirs) == 1
     assert "an image encoder of other sizes" in capsys.readouterr().err
 
 
