@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from devtools import environment
-from hdb_core.finetune import FinetuneConfig
+from hdb_core.finetune import RELAXED_RANK, FinetuneConfig
 
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
@@ -102,7 +102,7 @@ def main() -> None:
         raise SystemExit(f"No hypernetwork {args.hypernet}: complete weights/, or name one with --hypernet.")
     methods = all_methods(
         args.hypernet.resolve(),
-        single_settings(args.set),
+        {"rank": RELAXED_RANK, **single_settings(args.set)},
         DreamBoothConfig(rate=args.reference_rate, checkpoints=tuple(args.reference_steps)),
         TextualInversionConfig(rate=args.inversion_rate, checkpoints=tuple(args.inversion_steps)),
     )

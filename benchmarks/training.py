@@ -4,7 +4,7 @@
 of ``hdb_core.train``), trains every variant on them with the same seed, and writes ``benchmarks/results/training.json``
 and ``training.md``. The error is that of v on a photo that was not given, with the person's own prediction, nobody's and
 a stranger's. Variants are trained in ``.runs/training`` and go on where they were stopped; finished ones are not
-trained again.
+trained again, and rows of other variants, or of other numbers of steps, stay in the table.
 """
 
 from __future__ import annotations
@@ -83,6 +83,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def merged(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows with one more, or one made anew, by steps and in the order of the variants."""
+    keyed = {(r["steps"], list(VARIANTS).index(r["variant"])): r for r in [*rows, row] if r["variant"] in VARIANTS}
+    return [keyed[key] for key in sorted(keyed)]
+
+
 def main() -> None:
     options = argparse.ArgumentParser(
         prog="dev.py bench training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -99,12 +105,14 @@ def main() -> None:
         *("--learning-rate", "1e-3", "--down-rate", "3", "--warmup", "20", "--depth", "2", "--held-out", "0.05"),
         *("--max-photos", "2", "--min-timestep", "0.05", "--sample-every", "0"),
     ]
-    rows = []
+    path = args.results / "training.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
     for name in args.variants:
         folder = ROOT / ".runs" / "training" / f"{name.replace(', ', '_').replace(' ', '_')}_{args.steps}"
-        rows.append(trained(name, prepared(Run(args.folder), folder).folder, args.steps, shared))
-        write_json(args.results / "training.json", [rounded(row) for row in rows])
-        write_text(args.results / "training.md", table(rows))
+        row = rounded(trained(name, prepared(Run(args.folder), folder).folder, args.steps, shared))
+        rows = merged(rows, row)
+        write_json(path, rows)
+        write_text(path.with_suffix(".md"), table(rows))
     print(table(rows))
 
 

@@ -35,6 +35,8 @@ _GRAD_SCALE = 1024.0
 # ten times that is no training noise.
 _EXPLODED_LOSS = 10.0
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
+# The rank to choose when going on from a prediction (the paper's rank relaxation); the defaults suit a cold start.
+RELAXED_RANK = 4
 # How noise levels count. native: by the error of what the model predicts, which for ε says little about a person where
 # there is much noise. v: by the error of v, whatever the model predicts; the levels that decide on colours and shapes
 # then have their part. Source of v: Salimans & Ho, Progressive Distillation, arXiv 2202.00512 (their SNR + 1 weighting).
@@ -83,6 +85,7 @@ class FinetuneConfig:
         rank: of the result, or that of the given LiDB if it is higher; columns beyond the given LiDB's rank start with
             no effect (relaxed rank).
         learning_rate: of the up side (Adam).
+        warm_lr_scale: of all rates when going on from a given LiDB, which the rate of a cold start would lead astray.
         freeze_down: keep the down side at its start; from a cold start it is then shared by all people.
         down_lr_scale: rate of a down side that is not frozen, relative to `learning_rate`.
         final_lr_scale: the rates fall linearly to this part of themselves.
@@ -105,6 +108,7 @@ class FinetuneConfig:
     steps: int = 40
     rank: int = 1
     learning_rate: float = 0.05
+    warm_lr_scale: float = 0.2
     freeze_down: bool = True
     down_lr_scale: float = 0.1
     final_lr_scale: float = 1.0
@@ -125,6 +129,7 @@ class FinetuneConfig:
         _require(1 <= self.rank <= self.basis.max_rank, "rank", f"1 to {self.basis.max_rank}", self.rank)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         _require(0 < self.learning_rate < math.inf, "learning_rate", "a positive number", self.learning_rate)
+        _require(0 < self.warm_lr_scale < math.inf, "warm_lr_scale", "a positive number", self.warm_lr_scale)
         for name in ("down_lr_scale", "final_lr_scale", "prior_weight"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, "0 or a positive number", value)
@@ -243,6 +248,7 @@ class TrainableFactors(nn.Module):
         self.down = nn.Parameter(down.to(device), requires_grad=not config.freeze_down)
         self.up = nn.Parameter(up.to(device))
         self.bases = bases_of(recipe, layout, device)
+        self.rate_scale = config.warm_lr_scale if bool(up.any()) else 1.0
         self.info = _describe(config, init)
 
     def forward(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -419,11 +425,9 @@ def _backward(
 
 
 def _optimizer(factors: TrainableFactors, config: FinetuneConfig) -> torch.optim.Optimizer:
-    groups = [{"params": [factors.up], "lr": config.learning_rate, "scale": 1.0}]
-    if factors.down.requires_grad:
-        scale = config.down_lr_scale
-        groups.append({"params": [factors.down], "lr": config.learning_rate * scale, "scale": scale})
-    return torch.optim.Adam(groups)
+    scales = {factors.up: factors.rate_scale, factors.down: factors.rate_scale * config.down_lr_scale}
+    groups = [{"params": [p], "scale": scale} for p, scale in scales.items() if p.requires_grad]
+    return torch.optim.Adam(groups, config.learning_rate)
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, config: FinetuneConfig, step: int) -> None:

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 from safetensors import safe_open
@@ -30,16 +31,16 @@ STAGES = {
     "judge_b": "miniature.judge --architecture b",
     "pack": "miniature.checkpoint pack",
     "diffusers": "miniature.checkpoint diffusers",
-    "people": "miniature.photos --people 10000 --photos 3",
+    "people": "miniature.photos --people 3400 --photos 4",
     "latents_of_people": f"hdb_core.train precompute {_PEOPLE} --fit-steps 0",
-    "pretrain": f"hdb_core.train pretrain {_PEOPLE} --portraits --pretrain-steps 700 --pretrain-people 128 --warmup 50",
+    "pretrain": f"hdb_core.train pretrain {_PEOPLE} --portraits --pretrain-steps 2000",
     "fitted": "miniature.photos --folder .runs/fitted --people 384 --photos 4",
     "precompute": f"hdb_core.train precompute {_FITTED} --min-timestep 0.15",
     "regression": f"hdb_core.train train {_FITTED} --encoder .runs/hypernet/encoder.safetensors --diffusion-weight 0 "
     "--steps 150 --people 64 --learning-rate 2e-3 --warmup 20 --depth 2 --down-rate 0 --encoder-rate 0 --max-photos 2 "
     "--held-out 0.05 --sample-every 0",
     "hypernet": f"hdb_core.train train {_PEOPLE} --begin-with .runs/regression/hypernet.safetensors "
-    "--regression-weight 0 --steps 1300 --learning-rate 1e-3 --warmup 20 --depth 2 --down-rate 3 --encoder-rate 0.1 "
+    "--regression-weight 0 --steps 230 --learning-rate 1e-3 --warmup 20 --depth 2 --down-rate 3 --encoder-rate 0.1 "
     "--max-photos 2 --min-timestep 0.05",
     "pack_hypernet": "miniature.checkpoint pack",
 }
@@ -47,19 +48,13 @@ MADE_BY = {
     "miniature_vae.safetensors": ("pictures", "vae", "latents", "pack"),
     "miniature_base.safetensors": ("pictures", "vae", "latents", "text", "base", "pack"),
     "miniature_hypernet.safetensors": (
-        "diffusers",
-        "people",
-        "latents_of_people",
-        "pretrain",
-        "fitted",
-        "precompute",
-        "regression",
-        "hypernet",
-        "pack_hypernet",
+        *("diffusers", "people", "latents_of_people", "pretrain"),
+        *("fitted", "precompute", "regression", "hypernet", "pack_hypernet"),
     ),
     "judge_a.safetensors": ("pictures", "judge_a"),
     "judge_b.safetensors": ("pictures", "judge_b"),
 }
+LOGS = {"log.csv": "{}.csv", "pretrain.csv": "{}_encoder.csv", "evaluation.json": "{}_evaluation.json"}
 LICENCES = {
     "code and weights": "Apache-2.0",
     "drawings": "avataaars by Pablo Stanley, free for personal and commercial use, as packaged in python_avatars (MIT)",
@@ -81,11 +76,11 @@ def describe(path: Path) -> dict:
 
 
 def write_manifest(weights: Path = WEIGHTS, runs: Path = RUNS) -> None:
-    """Writes ``manifest.json`` and copies the logs of the trainings beside it."""
+    """Writes ``manifest.json`` and copies the logs of the trainings, in the folders of their stages, beside it."""
     (weights / "logs").mkdir(exist_ok=True)
-    for log in sorted(runs.glob("*/log.csv")):
-        if log.parent.name in STAGES:
-            shutil.copy(log, weights / "logs" / f"{log.parent.name}.csv")
+    for stage, (log, copy) in product(STAGES, LOGS.items()):
+        if (runs / stage / log).exists():
+            shutil.copy(runs / stage / log, weights / "logs" / copy.format(stage))
     files = {name: describe(weights / name) for name in MADE_BY}
     (weights / "manifest.json").write_text(json.dumps({"files": files, "licences": LICENCES}, indent=2) + "\n")
 

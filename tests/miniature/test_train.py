@@ -196,6 +196,7 @@ def test_ways_to_train_are_compared(model, photos, fitted, tmp_path):
     assert hypernet_file.read_header(run.file).config.iterations == 1
     assert "diffusion" not in (tmp_path / "regression" / "log.csv").read_text().splitlines()[0]
     assert len(comparison.table(rows).splitlines()) == 4
+    assert comparison.merged(rows[::-1], {**rows[0], "own": 0.0}) == [{**rows[0], "own": 0.0}, rows[1]]
 
 
 def test_diffusion_loss_alone_in_bf16(model, photos, tmp_path):
