@@ -6,8 +6,8 @@
 
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
 * ``hyper``: Predict LiDB; ``hyper_k1``: in one iteration; ``hyper_3photos``: from two more photos of the person;
-* ``hyper_N``: FastFinetune with N steps from there, and ``lidb_N`` from nothing; ``_saved`` (by ``--rows`` only): after
-  Save LiDB and Load LiDB;
+* ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` from nothing; ``_saved``
+  (by ``--rows`` only): after Save LiDB and Load LiDB;
 * ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
 * ``dreambooth@N``, ``textual_inversion@N``: checkpoints; without a number the one with the best joint score;
 * ``stranger``: the next person's prediction; ``photo``: the given photo itself; ``render``: true pictures of the prompts.

@@ -289,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--encoder",
         type=Path,
-        help="what `pretrain` wrote into another folder, for `train`, or for another `pretrain` to go on with",
+        help="what `pretrain` wrote into another folder, for `train`, or for another `pretrain` to go on with; --begin-with brings its own",
     )
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     parser.add_argument("--mixed-precision", choices=tuple(_DTYPES), default="bf16")
