@@ -64,7 +64,10 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.encoder and (args.begin_with or args.clip_vision):
+        parser.error("--encoder is for a trained ViT that starts anew: --begin-with and --clip-vision bring their own.")
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
     try:
         accelerator.print(f"{args.stage}, processes: {accelerator.num_processes}")
@@ -289,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--encoder",
         type=Path,
-        help="what `pretrain` wrote into another folder, for `train`, or for another `pretrain` to go on with; --begin-with brings its own",
+        help="what `pretrain` wrote into another folder, for `train`, or for another `pretrain` to go on with",
     )
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     parser.add_argument("--mixed-precision", choices=tuple(_DTYPES), default="bf16")

@@ -156,6 +156,13 @@ def test_an_encoder_of_another_folder(model, photos, fitted, tmp_path, capsys):
     assert "an image encoder of other sizes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("other", ["--begin-with", "--clip-vision"])
+def test_an_encoder_beside_one_that_brings_its_own_is_refused(other, model, photos, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("train", model, photos, tmp_path, "--encoder", "any.safetensors", other, "any")
+    assert "bring their own" in capsys.readouterr().err
+
+
 def test_portraits_are_predicted_and_never_seen(model, photos, fitted, tmp_path, monkeypatch):
     seen, shown = [], []
     read, text = PhotoPixels.read, PhotoLoss.text
