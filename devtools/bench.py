@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import takewhile
 
 from .environment import ROOT
 
 
 def main() -> int:
     known = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if not p.stem.startswith("_"))
-    names = [a for a in sys.argv[1:] if a in known]
-    options = [a for a in sys.argv[1:] if a not in names]
+    names = list(takewhile(known.__contains__, sys.argv[1:]))
+    options = sys.argv[1 + len(names) :]
     if not names:
         print(f"usage: dev.py bench NAME … [options]\nbenchmarks: {', '.join(known) or 'none yet'}")
         return 2

@@ -19,7 +19,7 @@ from .studio import Studio
 
 @dataclass(frozen=True)
 class DreamBoothConfig(ReferenceConfig):
-    """Settings of one training.
+    """Settings of one training; the rate was chosen on dev people, and both sides of the best joint score are looked at.
 
     Attributes:
         prior_weight: of the loss on class pictures.
@@ -27,7 +27,7 @@ class DreamBoothConfig(ReferenceConfig):
     """
 
     rate: float = 2e-5
-    checkpoints: tuple[int, ...] = (50, 100, 200, 400)
+    checkpoints: tuple[int, ...] = (50, 100, 150)
     prior_weight: float = 1.0
     class_pictures: int = 64
 

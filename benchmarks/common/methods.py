@@ -32,7 +32,8 @@ BYTES_PER_WEIGHT = 2  # float16, as checkpoints are shared
 CLASS_PICTURES = DreamBoothConfig().class_pictures
 # Dimensions of a basis that is complete on every layer of SD 1.x; narrower layers cut it to their size.
 COMPLETE = {"down_dim": 1280, "up_dim": 1280}
-LORA = {"steps": 400, "learning_rate": 1e-3, "freeze_down": False, "down_lr_scale": 1.0, "weighting": "native",
+# Steps and rate chosen on dev people.
+LORA = {"steps": 150, "learning_rate": 3e-4, "freeze_down": False, "down_lr_scale": 1.0, "weighting": "native",
         "prior_weight": 1.0, "basis": COMPLETE}  # fmt: skip
 
 
