@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.common import files, report
+from benchmarks.common.bench import RESULTS
 from benchmarks.common.report import (
     Row,
     against_goal,
@@ -14,6 +15,8 @@ from benchmarks.common.report import (
     cost_of_most,
     difference,
     gain_share,
+    number,
+    percent,
     rank_correlation,
     reached_table,
     speed_table,
@@ -158,3 +161,19 @@ def test_json_lists_have_an_object_a_line(tmp_path):
     files.write_json(tmp_path / "new" / "people.json", [{"row": "base"}, {"row": "caption"}])
     lines = (tmp_path / "new" / "people.json").read_text().splitlines()
     assert lines == ["[", '{"row": "base"},', '{"row": "caption"}', "]"]
+
+
+def test_the_readme_shows_the_report():
+    rows = {row["row"]: row for row in json.loads((RESULTS / "hypernet.json").read_text())}
+    lines = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| row of the report |"))
+    scores = [name.strip() for name in lines[start].split("|")[2:-2]]
+    shown = 0
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        row = rows[name.strip("`")]
+        assert cells == [*(percent(row[s], row["errors"].get(s)) for s in scores), number(row["seconds"])]
+        shown += 1
+    assert shown > 5
