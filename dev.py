@@ -1,4 +1,4 @@
-"""The development entry point: python dev.py demo | test | serve | bench. Standard library only."""
+"""The development entry point: python dev.py demo | test | serve | bench | thumbnails. Standard library only."""
 
 import sys
 
@@ -14,10 +14,11 @@ from devtools.environment import ROOT, SetupError, prepare
 
 EPILOG = """
 commands:
-  demo    one photo in, that person's pictures out; results in output/
-  serve   ComfyUI with this pack, for a browser
-  test    lint and all tests, or the tiers that are named; other options go to pytest
-  bench   benchmarks by name
+  demo        one photo in, that person's pictures out; results in output/
+  serve       ComfyUI with this pack, for a browser
+  test        lint and all tests, or the tiers that are named; other options go to pytest
+  bench       benchmarks by name
+  thumbnails  the example workflows' pictures in the template browser
 `dev.py COMMAND --help` shows the options of a command."""
 
 
@@ -30,7 +31,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         add_help=False,
         allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", choices=("demo", "serve", "test", "bench"))
+    parser.add_argument("command", nargs="?", choices=("demo", "serve", "test", "bench", "thumbnails"))
     parser.add_argument(
         "--comfyui", type=Path, metavar="PATH", help="use this ComfyUI with its own Python, change nothing in it"
     )

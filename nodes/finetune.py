@@ -37,7 +37,7 @@ class FastFinetune(io.ComfyNode):
                 io.String.Input(
                     "prompt",
                     default=DEFAULTS.prompt,
-                    tooltip="Describes the photo, with a rare token such as [v] that will mean this person in your prompts.",
+                    tooltip="What the photo shows, with a rare token such as [v] that will mean this person in your prompts: a [v] face, smiling, in a red shirt, at the beach. Name expression, clothes and background: what is named does not become part of the person.",
                 ),
                 io.String.Input(
                     "class_prompt",

@@ -137,11 +137,13 @@ class FastFinetuning:
         name: of the row; the second is "<name>_saved".
         settings: fields of FinetuneConfig that are not at their default; a basis as a dict.
         start: the prediction that it goes on from, which brings its basis; None starts from nothing.
+        described: the prompt of the training also says what the photo shows besides the person.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     start: Predicted | None = None
+    described: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -154,6 +156,8 @@ class FastFinetuning:
         resolved: dict[str, Any] = {"finetune": self.config}
         if self.start is not None:
             resolved["start"] = self.start.settings
+        if self.described:
+            resolved["described"] = True
         if self.config["prior_weight"] > 0:
             resolved["class_pictures"] = CLASS_PICTURES
         return {self.name: resolved, f"{self.name}_saved": {**resolved, "file_rank": DEFAULT_RANK}}
@@ -172,7 +176,9 @@ class FastFinetuning:
         inputs: dict[str, Any] = {"lidb": start.lidb} if start else {}
         if self.config["prior_weight"] > 0:
             inputs["class_pictures"] = class_pictures(bench, self.config["class_prompt"], CLASS_PICTURES)
-        lidb, seconds = bench.studio.finetune(subject.photo, **inputs, **{"seed": subject.seed, **self.settings})
+        prompt = f"{self.config['prompt']}, {subject.words}" if self.described else self.config["prompt"]
+        settings = {"seed": subject.seed, **self.settings, "prompt": prompt}
+        lidb, seconds = bench.studio.finetune(subject.photo, **inputs, **settings)
         step = bench.studio.finetune_step_flops(subject.photo, self.settings, **inputs)
         made = Made(lidb, seconds, self.config["steps"] * step)
         return Made(lidb, made.seconds + start.seconds, made.flops + start.flops) if start else made

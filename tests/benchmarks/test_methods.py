@@ -82,7 +82,7 @@ def test_a_prediction_is_keyed_by_the_file_and_all_that_it_is_asked(bench, tmp_p
     assert one.rows == again.rows
     cold, warm, lora = FastFinetuning("x"), FastFinetuning("x", start=one), LoRA("x", LORA)
     methods = (one, two, Predicted("hyper", nets[0], 1), Predicted("hyper", nets[0], photos=3), cold, warm, lora,
-               FastFinetuning("x", start=two))  # fmt: skip
+               FastFinetuning("x", start=two), FastFinetuning("x", start=one, described=True))  # fmt: skip
     keys = {bench.cells.key(method.rows[method.name]) for method in methods}
     assert len(keys) == len(methods)
     assert lora.rows["x"]["class_pictures"] and list(lora.rows) == ["x"]

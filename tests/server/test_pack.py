@@ -4,10 +4,13 @@ import copy
 import io
 import shutil
 from pathlib import Path
+from urllib.parse import quote
+from urllib.request import urlopen
 
 import pytest
 from PIL import Image
 
+from devtools import thumbnails
 from devtools.comfy_server import PromptError, PromptInterrupted
 from devtools.environment import PACK, ROOT
 from devtools.workflow import edited, load, nodes_of, to_prompt
@@ -67,6 +70,14 @@ def test_every_input_has_a_tooltip(ours):
 
 def test_example_workflows_are_offered_as_templates(server):
     assert sorted(server.get("/api/workflow_templates")[PACK]) == sorted(path.stem for path in WORKFLOWS)
+
+
+@pytest.mark.parametrize("name", thumbnails.WORKFLOWS)
+def test_templates_have_a_picture(name, server):
+    url = f"{server.url}/api/workflow_templates/{PACK}/{quote(name)}.jpg"
+    with urlopen(url) as response:
+        picture = Image.open(io.BytesIO(response.read()))
+    assert picture.size == (2 * thumbnails.SIZE, thumbnails.SIZE)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
