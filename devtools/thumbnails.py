@@ -31,6 +31,9 @@ def main() -> int:
     except (ServerError, SetupError, PromptError, workflow.WorkflowError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nStopped, and the server with it.", file=sys.stderr)
+        return 130
     photo = decoded(PHOTO.read_bytes())
     for name, picture in made.items():
         path = ROOT / "example_workflows" / f"{name}.jpg"

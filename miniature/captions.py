@@ -59,6 +59,11 @@ def context_words(context: Context) -> dict[str, str]:
     return words
 
 
+def photo_words(context: Context) -> str:
+    """What a photo shows besides the person, as a prompt goes on: "smiling, wearing a red hoodie, at the beach"."""
+    return ", ".join(context_words(context).values())
+
+
 def style_words(style: str) -> str:
     """The words that begin a caption in a style: "a painting of ", nothing for a photo."""
     return _STYLE_PREFIX[style]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .captions import context_words
+from .captions import photo_words
 from .drawing import photo
 from .people import SPLITS, Context, sample_context, sample_person
 
@@ -35,7 +35,7 @@ def write_person(folder: Path, seed: int, count: int) -> None:
     for index in range(count):
         context = photo_context(seed, index)
         Image.fromarray(photo(person, context)).save(target / f"{index}.png")
-        (target / f"{index}.txt").write_text(", ".join(context_words(context).values()) + "\n", encoding="utf-8")
+        (target / f"{index}.txt").write_text(photo_words(context) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ import numpy as np
 
 from hdb_core.finetune import FinetuneConfig
 from hdb_core.lidb_file import DEFAULT_RANK
+from hdb_core.training.fit import caption
+from miniature.captions import photo_words
 from miniature.prompts import describe
 
 from .bench import Bench
@@ -176,7 +178,7 @@ class FastFinetuning:
         inputs: dict[str, Any] = {"lidb": start.lidb} if start else {}
         if self.config["prior_weight"] > 0:
             inputs["class_pictures"] = class_pictures(bench, self.config["class_prompt"], CLASS_PICTURES)
-        prompt = f"{self.config['prompt']}, {subject.words}" if self.described else self.config["prompt"]
+        prompt = caption(self.config["prompt"], photo_words(subject.context) if self.described else "")
         settings = {"seed": subject.seed, **self.settings, "prompt": prompt}
         lidb, seconds = bench.studio.finetune(subject.photo, **inputs, **settings)
         step = bench.studio.finetune_step_flops(subject.photo, self.settings, **inputs)

@@ -7,7 +7,6 @@ from functools import cached_property
 
 import numpy as np
 
-from miniature.captions import context_words
 from miniature.drawing import photo
 from miniature.people import Context, Person
 from miniature.photos import photo_context
@@ -36,11 +35,6 @@ class Subject:
     def context(self) -> Context:
         """Of the photo."""
         return self._shown[1]
-
-    @property
-    def words(self) -> str:
-        """What the photo shows besides the person: "smiling, wearing a red hoodie, at the beach"."""
-        return ", ".join(context_words(self.context).values())
 
     @cached_property
     def prompts(self) -> list[EvaluationPrompt]:

@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from devtools.demo import PERSON_SEED
+from hdb_core.training.fit import caption
+from miniature.captions import photo_words
+from miniature.prompts import evaluation_photo
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -40,21 +45,23 @@ def test_widget_limits_are_those_of_the_settings(host):
 def test_example_workflows_use_the_defaults(host, path):
     """Training settings are decided in one place; a workflow that pins other ones would hide the change.
 
-    What goes on from a predicted person has its rank relaxed.
+    What goes on from a predicted person has its rank relaxed, and the prompt of a training also says what the shipped
+    photo shows besides the person.
     """
     relaxed_rank = host.module("hdb_core.finetune").RELAXED_RANK
+    _, photo = evaluation_photo(PERSON_SEED)
     saved = [node for node in json.loads(path.read_text(encoding="utf-8"))["nodes"] if node["type"] in host.nodes]
     assert saved
     for node in saved:
         widgets = [i for i in host.nodes[node["type"]].GET_SCHEMA().inputs if getattr(i, "default", None) is not None]
         goes_on = node["type"] == "FastFinetune" and any(i["name"] == "lidb" and i["link"] for i in node["inputs"])
         if widgets:  # the name of a file has no default
-            expected = [relaxed_rank if goes_on and w.id == "rank" else w.default for w in widgets]
-            if node["type"] == "FastFinetune":  # says besides what the example's photo shows
-                (words,) = (value for w, value in zip(widgets, node["widgets_values"], strict=True) if w.id == "prompt")
-                assert words.startswith(f"{expected[0]}, ")
-                expected[0] = words
-            assert node["widgets_values"] == expected
+            expected = {widget.id: widget.default for widget in widgets}
+            if node["type"] == "FastFinetune":
+                expected["prompt"] = caption(expected["prompt"], photo_words(photo))
+            if goes_on:
+                expected["rank"] = relaxed_rank
+            assert node["widgets_values"] == list(expected.values())
 
 
 SDXL_UNET = {
