@@ -6,11 +6,11 @@
 
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
 * ``hyper``: Predict LiDB; ``hyper_k1``: in one iteration; ``hyper_3photos``: from two more photos of the person;
-* ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` from nothing; ``_described``: its
-  prompt also says what the photo shows besides the person; ``_saved`` (by ``--rows`` only): after Save LiDB and Load
-  LiDB;
+* ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` from nothing; ``_described``: it is
+  told what the photo shows besides the person; ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB;
 * ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
-* ``dreambooth@N``, ``textual_inversion@N``: checkpoints; without a number the one with the best joint score;
+* ``dreambooth@N``, ``dreambooth_described@N``, ``textual_inversion@N``: checkpoints; without a number the one with the
+  best joint score;
 * ``stranger``: the next person's prediction; ``photo``: the given photo itself; ``render``: true pictures of the prompts.
 """
 
@@ -70,7 +70,8 @@ def all_methods(
         FastFinetuning(f"hyper_{STEPS[-1]}_described", {**settings, "steps": STEPS[-1]}, predicted, described=True),
         *(FastFinetuning(f"lidb_{n}", {"steps": n}) for n in COLD_STEPS),
         *(LoRA(f"lora{rank}", {**LORA, "rank": rank}) for rank in RANKS),
-        DreamBooth(dreambooth), TextualInversion(inversion), Stranger(predicted), RealPictures(),
+        DreamBooth(dreambooth), DreamBooth(dreambooth, "dreambooth_described", described=True),
+        TextualInversion(inversion), Stranger(predicted), RealPictures(),
     ]  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from .basis import BasisRecipe, bases_of
 from .errors import FinetuneDiverged, FinetuneError
 from .layout import Layout, require_layers
 from .lidb import LiDB, expand_factors, start_down
-from .prompt import CLASS_PROMPT, rare_token
+from .prompt import CLASS_PROMPT, caption, rare_token
 
 # A power of two: exact in float32 and bfloat16, and keeps float16 gradients above underflow.
 _GRAD_SCALE = 1024.0
@@ -94,8 +94,10 @@ class FinetuneConfig:
         weighting: of the noise levels, one of `WEIGHTINGS`.
         min_timestep: lower end of the noise levels, as a fraction of the schedule.
         max_timestep: upper end.
-        prompt: describes the photo, with the rare token.
-        class_prompt: describes the class, without it.
+        prompt: what the person is called, with the rare token.
+        photo_words: what the photos show besides the person, a line for each photo or one for all. What is named does
+            not become part of the person.
+        class_prompt: describes the class, without the token.
         prior_weight: of the class-prior preservation loss; 0 turns it off.
         train_text_encoder: whether the text layers are trained too.
         basis: of a cold start; a given LiDB brings its own.
@@ -118,6 +120,7 @@ class FinetuneConfig:
     min_timestep: float = 0.0
     max_timestep: float = 1.0
     prompt: str = "a [v] face"
+    photo_words: str = ""
     class_prompt: str = CLASS_PROMPT
     prior_weight: float = 0.0
     train_text_encoder: bool = True
@@ -310,11 +313,15 @@ class BatchSampler:
         low, high = math.floor(config.min_timestep * len(sigmas)), math.ceil(config.max_timestep * len(sigmas))
         self.sigmas = sigmas[low:high].detach().clone().to(latents.device, torch.float32)
         self.size, self.prior_weight = config.batch_size, config.prior_weight
-        prior_size = 0 if self.prior is None else self.size
-        self.prompts = [config.prompt] * self.size + [config.class_prompt] * prior_size
+        self.captions, self.class_prompt = photo_captions(config, len(latents)), config.class_prompt
         # On the CPU, so that a seed means the same on every device.
         self.generator = torch.Generator().manual_seed(config.seed)
         self.offset = torch.rand((), generator=self.generator).item()
+
+    def prompts(self, step: int) -> list[str]:
+        """What the samples of a step are to be captioned with."""
+        own = [self.captions[turn] for turn in self._turns(step, len(self.latents))]
+        return own if self.prior is None else own + [self.class_prompt] * self.size
 
     def draw(self, step: int) -> Batch:
         """The batch of a step, counted from 0; steps must be drawn in order."""
@@ -325,8 +332,11 @@ class BatchSampler:
         prior = self._draw(step, self.prior, torch.ones_like(self.prior[:, :1]), weight * self.prior_weight)
         return Batch(*(torch.cat(pair) for pair in zip(batch, prior, strict=True)))
 
+    def _turns(self, step: int, count: int) -> Tensor:
+        return (step * self.size + torch.arange(self.size)) % count
+
     def _draw(self, step: int, latents: Tensor, mask: Tensor, weight: Tensor) -> Batch:
-        turn = (step * self.size + torch.arange(self.size)) % len(latents)
+        turn = self._turns(step, len(latents))
         picked = latents[turn.to(latents.device)]
         noise = torch.randn(picked.shape, generator=self.generator).to(picked)
         # The permutation keeps several photos from always meeting the same noise levels.
@@ -334,6 +344,21 @@ class BatchSampler:
         fraction = (strata + (self.offset + step * _GOLDEN_RATIO) % 1) / self.size
         index = (fraction * len(self.sigmas)).long().clamp(max=len(self.sigmas) - 1)
         return Batch(picked, noise, self.sigmas[index.to(self.sigmas.device)], mask[turn.to(mask.device)], weight)
+
+
+def photo_captions(config: FinetuneConfig, count: int) -> list[str]:
+    """The captions of so many photos.
+
+    Raises:
+        FinetuneError: if `photo_words` has neither one line nor one for each photo.
+    """
+    lines = [line.strip() for line in config.photo_words.rstrip().splitlines()] or [""]
+    if len(lines) not in (1, count):
+        raise FinetuneError(
+            f"Expected one line of photo_words or one for each of the {count} photos, got {len(lines)}. "
+            "Give every photo its line, or describe what all of them show in one."
+        )
+    return [caption(config.prompt, words) for words in (lines * count if len(lines) == 1 else lines)]
 
 
 def latent_mask(mask: Tensor | None, latents: Tensor) -> Tensor:
@@ -380,10 +405,10 @@ def _train(
     live: dict[str, tuple[Tensor, Tensor]] = {}
     with attach(denoiser.modules, live):
         live.update(factors())
-        conditioning = None if config.train_text_encoder else _encode_once(denoiser, sampler.prompts)
         for step in range(config.steps):
             live.update(factors())
-            text = denoiser.encode_prompts(sampler.prompts) if conditioning is None else conditioning
+            with torch.set_grad_enabled(config.train_text_encoder):
+                text = denoiser.encode_prompts(sampler.prompts(step))
             batch = weighted(denoiser, sampler.draw(step), config.weighting)
             loss, of_nothing, grad_norm = _backward(denoiser, batch, text, factors, config)
             relative = loss / of_nothing
@@ -401,12 +426,6 @@ def _train(
             if callback is not None:
                 callback(FinetuneProgress(step + 1, config.steps, loss, time.perf_counter() - start))
     return FinetuneResult(factors.snapshot(), tuple(losses), time.perf_counter() - start)
-
-
-def _encode_once(denoiser: Denoiser, prompts: Sequence[str]) -> Any:
-    """Conditioning without a graph: text layers then get no gradient, and stay as they are."""
-    with torch.no_grad():
-        return denoiser.encode_prompts(prompts)
 
 
 def _backward(

@@ -1,4 +1,4 @@
-"""What a prompt says: the rare token that means a person."""
+"""What a prompt says: the rare token that means a person, and what a photo shows besides."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def rare_token(prompt: str, class_prompt: str = CLASS_PROMPT) -> str:
     """
     known = set(class_prompt.split())
     return " ".join(re.findall(r"\[[^\[\]\s]+\]", prompt) or [word for word in prompt.split() if word not in known])
+
+
+def caption(prompt: str, words: str) -> str:
+    """The prompt and a photo's own words: "a [v] face, smiling"."""
+    return f"{prompt}, {words}" if words else prompt

@@ -37,7 +37,14 @@ class FastFinetune(io.ComfyNode):
                 io.String.Input(
                     "prompt",
                     default=DEFAULTS.prompt,
-                    tooltip="What the photo shows, with a rare token such as [v] that will mean this person in your prompts: a [v] face, smiling, in a red shirt, at the beach. Name expression, clothes and background: what is named does not become part of the person.",
+                    tooltip="Names the person with a rare token, such as [v], that will mean them in your prompts.",
+                ),
+                io.String.Input(
+                    "photo_words",
+                    default=DEFAULTS.photo_words,
+                    multiline=True,
+                    placeholder="smiling, in a red shirt, at the beach",
+                    tooltip="What the photo shows besides the person: smiling, in a red shirt, at the beach. Name expression, clothes and background: what is named does not become part of the person. Of several photos, a line each, in their order.",
                 ),
                 io.String.Input(
                     "class_prompt",

@@ -15,7 +15,7 @@ import numpy as np
 
 from hdb_core.finetune import FinetuneConfig
 from hdb_core.lidb_file import DEFAULT_RANK
-from hdb_core.training.fit import caption
+from hdb_core.prompt import caption
 from miniature.captions import photo_words
 from miniature.prompts import describe
 
@@ -139,7 +139,7 @@ class FastFinetuning:
         name: of the row; the second is "<name>_saved".
         settings: fields of FinetuneConfig that are not at their default; a basis as a dict.
         start: the prediction that it goes on from, which brings its basis; None starts from nothing.
-        described: the prompt of the training also says what the photo shows besides the person.
+        described: the training is told what the photo shows besides the person.
     """
 
     name: str
@@ -149,9 +149,11 @@ class FastFinetuning:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Every field of FinetuneConfig."""
+        """Every field of FinetuneConfig, but what the photo shows: `described` says whether it is told."""
         basis = asdict(FinetuneConfig().basis) | self.settings.get("basis", {})
-        return {**asdict(FinetuneConfig()), **self.settings, "basis": basis}
+        config = {**asdict(FinetuneConfig()), **self.settings, "basis": basis}
+        del config["photo_words"]
+        return config
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
@@ -178,8 +180,8 @@ class FastFinetuning:
         inputs: dict[str, Any] = {"lidb": start.lidb} if start else {}
         if self.config["prior_weight"] > 0:
             inputs["class_pictures"] = class_pictures(bench, self.config["class_prompt"], CLASS_PICTURES)
-        prompt = caption(self.config["prompt"], photo_words(subject.context) if self.described else "")
-        settings = {"seed": subject.seed, **self.settings, "prompt": prompt}
+        words = photo_words(subject.context) if self.described else ""
+        settings = {"seed": subject.seed, "photo_words": words, **self.settings}
         lidb, seconds = bench.studio.finetune(subject.photo, **inputs, **settings)
         step = bench.studio.finetune_step_flops(subject.photo, self.settings, **inputs)
         made = Made(lidb, seconds, self.config["steps"] * step)
@@ -242,21 +244,31 @@ class Stranger:
 
 @dataclass(frozen=True)
 class Reference:
-    """A slow training; a row for each checkpoint of it. Subclasses say what is trained."""
+    """A slow training; a row for each checkpoint of it. Subclasses say what is trained.
+
+    Attributes:
+        config: settings.
+        name: of the rows, before "@".
+        described: the training is told what the photo shows besides the person.
+    """
 
     config: Any  # ReferenceConfig
     name: str
+    described: bool = False
     kind: ClassVar[str]  # of the settings, in a row's key
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
         # The constant rate makes a checkpoint independent of those after it.
         settings = {k: v for k, v in asdict(self.config).items() if k != "checkpoints"}
-        return {f"{self.name}@{steps}": {self.kind: settings, "steps": steps} for steps in self.config.checkpoints}
+        resolved = {self.kind: settings} | ({"described": True} if self.described else {})
+        return {f"{self.name}@{steps}": {**resolved, "steps": steps} for steps in self.config.checkpoints}
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         last = max(i for i, row in enumerate(self.rows, 1) if row in wanted)
-        run = self.training(bench, subject, replace(self.config, checkpoints=self.config.checkpoints[:last]))
+        prompt = caption(self.config.prompt, photo_words(subject.context) if self.described else "")
+        config = replace(self.config, prompt=prompt, checkpoints=self.config.checkpoints[:last])
+        run = self.training(bench, subject, config)
         # Closed here, not when it is collected: the base must be back whatever happens.
         with closing(run):
             for row, (steps, seconds, flops, parameters) in zip(self.rows, run, strict=False):

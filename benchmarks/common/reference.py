@@ -89,7 +89,7 @@ def train(
         optimizer = torch.optim.AdamW(parameters, lr=config.rate, weight_decay=config.weight_decay, fused=True)
 
         def train_step(step: int) -> None:
-            conditioning = denoiser.encode_prompts(sampler.prompts)
+            conditioning = denoiser.encode_prompts(sampler.prompts(step))
             core.diffusion_loss(denoiser, sampler.draw(step), conditioning).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

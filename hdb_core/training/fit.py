@@ -13,6 +13,7 @@ from ..basis import BasisRecipe, bases_of
 from ..errors import FinetuneError
 from ..finetune import Batch, Denoiser, diffusion_loss, weighted
 from ..lidb import expand_factors, start_down
+from ..prompt import caption
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,6 @@ class FitConfig:
     min_timestep: float = 0.1
     prompt: str = "a [v] face"
     basis: BasisRecipe = field(default_factory=BasisRecipe)
-
-
-def caption(prompt: str, words: str) -> str:
-    """The prompt and a photo's own words: "a [v] face, smiling"."""
-    return f"{prompt}, {words}" if words else prompt
 
 
 def fit_people(

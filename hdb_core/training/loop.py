@@ -20,8 +20,9 @@ from ..errors import HyperNetError
 from ..finetune import WEIGHTINGS, Batch, Denoiser, diffusion_loss, weighted
 from ..hypernet import HyperNet, HyperNetConfig
 from ..lidb import Factors, expand_factors, start_down
+from ..prompt import caption
 from .faces import Faces
-from .fit import caption, draw
+from .fit import draw
 from .losses import layer_energy, mean_predictor_loss, regression_loss
 from .people import FittedPerson, stacked
 

@@ -18,8 +18,8 @@ from torch.nn import functional
 from ..errors import HyperNetError
 from ..finetune import Denoiser
 from ..hypernet import EncoderConfig, PhotoEncoder, initialised
+from ..prompt import caption
 from .faces import Faces
-from .fit import caption
 from .loop import TrainConfig, Turn, turns_of
 from .people import FittedPerson
 

@@ -16,9 +16,9 @@ from ..adapters import attach
 from ..finetune import Denoiser
 from ..hypernet import HyperNet
 from ..lidb import Factors, expand_factors
+from ..prompt import caption
 from .base_model import BaseModel
 from .faces import Faces
-from .fit import caption
 from .loop import FromFaces
 from .people import FittedPerson
 

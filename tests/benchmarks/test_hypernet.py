@@ -27,8 +27,8 @@ def methods(tmp_path):
 def test_rows(methods):
     assert chosen_rows(methods(), None, "_saved") == [
         "base", "caption", "hyper_k1", "hyper", "hyper_3photos", "hyper_5", "hyper_10", "hyper_20", "hyper_40",
-        "hyper_40_described", "lidb_40", "lidb_400", "lora1", "lora4", "dreambooth@50", "textual_inversion@10",
-        "textual_inversion@20", "stranger", "photo", "render",
+        "hyper_40_described", "lidb_40", "lidb_400", "lora1", "lora4", "dreambooth@50", "dreambooth_described@50",
+        "textual_inversion@10", "textual_inversion@20", "stranger", "photo", "render",
     ]  # fmt: skip
     assert chosen_rows(methods(), ["hyper_20_saved", "textual_inversion"], "_saved") == [
         "base", "hyper_20_saved", "textual_inversion@10", "textual_inversion@20"

@@ -16,6 +16,7 @@ from hdb_core.finetune import (
     diffusion_loss,
     finetune,
     latent_mask,
+    photo_captions,
     start_factors,
     weighted,
 )
@@ -35,7 +36,7 @@ def loss_with(toy, lidb, latents, config):
     """The mean loss over many fixed (noise, timestep) pairs."""
     sampler = BatchSampler(toy.sigmas(), latents, replace(config, batch_size=64, seed=99))
     with torch.no_grad(), attach(toy.modules, expand(lidb)):
-        return diffusion_loss(toy, sampler.draw(0), toy.encode_prompts(sampler.prompts)).item()
+        return diffusion_loss(toy, sampler.draw(0), toy.encode_prompts(sampler.prompts(0))).item()
 
 
 def frozen_state(toy):
@@ -94,7 +95,7 @@ def test_every_up_factor_has_a_gradient_at_the_first_step(toy, latents, config):
     factors = TrainableFactors(toy.layout, config, torch.device("cpu"))
     sampler = BatchSampler(toy.sigmas(), latents, config)
     with attach(toy.modules, factors()):
-        diffusion_loss(toy, sampler.draw(0), toy.encode_prompts(sampler.prompts)).backward()
+        diffusion_loss(toy, sampler.draw(0), toy.encode_prompts(sampler.prompts(0))).backward()
     assert (factors.up.grad[:, :, 0].norm(dim=1) > 0).all()
 
 
@@ -196,12 +197,24 @@ def test_frozen_sides_and_layers_do_not_move(toy, latents, config):
     assert torch.equal(unet_only.down[text], frozen.down[text])
 
 
-def test_text_is_encoded_once_per_step_or_once_in_all(toy, latents, config):
-    finetune(toy, latents, replace(config, steps=4))
-    assert toy.encoded == [["a [v] face"] * 3] * 4
-    toy.encoded.clear()
-    finetune(toy, latents, replace(config, steps=4, train_text_encoder=False))
-    assert len(toy.encoded) == 1
+def test_every_photo_is_captioned_with_its_own_words(toy, config):
+    latents = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    finetune(toy, latents, replace(config, steps=2, photo_words="smiling \n in a red shirt\n"))
+    smiling, red = "a [v] face, smiling", "a [v] face, in a red shirt"
+    assert toy.encoded == [[smiling, red, smiling], [red, smiling, red]]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_line_of_words_is_for_all_photos(config, count):
+    assert photo_captions(replace(config, photo_words="smiling\n"), count) == ["a [v] face, smiling"] * count
+    assert photo_captions(config, count) == ["a [v] face"] * count
+
+
+def test_a_photo_without_words_has_an_empty_line(config):
+    words = replace(config, photo_words="\nsmiling\n\nat the beach\n\n")
+    assert photo_captions(words, 4) == ["a [v] face", "a [v] face, smiling", "a [v] face", "a [v] face, at the beach"]
+    with pytest.raises(FinetuneError, match="one for each of the 2 photos, got 4"):
+        photo_captions(words, 2)
 
 
 def test_frozen_text_layers_of_a_given_person_still_act(toy, latents, make_lidb, config):
@@ -217,11 +230,11 @@ def test_class_prior_preservation_adds_its_weighted_samples(toy, latents, config
     prior = torch.randn(5, 4, 6, 6, generator=torch.Generator().manual_seed(1))
     sampler = BatchSampler(toy.sigmas(), latents, replace(config, prior_weight=0.5), prior_latents=prior)
     batch = sampler.draw(0)
-    assert sampler.prompts == ["a [v] face"] * 3 + ["a face"] * 3
+    assert sampler.prompts(0) == ["a [v] face"] * 3 + ["a face"] * 3
     assert torch.equal(batch.latents, torch.cat([latents.expand(3, -1, -1, -1), prior[:3]]))
     close(batch.weight, torch.tensor([1 / 3] * 3 + [0.5 / 3] * 3))
     result = finetune(toy, latents, replace(config, prior_weight=0.5), prior_latents=prior)
-    assert toy.encoded[0] == sampler.prompts
+    assert toy.encoded[0] == sampler.prompts(0)
     assert not torch.equal(result.lidb.up, finetune(toy, latents, config).lidb.up)
 
 
@@ -233,7 +246,7 @@ def test_only_the_masked_region_counts(toy, latents, config):
     batch = sampler.draw(0)
     assert batch.mask[:, :, 3:].abs().sum() == 0
     close(batch.mask.mean((1, 2, 3)), torch.ones(3))
-    conditioning = toy.encode_prompts(sampler.prompts)
+    conditioning = toy.encode_prompts(sampler.prompts(0))
     toy.denoise = lambda noisy, sigma, conditioning: torch.zeros_like(noisy)
     loss = diffusion_loss(toy, batch, conditioning)
     outside = batch.latents.clone()

@@ -8,7 +8,8 @@ from PIL import Image
 
 from hdb_core.errors import FinetuneError, HyperNetError
 from hdb_core.lidb import Factors, factors_inner
-from hdb_core.training.fit import FitConfig, caption, draw, fit_people
+from hdb_core.prompt import caption
+from hdb_core.training.fit import FitConfig, draw, fit_people
 from hdb_core.training.losses import (
     layer_energy,
     mean_predictor_loss,

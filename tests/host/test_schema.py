@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from devtools.demo import PERSON_SEED
-from hdb_core.training.fit import caption
 from miniature.captions import photo_words
 from miniature.prompts import evaluation_photo
 
@@ -45,8 +44,8 @@ def test_widget_limits_are_those_of_the_settings(host):
 def test_example_workflows_use_the_defaults(host, path):
     """Training settings are decided in one place; a workflow that pins other ones would hide the change.
 
-    What goes on from a predicted person has its rank relaxed, and the prompt of a training also says what the shipped
-    photo shows besides the person.
+    What goes on from a predicted person has its rank relaxed, and a training is told what the shipped photo shows
+    besides the person.
     """
     relaxed_rank = host.module("hdb_core.finetune").RELAXED_RANK
     _, photo = evaluation_photo(PERSON_SEED)
@@ -58,7 +57,7 @@ def test_example_workflows_use_the_defaults(host, path):
         if widgets:  # the name of a file has no default
             expected = {widget.id: widget.default for widget in widgets}
             if node["type"] == "FastFinetune":
-                expected["prompt"] = caption(expected["prompt"], photo_words(photo))
+                expected["photo_words"] = photo_words(photo)
             if goes_on:
                 expected["rank"] = relaxed_rank
             assert node["widgets_values"] == list(expected.values())
