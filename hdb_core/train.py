@@ -37,7 +37,7 @@ from .hypernet import EncoderConfig, HyperNet, HyperNetConfig, initialised
 from .layout import Layout
 from .prompt import CLASS_PROMPT
 from .training.base_model import BaseModel, load_base_model
-from .training.faces import Faces, PhotoPixels
+from .training.faces import AUGMENTATIONS, Faces, PhotoPixels
 from .training.fit import FitConfig
 from .training.loop import FromFaces, PersonLoss, TrainConfig
 from .training.losses import mean_predictor_loss
@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.encoder and (args.begin_with or args.clip_vision):
         parser.error("--encoder is for a trained ViT that starts anew: --begin-with and --clip-vision bring their own.")
+    if args.augment and args.clip_vision:
+        parser.error("--augment is for a trained ViT: the tokens of --clip-vision are computed once for every photo.")
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
     try:
         accelerator.print(f"{args.stage}, processes: {accelerator.num_processes}")
@@ -189,7 +191,7 @@ def _faces(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Faces, E
     """What the hypernetwork reads of everybody's photos, missing tokens computed now, and the encoder."""
     if args.clip_vision is None:
         config = _vit(args)
-        return PhotoPixels(config), config
+        return PhotoPixels(config, args.augment), config
     encoder = load_vision_encoder(args.clip_vision, accelerator.device)
     people, folder = find_people(args.photos), Run(args.folder).tokens
     share = (accelerator.process_index, accelerator.num_processes)
@@ -311,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
         "summary": encoder.summary,
         "pretrain_steps": 2000, "pretrain_people": 64, "pretrain_rate": 1e-3,
         "width": basic.width, "depth": basic.depth, "rank": basic.rank,
-        **{f.name: f.default for f in fields(TrainConfig) if f.name != "same_photo"},
+        **{f.name: f.default for f in fields(TrainConfig) if f.name not in ("same_photo", "augment")},
         **{f"sample_{f.name}": f.default for f in fields(SampleConfig)},
     }  # fmt: skip
     for name, default in numbers.items():
@@ -327,6 +329,13 @@ def _parser() -> argparse.ArgumentParser:
         "--portraits",
         action="store_true",
         help="everybody's first photo is of one kind (passport photo): pretrain predicts it, and sees the others",
+    )
+    parser.add_argument(
+        "--augment",
+        nargs="*",
+        choices=AUGMENTATIONS,
+        default=(),
+        help="change the photos that `train` predicts from at random",
     )
     parser.add_argument("--same-photo", action="store_true", help="denoise the photo that a person was predicted from")
     return parser

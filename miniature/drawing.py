@@ -163,11 +163,12 @@ def _clothes_svg(clothing: str, color: RGB) -> str:
     return _replace_colors(_colored(path, (244, 244, 244)), {"#3A4C5A": color, "#2F4351": (red, green, blue)})
 
 
-def _person_svg(person: Person, context: Context) -> str:
+def _person_svgs(person: Person, context: Context) -> tuple[str, str]:
+    """The head, and the clothes in front of it."""
     clothes = _clothes_svg(context.clothing, CLOTHING_COLORS[context.clothing_color])
     (x, y), zoom = context.shift, context.scale
     place = f"translate({x:.3f} {y:.3f}) rotate({context.tilt:.3f} 132 150) {_about(132, 130, zoom, zoom)}"
-    return _group(place, _head_svg(person, context) + _group("translate(0 170)", clothes))
+    return _group(place, _head_svg(person, context)), _group(place, _group("translate(0 170)", clothes))
 
 
 def _beach(x: float, y: float, band: Callable[[float, float, str], str]) -> str:
@@ -217,6 +218,7 @@ def _background_svg(background: str, x: float, y: float, width: float, height: f
     return band(0, 1, _hex(WALLS[background.removesuffix(" wall")]))
 
 
+_ORIGIN = CENTER[0] - VIEW / 2, CENTER[1] - VIEW / 2
 _CLIPS = ('<clipPath id="half_left"><rect x="-30" y="-40" width="86" height="140"/></clipPath>'
           '<clipPath id="half_right"><rect x="56" y="-40" width="86" height="140"/></clipPath>')  # fmt: skip
 
@@ -232,16 +234,27 @@ def draw(people: list[tuple[Person, Context]], background: str, style: str = "ph
         uint8 RGB, (size, size * max(1, len(people)), 3).
     """
     squares = max(1, len(people))
-    x0, y0 = CENTER[0] - VIEW / 2, CENTER[1] - VIEW / 2
-    figures = "".join(_group(f"translate({VIEW * i:.3f} 0)", _person_svg(p, c)) for i, (p, c) in enumerate(people))
+    figures = "".join(
+        _group(f"translate({VIEW * i:.3f} 0)", "".join(_person_svgs(p, c))) for i, (p, c) in enumerate(people)
+    )
+    scene = _background_svg(background, *_ORIGIN, VIEW * squares, VIEW)
+    return apply_style(np.asarray(_rendered(scene + figures, squares, size).convert("RGB")), style)
+
+
+def _rendered(shapes: str, squares: int, size: int) -> Image.Image:
+    x, y = _ORIGIN
     svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-           f'viewBox="{x0} {y0} {VIEW * squares} {VIEW}" width="{size * squares}" height="{size}" fill-rule="evenodd">'
-           f"<defs>{_CLIPS}</defs>{_background_svg(background, x0, y0, VIEW * squares, VIEW)}{figures}</svg>")  # fmt: skip
-    png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)
-    picture = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
-    return apply_style(picture, style)
+           f'viewBox="{x} {y} {VIEW * squares} {VIEW}" width="{size * squares}" height="{size}" fill-rule="evenodd">'
+           f"<defs>{_CLIPS}</defs>{shapes}</svg>")  # fmt: skip
+    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True))))
 
 
 def photo(person: Person, context: Context, size: int = 128) -> np.ndarray:
     """One person's photo: uint8 RGB, (size, size, 3)."""
     return draw([(person, context)], context.background, context.style, size)
+
+
+def head_mask(person: Person, context: Context, size: int = 128) -> np.ndarray:
+    """Where `photo` shows the head and not clothes or background: uint8 (size, size), 255 inside."""
+    head, clothes = (np.asarray(_rendered(part, 1, size).getchannel("A")) for part in _person_svgs(person, context))
+    return np.where(clothes > 0, 0, head)

@@ -7,12 +7,15 @@ the upper half of the training split, whom the base has never drawn.
 
 import argparse
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
+from hdb_core.training.photos import MASK
+
 from .captions import photo_words
-from .drawing import photo
+from .drawing import head_mask, photo
 from .people import SPLITS, Context, sample_context, sample_person
 
 FIRST = SPLITS["train"][len(SPLITS["train"]) // 2]
@@ -26,8 +29,11 @@ def photo_context(seed: int, index: int) -> Context:
     return sample_context(PHOTOS_OF_A_PERSON * seed + index, style="photo")
 
 
-def write_person(folder: Path, seed: int, count: int) -> None:
-    """Writes ``count`` photos of a person and their words into a sub-folder; a complete one is left alone."""
+def write_person(folder: Path, seed: int, count: int, masks: bool = False) -> None:
+    """Writes ``count`` photos of a person, their words, and masks of the head, into a sub-folder.
+
+    A complete one is left alone.
+    """
     person, target = sample_person(seed), folder / f"{seed:08}"
     if (target / f"{count - 1}.txt").exists():
         return
@@ -35,6 +41,8 @@ def write_person(folder: Path, seed: int, count: int) -> None:
     for index in range(count):
         context = photo_context(seed, index)
         Image.fromarray(photo(person, context)).save(target / f"{index}.png")
+        if masks:
+            Image.fromarray(head_mask(person, context)).save(target / f"{index}{MASK}")
         (target / f"{index}.txt").write_text(photo_words(context) + "\n", encoding="utf-8")
 
 
@@ -43,12 +51,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".runs/people"))
     parser.add_argument("--people", type=int, default=4000)
     parser.add_argument("--photos", type=int, default=4, help="of each person")
+    parser.add_argument("--masks", action="store_true", help="of the heads, beside the photos")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     seeds = range(FIRST, FIRST + args.people)
     with ProcessPoolExecutor(args.workers) as pool:
-        done = pool.map(write_person, [args.folder] * len(seeds), seeds, [args.photos] * len(seeds), chunksize=20)
+        write = partial(write_person, args.folder, count=args.photos, masks=args.masks)
+        done = pool.map(write, seeds, chunksize=20)
         for number, _ in enumerate(done, 1):
             if number % 500 == 0 or number == len(seeds):
                 print(f"{number} / {len(seeds)} people", flush=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -12,19 +12,54 @@ from ..hypernet import EncoderConfig, preprocess
 from .photos import Person
 
 
+def _transforms() -> Mapping[str, Callable[[int], Callable[[Tensor], Tensor]]]:
+    # Imported late: the nodes, which never augment, start faster without it.
+    from torchvision.transforms import v2
+
+    return {
+        "crop": lambda size: v2.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.9, 1.1), antialias=True),
+        "flip": lambda size: v2.RandomHorizontalFlip(),
+        "color": lambda size: v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.03),
+    }
+
+
+AUGMENTATIONS = ("crop", "flip", "color")
+
+
 class Faces(Protocol):
     """Photos as `loop.FromFaces` takes them."""
 
-    def read(self, photos: Sequence[tuple[Person, int]]) -> Tensor:
-        """(N, …) float32 on the CPU of N photos, each by its person and its number from 0."""
+    def read(self, photos: Sequence[tuple[Person, int]], seeds: Sequence[int] | None = None) -> Tensor:
+        """(N, …) float32 on the CPU of N photos, each by its person and its number from 0.
+
+        Args:
+            photos: which.
+            seeds: one for each photo, of its augmentation; None shows the photos as they are.
+        """
 
 
 class PhotoPixels:
-    """Pixels (N, 3, image_size, image_size), for the encoder that is trained with the hypernetwork."""
+    """Pixels (N, 3, image_size, image_size), for the encoder that is trained with the hypernetwork.
 
-    def __init__(self, encoder: EncoderConfig) -> None:
+    Args:
+        encoder: what it is given.
+        augmentations: some of `AUGMENTATIONS`, for photos that are read with seeds.
+    """
+
+    def __init__(self, encoder: EncoderConfig, augmentations: Sequence[str] = ()) -> None:
         self.encoder = encoder
+        self._augment = [_transforms()[name](encoder.image_size) for name in augmentations]
 
-    def read(self, photos: Sequence[tuple[Person, int]]) -> Tensor:
+    def read(self, photos: Sequence[tuple[Person, int]], seeds: Sequence[int] | None = None) -> Tensor:
         pixels = [person.photos[number].pixels(self.encoder.image_size) for person, number in photos]
+        if seeds is not None:
+            pixels = [self._augmented(own, seed) for own, seed in zip(pixels, seeds, strict=True)]
         return preprocess(torch.stack(pixels), self.encoder)
+
+    def _augmented(self, pixels: Tensor, seed: int) -> Tensor:
+        picture = pixels.movedim(-1, 0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for transform in self._augment:
+                picture = transform(picture)
+        return picture.movedim(0, -1)

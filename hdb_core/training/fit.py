@@ -43,6 +43,7 @@ def fit_people(
     denoiser: Denoiser,
     latents: Sequence[Tensor],
     words: Sequence[Sequence[str]],
+    masks: Sequence[Tensor],
     config: FitConfig,
     generator: torch.Generator,
     callback: Callable[[int, float], None] | None = None,
@@ -55,6 +56,7 @@ def fit_people(
         denoiser: the frozen model; must encode each prompt for its own sample.
         latents: of each person, (N, C, h, w) photos in the model's latent space; N may differ.
         words: of each person, one text a photo.
+        masks: of each person, (N, 1, h, w), how much each place of a photo counts; of mean 1.
         config: settings.
         generator: on the CPU, for noise and noise levels.
         callback: called after every step with its number from 1 and the mean loss.
@@ -76,8 +78,8 @@ def fit_people(
     with attach(denoiser.modules, live):
         for step in range(config.steps):
             turns = [step % len(photos) for photos in latents]
-            batch = draw(denoiser, torch.stack([p[t] for p, t in zip(latents, turns, strict=True)]), weight,
-                         config.min_timestep, generator)  # fmt: skip
+            chosen, mask = (torch.stack([p[t] for p, t in zip(own, turns, strict=True)]) for own in (latents, masks))
+            batch = draw(denoiser, chosen, weight, config.min_timestep, generator)._replace(mask=mask)
             batch = weighted(denoiser, batch, config.weighting)
             live.update(expand_factors(bases, down, up))
             prompts = [caption(config.prompt, own[turn]) for own, turn in zip(words, turns, strict=True)]
@@ -93,7 +95,7 @@ def fit_people(
 
 
 def draw(denoiser: Denoiser, latents: Tensor, weight: Tensor, min_timestep: float, generator: torch.Generator) -> Batch:
-    """One stratified noise level and one noise for each of the latents (B, C, h, w)."""
+    """One stratified noise level and one noise for each of the latents (B, C, h, w), all of which counts."""
     sigmas, count = denoiser.sigmas(), len(latents)
     strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
     low = int(min_timestep * len(sigmas))

@@ -21,7 +21,7 @@ from ..finetune import WEIGHTINGS, Batch, Denoiser, diffusion_loss, weighted
 from ..hypernet import HyperNet, HyperNetConfig
 from ..lidb import Factors, expand_factors, start_down
 from ..prompt import caption
-from .faces import Faces
+from .faces import AUGMENTATIONS, Faces
 from .fit import draw
 from .losses import layer_energy, mean_predictor_loss, regression_loss
 from .people import FittedPerson, stacked
@@ -47,6 +47,7 @@ class TrainConfig:
         max_photos: a person is predicted from 1 to so many photos.
         max_iterations: and with k from 1 to so many refinements.
         same_photo: denoise the photo that the person was predicted from, even if there are others.
+        augment: the photos that a person is predicted from are changed at random by these, of `faces.AUGMENTATIONS`.
         max_grad_norm: of the clipped gradient.
         down_rate: of the down side that all people share, as a multiple of the learning rate.
         encoder_rate: of the encoder, likewise.
@@ -68,6 +69,7 @@ class TrainConfig:
     max_photos: int = 1
     max_iterations: int = 2
     same_photo: bool = False
+    augment: tuple[str, ...] = ()
     max_grad_norm: float = 1.0
     down_rate: float = 10.0
     encoder_rate: float = 0.2
@@ -76,6 +78,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.weighting not in WEIGHTINGS:
             raise HyperNetError(f"Expected --weighting {' or '.join(WEIGHTINGS)}, got {self.weighting!r}.")
+        if unknown := set(self.augment) - set(AUGMENTATIONS):
+            raise HyperNetError(f"Expected --augment {', '.join(AUGMENTATIONS)}, got {', '.join(sorted(unknown))}.")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -160,7 +164,13 @@ class PersonLoss:
         config = self.config
         turns, iterations, generator = turns_of(step, self.counts, config)
         own = turns[part]
-        predicted = Factors(*net(self._faces(own), iterations))
+        # One for each photo of the whole batch, whoever takes it.
+        seeds = (
+            torch.randint(2**62, (len(turns), len(turns[0].seen)), generator=generator)[part]
+            if config.augment
+            else None
+        )
+        predicted = Factors(*net(self._faces(own, seeds), iterations))
         losses, total = {}, torch.zeros((), device=self.down.device)
         if config.regression_weight:
             targets = stacked([self.people[turn.person] for turn in own], self.down)
@@ -178,9 +188,11 @@ class PersonLoss:
         rows = [d * len(turns) + i for d in range(self.config.draws) for i in range(len(turns))[part]]
         weight = torch.full((len(denoised),), 1 / len(rows), device=self.down.device)
         batch = draw(self.denoiser, latents, weight, self.config.min_timestep, generator)
-        words = [self.people[denoised[row][0]].person.photos[denoised[row][1]].words for row in rows]
+        own = [denoised[row] for row in rows]
+        batch = Batch(*(tensor[rows] for tensor in batch))._replace(mask=self._masks(own))
+        words = [self.people[person].person.photos[photo].words for person, photo in own]
         repeated = Factors(*(factor.repeat(self.config.draws, 1, 1, 1) for factor in predicted))
-        return self.denoising(repeated, Batch(*(tensor[rows] for tensor in batch)), words)
+        return self.denoising(repeated, batch, words)
 
     def denoising(self, factors: Factors, batch: Batch, words: Sequence[str]) -> Tensor:
         """The diffusion loss of a batch whose samples carry these people."""
@@ -217,6 +229,7 @@ class PersonLoss:
                 latents = torch.stack([person.latents[-1] for person in own]).to(self.down)
                 weight = torch.full((len(own),), 1 / len(turns) / self.config.draws, device=self.down.device)
                 batch = draw(self.denoiser, latents, weight, self.config.min_timestep, generator)
+                batch = batch._replace(mask=self._masks([(i, -1) for i in range(len(self.people))[rows]]))
                 words = [person.person.photos[-1].words for person in own]
                 for name, factors in chosen.items():
                     losses[name] += float(self.denoising(Factors(*(f[rows] for f in factors)), batch, words))
@@ -226,9 +239,16 @@ class PersonLoss:
         return {"regression": float(regression_loss(predicted, targets, self.energy)),
                 "mean_predictor": float(mean_predictor_loss(targets, self.energy)), **losses}  # fmt: skip
 
-    def _faces(self, turns: Sequence[Turn]) -> Tensor:
-        """(B, N, …) of the photos to predict from."""
-        faces = self.faces.read([(self.people[turn.person].person, i) for turn in turns for i in turn.seen])
+    def _masks(self, photos: Sequence[tuple[int, int]]) -> Tensor:
+        """(B, 1, h, w), how much each place counts of some photos, each by its person and its number."""
+        sizes = [self.people[person].latents.shape[-2:] for person, _ in photos]
+        chosen = [self.people[person].person.photos[number] for person, number in photos]
+        return torch.stack([p.region(*size) for p, size in zip(chosen, sizes, strict=True)]).to(self.down)
+
+    def _faces(self, turns: Sequence[Turn], seeds: Tensor | None = None) -> Tensor:
+        """(B, N, …) of the photos to predict from, augmented if there are seeds (B, N)."""
+        photos = [(self.people[turn.person].person, i) for turn in turns for i in turn.seen]
+        faces = self.faces.read(photos, None if seeds is None else seeds.flatten().tolist())
         return faces.to(self.down.device).unflatten(0, (len(turns), -1))
 
 

@@ -63,8 +63,9 @@ def precompute(
     for missing in missing_groups(folder, people, settings, group, share, report):
         latents = [_encode(base, person, image_size) for person in missing.people]
         words = [[photo.words for photo in person.photos] for person in missing.people]
+        masks = [regions(person, own) for person, own in zip(missing.people, latents, strict=True)]
         generator = torch.Generator().manual_seed(missing.number)
-        up = fit_people(base.denoiser, latents, words, config, generator)
+        up = fit_people(base.denoiser, latents, words, masks, config, generator)
         counts = torch.tensor([len(photos) for photos in latents])
         missing.write({"up": up, "latents": torch.cat(latents).half().cpu(), "counts": counts})
 
@@ -94,6 +95,11 @@ def read_people(folder: Path, people: Sequence[Person]) -> Iterator[FittedPerson
 def stacked(people: Sequence[FittedPerson], down: Tensor) -> Factors:
     """The fitted factors of B people, with the shared down side (L, R, a)."""
     return Factors(down.expand(len(people), -1, -1, -1), torch.stack([person.up for person in people]).to(down))
+
+
+def regions(person: Person, latents: Tensor) -> Tensor:
+    """How much each place of somebody's photos counts, (N, 1, h, w) float32, beside their latents (N, C, h, w)."""
+    return torch.stack([photo.region(*latents.shape[-2:]) for photo in person.photos]).to(latents.device)
 
 
 def _encode(base: BaseModel, person: Person, image_size: int) -> Tensor:

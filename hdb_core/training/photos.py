@@ -1,7 +1,8 @@
 """People on disk: a folder of face photos, one sub-folder a person; a photo directly in the folder is a person of its own.
 
 A text file of the same name beside a photo holds words that are true of that photo and not of the person
-("smiling, at the beach"); they follow the prompt when that photo is denoised.
+("smiling, at the beach"); they follow the prompt when that photo is denoised. A picture "1.mask.png" beside "1.jpg" is
+white where that photo shows the person: only this part of it is then learned.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ..errors import HyperNetError
 from ..images import resize_to_cover
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+MASK = ".mask.png"
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Photo:
 
     path: Path
     words: str = ""
+    mask: Path | None = None
 
     def pixels(self, size: int) -> Tensor:
         """The central square, float32 (size, size, 3) in 0..1, cut and resized as the nodes do.
@@ -34,6 +37,19 @@ class Photo:
             HyperNetError: if the file is no picture.
         """
         return resize_to_cover(self.whole()[None], (size, size))[0].movedim(0, -1)
+
+    def region(self, height: int, width: int) -> Tensor:
+        """How much each place of the latents counts, float32 (1, height, width) of mean 1; without a mask, all alike.
+
+        Raises:
+            HyperNetError: if the mask is no picture, or black.
+        """
+        if self.mask is None:
+            return torch.ones(1, height, width)
+        white = resize_to_cover(Photo(self.mask).whole()[None, :1], (height, width))[0]
+        if not bool(white.any()):
+            raise HyperNetError(f"{self.mask} marks nothing of its photo. Paint the face white, or remove the file.")
+        return white / white.mean()
 
     def whole(self) -> Tensor:
         """The picture upright and uncut, float32 (3, H, W) in 0..1, as Load Image reads it.
@@ -70,7 +86,8 @@ def find_people(folder: Path) -> list[Person]:
     people = []
     for entry in sorted(folder.iterdir()):
         files = sorted(entry.iterdir()) if entry.is_dir() else [entry]
-        photos = tuple(_photo(file) for file in files if file.suffix.lower() in SUFFIXES)
+        pictures = (file for file in files if file.suffix.lower() in SUFFIXES and not file.name.endswith(MASK))
+        photos = tuple(_photo(file) for file in pictures)
         if photos:
             people.append(Person(entry.stem, photos))
     if not people:
@@ -79,5 +96,6 @@ def find_people(folder: Path) -> list[Person]:
 
 
 def _photo(path: Path) -> Photo:
-    words = path.with_suffix(".txt")
-    return Photo(path, words.read_text(encoding="utf-8").strip() if words.is_file() else "")
+    words, mask = path.with_suffix(".txt"), path.with_suffix(MASK)
+    said = words.read_text(encoding="utf-8").strip() if words.is_file() else ""
+    return Photo(path, said, mask if mask.is_file() else None)

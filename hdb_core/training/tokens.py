@@ -84,8 +84,13 @@ class PhotoTokens:
                     f"{len(person.photos)}. Run precompute with --clip-vision, in a new folder if photos have changed."
                 )
 
-    def read(self, photos: Sequence[tuple[Person, int]]) -> Tensor:
-        """The tokens (N, T, D) float32 of N photos, each by its person and its number from 0."""
+    def read(self, photos: Sequence[tuple[Person, int]], seeds: Sequence[int] | None = None) -> Tensor:
+        """The tokens (N, T, D) float32 of N photos, each by its person and its number from 0.
+
+        Args:
+            photos: which.
+            seeds: without effect: these tokens were computed before.
+        """
         found = []
         for person, number in photos:
             path, start = self._places[person.name]

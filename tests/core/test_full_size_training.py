@@ -72,7 +72,8 @@ def test_sd15_fits_people_and_trains_a_hypernetwork(denoiser, people):
     assert denoiser.layout.describe() == "SD 1.x, 128 UNet + 48 text layers"
     before = sums(denoiser)
     latents = torch.randn(2, 1, *LATENT_SHAPE, generator=torch.Generator().manual_seed(1))
-    up = fit_people(denoiser, list(latents), [[""]] * 2, FitConfig(steps=2), torch.Generator().manual_seed(0))
+    masks = [torch.ones_like(photos[:, :1]) for photos in latents]
+    up = fit_people(denoiser, list(latents), [[""]] * 2, masks, FitConfig(steps=2), torch.Generator().manual_seed(0))
     assert up.shape == (2, 176, 50, 1) and up.isfinite().all()
     assert (up.flatten(2).norm(dim=-1) > 0).all()
 

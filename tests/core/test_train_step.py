@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -23,17 +25,25 @@ def accelerator():
 
 @pytest.fixture
 def loss_of(toy, recipe, tmp_path):
-    """Five people with two photos each; six in a batch, each denoised twice."""
+    """Five people with two photos each, some with a mask; six in a batch, each seen augmented and denoised twice."""
     for i in range(10):
         (tmp_path / str(i // 2)).mkdir(exist_ok=True)
         Image.effect_noise((32, 32), 20 + 20 * i).save(tmp_path / str(i // 2) / f"{i}.png")
+        if i % 4 == 1:
+            Image.linear_gradient("L").rotate(90 * i).save(tmp_path / str(i // 2) / f"{i}.mask.png")
     generator = torch.Generator().manual_seed(0)
     up = 0.1 * torch.randn(5, len(toy.layout.layers), recipe.up_dim, 1, generator=generator)
     latents = torch.randn(5, 2, 4, 6, 6, generator=generator)
     people = [FittedPerson(*row) for row in zip(find_people(tmp_path), latents, up, strict=True)]
     encoder = EncoderConfig(image_size=32, token_width=32, stem=((16, 1), (16, 1)), depth=1)
     config = HyperNetConfig(toy.layout, recipe, encoder, width=32, depth=1)
-    return PersonLoss(toy, people, config, TrainConfig(people=6, draws=2), PhotoPixels(config.encoder))
+    return PersonLoss(
+        toy,
+        people,
+        config,
+        TrainConfig(people=6, draws=2, augment=("crop", "flip")),
+        PhotoPixels(config.encoder, ("crop", "flip")),
+    )
 
 
 def gradients(loss_of, accelerator, accumulate):
@@ -54,3 +64,15 @@ def test_parts_add_up_to_the_whole(loss_of, accelerator, accumulate):
 def test_parts_must_be_even(accelerator, accumulate):
     with pytest.raises(HyperNetError, match="--people 6 must be a multiple of 1 processes"):
         parts_of(6, accumulate, accelerator)
+
+
+def test_masks_and_augmentations_count(loss_of, accelerator, tmp_path):
+    first, _ = gradients(loss_of, accelerator, 1)
+    plain = PersonLoss(
+        loss_of.denoiser, loss_of.people, loss_of.net, replace(loss_of.config, augment=()), loss_of.faces
+    )
+    assert gradients(plain, accelerator, 1)[0]["diffusion"] != first["diffusion"]
+    for mask in tmp_path.glob("*/*.mask.png"):
+        Image.new("L", (8, 8), 255).save(mask)
+    unmasked, _ = gradients(loss_of, accelerator, 1)
+    assert unmasked["diffusion"] != first["diffusion"] and unmasked["regression"] == first["regression"]

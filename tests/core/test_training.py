@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 
 from hdb_core.errors import FinetuneError, HyperNetError
+from hdb_core.hypernet import EncoderConfig
 from hdb_core.lidb import Factors, factors_inner
 from hdb_core.prompt import caption
+from hdb_core.training.faces import AUGMENTATIONS, PhotoPixels
 from hdb_core.training.fit import FitConfig, draw, fit_people
 from hdb_core.training.losses import (
     layer_energy,
@@ -30,7 +32,8 @@ def pictures(count, seed):
 
 def fitted(toy, latents, config, seed=0):
     words = [["smiling", "at the beach"][: len(photos)] for photos in latents]
-    return fit_people(toy, latents, words, config, torch.Generator().manual_seed(seed))
+    masks = [torch.ones_like(photos[:, :1]) for photos in latents]
+    return fit_people(toy, latents, words, masks, config, torch.Generator().manual_seed(seed))
 
 
 def test_people_of_a_batch_do_not_mix(toy, config):
@@ -46,7 +49,13 @@ def test_fitting_lowers_the_loss_and_touches_every_layer(toy, recipe):
     config = FitConfig(steps=60, learning_rate=0.05, basis=recipe)
     people = [pictures(1, seed) for seed in range(4)]
     up = fit_people(
-        toy, people, [[""]] * 4, config, torch.Generator().manual_seed(0), lambda _, loss: losses.append(loss)
+        toy,
+        people,
+        [[""]] * 4,
+        [torch.ones(1, 1, 6, 6)] * 4,
+        config,
+        torch.Generator().manual_seed(0),
+        lambda _, loss: losses.append(loss),
     )
     assert up.shape == (4, len(toy.layout.layers), recipe.up_dim, 1)
     assert (up.flatten(2).norm(dim=-1) > 0).all()
@@ -88,6 +97,49 @@ def test_people_on_disk(tmp_path):
     assert (ben.name, len(ben.photos)) == ("ben", 1)
     pixels = anna.photos[0].pixels(16)
     assert pixels.shape == (16, 16, 3) and pixels[..., 0].min() > 0.999
+
+
+def test_a_mask_belongs_to_its_photo(tmp_path):
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "anna.jpg")
+    mask = Image.new("L", (40, 20))
+    mask.paste(255, (10, 0, 20, 20))  # the left half of the central square
+    mask.save(tmp_path / "anna.mask.png")
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "ben.jpg")
+    anna, ben = (person.photos[0] for person in find_people(tmp_path))
+    region = anna.region(4, 4)
+    torch.testing.assert_close(region.mean(), torch.tensor(1.0))
+    assert region[..., :1].min() > 1.5 and region[..., 3].max() < 0.1
+    assert torch.equal(ben.region(4, 4), torch.ones(1, 4, 4))
+    Image.new("L", (40, 20)).save(tmp_path / "anna.mask.png")
+    with pytest.raises(HyperNetError, match="marks nothing"):
+        anna.region(4, 4)
+
+
+def test_a_mask_counts_in_a_fit(toy, config):
+    mask = torch.zeros(1, 1, 6, 6)
+    mask[..., :3] = 2
+    whole, masked = (
+        fit_people(toy, [pictures(1, 1)], [[""]], [own], config, torch.Generator().manual_seed(0))
+        for own in (torch.ones_like(mask), mask)
+    )
+    assert (masked - whole).norm() > 0.1 * whole.norm()
+
+
+def test_augmented_photos_depend_on_their_seed_alone(tmp_path):
+    Image.effect_noise((40, 30), 80).convert("RGB").save(tmp_path / "anna.png")
+    Image.effect_noise((40, 30), 80).convert("RGB").save(tmp_path / "ben.png")
+    anna, ben = ((person, 0) for person in find_people(tmp_path))
+    encoder = EncoderConfig(image_size=32)
+    plain = PhotoPixels(encoder).read([anna])
+    before = torch.random.get_rng_state()
+    for kind in AUGMENTATIONS:
+        faces = PhotoPixels(encoder, [kind])
+        assert torch.equal(faces.read([anna]), plain)
+        changed = torch.cat([faces.read([anna], [seed]) for seed in range(6)])
+        assert (changed - plain).flatten(1).norm(dim=1).max() > 0.1 * plain.norm()
+        assert torch.equal(faces.read([ben, anna], [7, 4])[1], changed[4])
+        assert len({float(own.sum()) for own in changed.flip(-1)}) > 1
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_nobody_on_disk(tmp_path):

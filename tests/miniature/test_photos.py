@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from PIL import Image
 
 from hdb_core.training.photos import find_people
 from miniature.captions import person_words
 from miniature.drawing import photo
-from miniature.people import SPLITS, sample_person
+from miniature.people import BACKGROUNDS, SPLITS, sample_person
 from miniature.photos import FIRST, photo_context, write_person
 from miniature.pictures import subject
 
@@ -20,6 +22,20 @@ def test_training_finds_the_people(tmp_path):
     assert [len(person.photos) for person in people] == [3, 3]
     drawn = np.asarray(Image.open(people[1].photos[2].path))
     np.testing.assert_array_equal(drawn, photo(sample_person(FIRST + 1), photo_context(FIRST + 1, 2)))
+
+
+def test_masks_show_the_head_and_nothing_else(tmp_path):
+    write_person(tmp_path, FIRST, 2, masks=True)
+    (person,) = find_people(tmp_path)
+    assert len(person.photos) == 2
+    who, context = sample_person(FIRST), photo_context(FIRST, 1)
+    inside = np.asarray(Image.open(person.photos[1].mask)) == 255
+    assert 0.1 < inside.mean() < 0.7
+    background = next(b for b in BACKGROUNDS if b != context.background)
+    elsewhere = photo(who, replace(context, background=background))
+    np.testing.assert_array_equal(elsewhere[inside], photo(who, context)[inside])
+    outside = photo(who, context)[~inside] != elsewhere[~inside]
+    assert outside.any(-1).mean() > 0.3
 
 
 def test_words_are_of_the_photo_and_not_of_the_person(tmp_path):
