@@ -25,12 +25,24 @@ from .common.bench import RESULTS, ROOT
 from .common.files import rounded, write_json, write_text
 
 DIFFUSION = ("--regression-weight", "0")
+# One photo a person: the same one is seen and denoised.
+SAME = (*DIFFUSION, "--same-photo", "--max-photos", "1")
+# The same photos, with masks beside them: python -m miniature.photos --folder .runs/masked --masks
+MASKED = ".runs/masked"
 VARIANTS: Mapping[str, Sequence[str]] = {
     "diffusion": DIFFUSION,
     "regression": ("--diffusion-weight", "0"),
     "both": (),
     "diffusion, as ε": (*DIFFUSION, "--weighting", "native"),
-    "diffusion, same photo": (*DIFFUSION, "--same-photo"),
+    "diffusion, same photo": SAME,
+    "diffusion, same photo, masked": (*SAME, "--photos", MASKED),
+    "diffusion, same photo, crops": (*SAME, "--augment", "crop"),
+    "diffusion, same photo, flips": (*SAME, "--augment", "flip"),
+    "diffusion, same photo, tints": (*SAME, "--augment", "color"),
+    "diffusion, same photo, masked, crops, flips, tints": (
+        *(*SAME, "--photos", MASKED, "--augment"),
+        *("crop", "flip", "color"),
+    ),
     "diffusion, one photo seen": (*DIFFUSION, "--max-photos", "1"),
     "diffusion, four draws": (*DIFFUSION, "--people", "8", "--draws", "4"),
     "diffusion, down side frozen": (*DIFFUSION, "--down-rate", "0"),
@@ -60,8 +72,17 @@ def trained(name: str, folder: Path, steps: int, options: Sequence[str]) -> dict
     """
     result = folder / "evaluation.json"
     if not result.exists():
-        # Whatever a variant was trained on, all are judged by the same error.
-        judged = ["--weighting", "v", "--draws", "4", "--max-photos", "1"]
+        # Whatever a variant was trained on, all are judged by the same error, of whole photos.
+        judged = [
+            "--weighting",
+            "v",
+            "--draws",
+            "4",
+            "--max-photos",
+            "1",
+            "--photos",
+            options[options.index("--photos") + 1],
+        ]
         for stage, own in (("train", ["--steps", str(steps)]), ("evaluate", judged)):
             command = [sys.executable, "-m", "hdb_core.train", stage, "--folder", str(folder)]
             subprocess.run([*command, *options, *VARIANTS[name], *own], cwd=ROOT, check=True)
