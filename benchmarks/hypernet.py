@@ -69,6 +69,7 @@ def all_methods(
         *(FastFinetuning(f"hyper_{n}", {**settings, "steps": n}, predicted) for n in STEPS),
         FastFinetuning(f"hyper_{STEPS[-1]}_described", {**settings, "steps": STEPS[-1]}, predicted, described=True),
         *(FastFinetuning(f"lidb_{n}", {"steps": n}) for n in COLD_STEPS),
+        FastFinetuning(f"lidb_{COLD_STEPS[0]}_described", {"steps": COLD_STEPS[0]}, described=True),
         *(LoRA(f"lora{rank}", {**LORA, "rank": rank}) for rank in RANKS),
         DreamBooth(dreambooth), DreamBooth(dreambooth, "dreambooth_described", described=True),
         TextualInversion(inversion), Stranger(predicted), RealPictures(),

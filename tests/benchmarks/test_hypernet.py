@@ -27,7 +27,7 @@ def methods(tmp_path):
 def test_rows(methods):
     assert chosen_rows(methods(), None, "_saved") == [
         "base", "caption", "hyper_k1", "hyper", "hyper_3photos", "hyper_5", "hyper_10", "hyper_20", "hyper_40",
-        "hyper_40_described", "lidb_40", "lidb_400", "lora1", "lora4", "dreambooth@50", "dreambooth_described@50",
+        "hyper_40_described", "lidb_40", "lidb_400", "lidb_40_described", "lora1", "lora4", "dreambooth@50", "dreambooth_described@50",
         "textual_inversion@10", "textual_inversion@20", "stranger", "photo", "render",
     ]  # fmt: skip
     assert chosen_rows(methods(), ["hyper_20_saved", "textual_inversion"], "_saved") == [
@@ -38,7 +38,7 @@ def test_rows(methods):
 def test_rows_of_both_benchmarks_have_the_same_settings(methods):
     here = settings_of(methods())
     there = settings_of(people.all_methods([40, 150, 400], DreamBoothConfig(checkpoints=(50,))))
-    shared = {"base", "caption", "lidb_40", "lidb_400", "dreambooth@50", "photo", "render"}
+    shared = {"base", "caption", "lidb_40", "lidb_400", "lidb_40_described", "dreambooth@50", "photo", "render"}
     assert {row for row in here if here[row] == there.get(row)} >= shared
     assert here["stranger"] != there["stranger"]
 
