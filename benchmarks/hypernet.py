@@ -7,7 +7,8 @@
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
 * ``hyper``: Predict LiDB; ``hyper_k1``: in one iteration; ``hyper_3photos``: from two more photos of the person;
 * ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` from nothing; ``_described``: it is
-  told what the photo shows besides the person; ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB;
+  told what the photo shows besides the person, and from a prediction learns with the freedom that this allows;
+  ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB;
 * ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
 * ``dreambooth@N``, ``dreambooth_described@N``, ``textual_inversion@N``: checkpoints; without a number the one with the
   best joint score;
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from devtools import environment
-from hdb_core.finetune import RELAXED_RANK, FinetuneConfig
+from hdb_core.finetune import RELAXED, FinetuneConfig
 
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
@@ -66,8 +67,8 @@ def all_methods(
     return [
         Base(), Caption(),
         Predicted("hyper_k1", hypernet, iterations=1), predicted, Predicted("hyper_3photos", hypernet, photos=3),
-        *(FastFinetuning(f"hyper_{n}", {**settings, "steps": n}, predicted) for n in STEPS),
-        FastFinetuning(f"hyper_{STEPS[-1]}_described", {**settings, "steps": STEPS[-1]}, predicted, described=True),
+        *(FastFinetuning(f"hyper_{n}", {"rank": RELAXED["rank"], **settings, "steps": n}, predicted) for n in STEPS),
+        FastFinetuning(f"hyper_{STEPS[-1]}_described", {**RELAXED, **settings, "steps": STEPS[-1]}, predicted, described=True),
         *(FastFinetuning(f"lidb_{n}", {"steps": n}) for n in COLD_STEPS),
         FastFinetuning(f"lidb_{COLD_STEPS[0]}_described", {"steps": COLD_STEPS[0]}, described=True),
         *(LoRA(f"lora{rank}", {**LORA, "rank": rank}) for rank in RANKS),
@@ -106,7 +107,7 @@ def main() -> None:
         raise SystemExit(f"No hypernetwork {args.hypernet}: complete weights/, or name one with --hypernet.")
     methods = all_methods(
         args.hypernet.resolve(),
-        {"rank": RELAXED_RANK, **single_settings(args.set)},
+        single_settings(args.set),
         DreamBoothConfig(rate=args.reference_rate, checkpoints=tuple(args.reference_steps)),
         TextualInversionConfig(rate=args.inversion_rate, checkpoints=tuple(args.inversion_steps)),
     )

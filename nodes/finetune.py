@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..hdb_core import lidb_file
 from ..hdb_core.errors import FinetuneDiverged
-from ..hdb_core.finetune import RELAXED_RANK, FinetuneConfig
+from ..hdb_core.finetune import RELAXED, FinetuneConfig
 from ..hdb_core.lidb import LiDB
 from .host.folders import save_to_output
 from .host.training import Photos, finetune_in_host
@@ -63,7 +63,12 @@ class FastFinetune(io.ComfyNode):
                     default=DEFAULTS.rank,
                     min=1,
                     max=DEFAULTS.basis.max_rank,
-                    tooltip=f"Rank of the LiDB: {DEFAULTS.rank} from nothing, {RELAXED_RANK} going on from a predicted lidb; one of a higher rank keeps its own. More follows the photo more closely and leaves less freedom to the prompt.",
+                    tooltip=f"Rank of the LiDB: {DEFAULTS.rank} from nothing, {RELAXED['rank']} going on from a predicted lidb; one of a higher rank keeps its own. More follows the photo more closely and leaves less freedom to the prompt.",
+                ),
+                io.Boolean.Input(
+                    "freeze_down",
+                    default=DEFAULTS.freeze_down,
+                    tooltip="Train only the up side, which a start from nothing needs. Off, going on from a predicted lidb with photo_words, the person follows the photo more closely.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -72,7 +77,7 @@ class FastFinetune(io.ComfyNode):
                     max=1.0,
                     step=1e-4,
                     round=1e-6,
-                    tooltip=f"Step size (Adam); {DEFAULTS.warm_lr_scale:g} times as much going on from a lidb. Lower it if training diverges.",
+                    tooltip=f"Step size (Adam); {DEFAULTS.warm_lr_scale:g} times as much going on from a lidb. {RELAXED['learning_rate']:g} there if photo_words say what the photo shows. Lower it if training diverges.",
                 ),
                 io.Int.Input(
                     "batch_size",

@@ -44,10 +44,9 @@ def test_widget_limits_are_those_of_the_settings(host):
 def test_example_workflows_use_the_defaults(host, path):
     """Training settings are decided in one place; a workflow that pins other ones would hide the change.
 
-    What goes on from a predicted person has its rank relaxed, and a training is told what the shipped photo shows
-    besides the person.
+    A training is told what the shipped photo shows besides the person, and is freer if it goes on from a prediction.
     """
-    relaxed_rank = host.module("hdb_core.finetune").RELAXED_RANK
+    relaxed = host.module("hdb_core.finetune").RELAXED
     _, photo = evaluation_photo(PERSON_SEED)
     saved = [node for node in json.loads(path.read_text(encoding="utf-8"))["nodes"] if node["type"] in host.nodes]
     assert saved
@@ -59,7 +58,7 @@ def test_example_workflows_use_the_defaults(host, path):
             if node["type"] == "FastFinetune":
                 expected["photo_words"] = photo_words(photo)
             if goes_on:
-                expected["rank"] = relaxed_rank
+                expected |= relaxed
             assert node["widgets_values"] == list(expected.values())
 
 
