@@ -195,13 +195,18 @@ def cost_of_most(rows: Sequence[Row], name: str) -> Reached | None:
     return Reached(best, *(before + (target - below) / (score - below) * (cost - before)).tolist())
 
 
-def compared(row: Row, reached: Reached) -> dict[str, float | None]:
-    """How many times less a row costs, and its joint score relative to the reference's best checkpoint."""
+def compared(row: Row, base: Row | None, reached: Reached) -> dict[str, Any]:
+    """How many times less a row costs, and its joint score and gain relative to the reference's best checkpoint."""
     mine, theirs = (r.scores.get("joint", {}) for r in (row, reached.best))
     common = mine.keys() & theirs.keys()
     top = sum(theirs[person] for person in common)
     ratios = {cost: getattr(reached, cost) / own if (own := row.fact(cost)) else None for cost in COSTS}
-    return {**ratios, "joint": sum(mine[person] for person in common) / top if top else None}
+    gain = gain_share(row, base, reached.best) if base else None
+    return {
+        **ratios,
+        "joint": sum(mine[person] for person in common) / top if top else None,
+        "gain": [gain.value, gain.error] if gain else None,
+    }
 
 
 def as_object(
@@ -236,7 +241,7 @@ def as_object(
         "share_of_reference_gain": [share.value, share.error] if share else None,
         "kinds": kinds, "second_judge": values(second, SCORES) if second else None,
         "reached": {c: getattr(reached[row.name], c) for c in COSTS} if row.name in reached else None,
-        "times_less": {name: compared(row, other) for name, other in reached.items()}
+        "times_less": {name: compared(row, base, other) for name, other in reached.items()}
         if reached and row.name not in reached and "@" not in row.name and row.fact("seconds") else None,
     })  # fmt: skip
 
@@ -284,14 +289,20 @@ def speed_table(objects: Sequence[Mapping[str, Any]]) -> str:
     references = [row["row"] for row in objects if row["reached"]]
     head = ["row", "steps", "seconds"]
     for name in references:
-        head += [f"joint, % of {name}", "seconds: times less", "steps: times fewer", "FLOP: times fewer"]
+        head += [
+            f"identity gain, % of {name}",
+            "joint, %",
+            "seconds: times less",
+            "steps: times fewer",
+            "FLOP: times fewer",
+        ]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row in objects:
         if found := row["times_less"]:
             cells = [row["row"], number(row["steps"]), number(row["seconds"])]
             for name in references:
                 own = found[name]
-                cells += [percent(own["joint"]), against_goal(own["seconds"], GOALS.get(name)),
+                cells += [percent(*own["gain"] or [None]), percent(own["joint"]), against_goal(own["seconds"], GOALS.get(name)),
                           number(own["steps"]), number(own["flops"])]  # fmt: skip
             lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -84,7 +84,11 @@ def test_most_of_the_best_score_lies_between_checkpoints():
 def test_how_many_times_less_a_row_costs():
     reached = cost_of_most([checkpoint(100, 0.8), checkpoint(200, 0.4)], "dreambooth")
     fast = row("hyper_5", {2: 0.5, 3: 0.5}, 0.6, steps=5, seconds=4.0)
-    assert compared(fast, reached) == {"steps": 20, "seconds": 50, "flops": None, "joint": pytest.approx(0.75)}
+    costs = {"steps": 20, "seconds": 50, "flops": None, "joint": pytest.approx(0.75)}
+    assert compared(fast, None, reached) == {**costs, "gain": None}
+    low = row("base", {1: 0.3, 2: 0.3})
+    half = row("hyper_5", {1: 0.4, 2: 0.4}, 0.6, steps=5, seconds=4.0)
+    assert compared(half, low, reached)["gain"] == pytest.approx([0.5, 0])
     best = reached.best
     objects = [as_object(r, None, best, None, None, {"dreambooth": reached}) for r in (fast, best, BASE)]
     assert objects[0]["times_less"]["dreambooth"]["seconds"] == 50
@@ -92,7 +96,7 @@ def test_how_many_times_less_a_row_costs():
     assert [made["times_less"] is None for made in objects] == [False, True, True]
     assert "| dreambooth | 80.0 ± 0.0 | 100 | 100 | 200 |" in reached_table(objects)
     text = speed_table(objects)
-    assert "| hyper_5 | 5 | 4 | 75.0 | 50 (≥ 25) | 20 |  |" in text
+    assert "| hyper_5 | 5 | 4 |  | 75.0 | 50 (≥ 25) | 20 |  |" in text
     assert len({line.count("|") for line in text.splitlines()}) == 1
 
 
