@@ -2,9 +2,10 @@
 
 ``python dev.py bench training`` takes the people and the pretrained encoder of ``--folder`` (`precompute` and `pretrain`
 of ``hdb_core.train``), trains every variant on them with the same seed, and writes ``benchmarks/results/training.json``
-and ``training.md``. The error is that of v on a photo that was not given, with the person's own prediction, nobody's and
-a stranger's. Variants are trained in ``.runs/training`` and go on where they were stopped; finished ones are not
-trained again, and rows of other variants, or of other numbers of steps, stay in the table.
+and ``training.md``. The error is that of v on the head in a photo that was not given, with the person's own prediction,
+nobody's and a stranger's; ``--heads`` holds the same photos with masks (``python -m miniature.photos --masks``). Variants
+are trained in ``.runs/training`` and go on where they were stopped; finished ones are not trained again, and rows of
+other variants, or of other numbers of steps, stay in the table.
 """
 
 from __future__ import annotations
@@ -27,20 +28,19 @@ from .common.files import rounded, write_json, write_text
 DIFFUSION = ("--regression-weight", "0")
 # One photo a person: the same one is seen and denoised.
 SAME = (*DIFFUSION, "--same-photo", "--max-photos", "1")
-# The same photos, with masks beside them: python -m miniature.photos --folder .runs/masked --masks
-MASKED = ".runs/masked"
+HEADS = "HEADS"  # stands for the folder of the same photos with masks of the heads
 VARIANTS: Mapping[str, Sequence[str]] = {
     "diffusion": DIFFUSION,
     "regression": ("--diffusion-weight", "0"),
     "both": (),
     "diffusion, as ε": (*DIFFUSION, "--weighting", "native"),
     "diffusion, same photo": SAME,
-    "diffusion, same photo, masked": (*SAME, "--photos", MASKED),
+    "diffusion, same photo, masked": (*SAME, "--photos", HEADS),
     "diffusion, same photo, crops": (*SAME, "--augment", "crop"),
     "diffusion, same photo, flips": (*SAME, "--augment", "flip"),
     "diffusion, same photo, tints": (*SAME, "--augment", "color"),
     "diffusion, same photo, masked, crops, flips, tints": (
-        *(*SAME, "--photos", MASKED, "--augment"),
+        *(*SAME, "--photos", HEADS, "--augment"),
         *("crop", "flip", "color"),
     ),
     "diffusion, one photo seen": (*DIFFUSION, "--max-photos", "1"),
@@ -64,28 +64,27 @@ def prepared(source: Run, folder: Path) -> Run:
     return run
 
 
-def trained(name: str, folder: Path, steps: int, options: Sequence[str]) -> dict[str, Any]:
+def trained(name: str, folder: Path, steps: int, options: Sequence[str], heads: Path) -> dict[str, Any]:
     """The row of a variant, trained and evaluated now unless it has been.
+
+    Args:
+        name: of the variant.
+        folder: to train in, as `prepared`.
+        steps: of the training.
+        options: of ``hdb_core.train``, for all variants.
+        heads: the photos with masks beside them.
 
     Raises:
         subprocess.CalledProcessError: if its training or evaluation fails.
     """
     result = folder / "evaluation.json"
     if not result.exists():
-        # Whatever a variant was trained on, all are judged by the same error, of whole photos.
-        judged = [
-            "--weighting",
-            "v",
-            "--draws",
-            "4",
-            "--max-photos",
-            "1",
-            "--photos",
-            options[options.index("--photos") + 1],
-        ]
+        # Whatever a variant was trained on, all are judged by the same error.
+        judged = ["--weighting", "v", "--draws", "4", "--max-photos", "1", "--photos", str(heads)]
+        variant = [str(heads) if option == HEADS else option for option in VARIANTS[name]]
         for stage, own in (("train", ["--steps", str(steps)]), ("evaluate", judged)):
             command = [sys.executable, "-m", "hdb_core.train", stage, "--folder", str(folder)]
-            subprocess.run([*command, *options, *VARIANTS[name], *own], cwd=ROOT, check=True)
+            subprocess.run([*command, *options, *variant, *own], cwd=ROOT, check=True)
     last = json.loads(result.read_text().splitlines()[-1])  # from one photo, at the most refinements
     return {"variant": name, "steps": steps, "options": shlex.join(VARIANTS[name]),
             **{column: last[column] for column in COLUMNS if column in last}}  # fmt: skip
@@ -118,6 +117,9 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=150)
     options.add_argument("--folder", type=Path, default=ROOT / ".runs" / "hypernet", help="with people and encoder")
     options.add_argument("--photos", type=Path, default=ROOT / ".runs" / "people")
+    options.add_argument(
+        "--heads", type=Path, default=ROOT / ".runs" / "masked", help="the photos with masks of the heads"
+    )
     options.add_argument("--model", type=Path, default=ROOT / ".runs" / "diffusers")
     options.add_argument("--results", type=Path, default=RESULTS)
     args = options.parse_args()
@@ -130,7 +132,9 @@ def main() -> None:
     rows = json.loads(path.read_text()) if path.exists() else []
     for name in args.variants:
         folder = ROOT / ".runs" / "training" / f"{name.replace(', ', '_').replace(' ', '_')}_{args.steps}"
-        row = rounded(trained(name, prepared(Run(args.folder), folder).folder, args.steps, shared))
+        row = rounded(
+            trained(name, prepared(Run(args.folder), folder).folder, args.steps, shared, args.heads.resolve())
+        )
         rows = merged(rows, row)
         write_json(path, rows)
         write_text(path.with_suffix(".md"), table(rows))

@@ -195,9 +195,9 @@ def test_ways_to_train_are_compared(model, photos, fitted, tmp_path):
     rows = []
     for name in ("regression", "diffusion, k = 1"):
         run = comparison.prepared(train.Run(fitted), tmp_path / name)
-        rows.append(comparison.trained(name, run.folder, 2, options))
+        rows.append(comparison.trained(name, run.folder, 2, options, photos))
         before = run.state.stat().st_mtime_ns
-        assert comparison.trained(name, run.folder, 2, options) == rows[-1]
+        assert comparison.trained(name, run.folder, 2, options, photos) == rows[-1]
         assert run.state.stat().st_mtime_ns == before
     assert [row["steps"] for row in rows] == [2, 2]
     assert hypernet_file.read_header(run.file).config.iterations == 1
