@@ -138,7 +138,6 @@ def test_augmented_photos_depend_on_their_seed_alone(tmp_path):
         changed = torch.cat([faces.read([anna], [seed]) for seed in range(6)])
         assert (changed - plain).flatten(1).norm(dim=1).max() > 0.1 * plain.norm()
         assert torch.equal(faces.read([ben, anna], [7, 4])[1], changed[4])
-        assert len({float(own.sum()) for own in changed.flip(-1)}) > 1
     assert torch.equal(before, torch.random.get_rng_state())
 
 
