@@ -39,17 +39,15 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "diffusion, same photo, crops": (*SAME, "--augment", "crop"),
     "diffusion, same photo, flips": (*SAME, "--augment", "flip"),
     "diffusion, same photo, tints": (*SAME, "--augment", "color"),
-    "diffusion, same photo, masked, crops, flips, tints": (
-        *(*SAME, "--photos", HEADS, "--augment"),
-        *("crop", "flip", "color"),
-    ),
+    "diffusion, same photo, masked, crops, flips, tints":
+        (*SAME, "--photos", HEADS, "--augment", "crop", "flip", "color"),
     "diffusion, one photo seen": (*DIFFUSION, "--max-photos", "1"),
     "diffusion, four draws": (*DIFFUSION, "--people", "8", "--draws", "4"),
     "diffusion, down side frozen": (*DIFFUSION, "--down-rate", "0"),
     "diffusion, down side predicted": (*DIFFUSION, "--free-down"),
     "diffusion, k = 1": (*DIFFUSION, "--max-iterations", "1"),
     "diffusion, rank 2": (*DIFFUSION, "--rank", "2"),
-}
+}  # fmt: skip
 COLUMNS = ("own", "nobody", "stranger", "mean", "regression", "mean_predictor")
 
 

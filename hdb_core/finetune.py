@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -406,10 +407,10 @@ def _train(
     live: dict[str, tuple[Tensor, Tensor]] = {}
     with attach(denoiser.modules, live):
         live.update(factors())
+        encode = denoiser.encode_prompts if config.train_text_encoder else _encode_once(denoiser)
         for step in range(config.steps):
             live.update(factors())
-            with torch.set_grad_enabled(config.train_text_encoder):
-                text = denoiser.encode_prompts(sampler.prompts(step))
+            text = encode(sampler.prompts(step))
             batch = weighted(denoiser, sampler.draw(step), config.weighting)
             loss, of_nothing, grad_norm = _backward(denoiser, batch, text, factors, config)
             relative = loss / of_nothing
@@ -427,6 +428,17 @@ def _train(
             if callback is not None:
                 callback(FinetuneProgress(step + 1, config.steps, loss, time.perf_counter() - start))
     return FinetuneResult(factors.snapshot(), tuple(losses), time.perf_counter() - start)
+
+
+def _encode_once(denoiser: Denoiser) -> Callable[[Sequence[str]], Any]:
+    """Conditioning without a graph: text layers then get no gradient, stay as they are, and so do their outputs."""
+
+    @cache
+    def encoded(prompts: tuple[str, ...]) -> Any:
+        with torch.no_grad():
+            return denoiser.encode_prompts(prompts)
+
+    return lambda prompts: encoded(tuple(prompts))
 
 
 def _backward(

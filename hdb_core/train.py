@@ -313,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
         "summary": encoder.summary,
         "pretrain_steps": 2000, "pretrain_people": 64, "pretrain_rate": 1e-3,
         "width": basic.width, "depth": basic.depth, "rank": basic.rank,
-        **{f.name: f.default for f in fields(TrainConfig) if f.name not in ("same_photo", "augment")},
+        **{f.name: f.default for f in fields(TrainConfig) if f.name != "same_photo"},
         **{f"sample_{f.name}": f.default for f in fields(SampleConfig)},
     }  # fmt: skip
     for name, default in numbers.items():
@@ -335,7 +335,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         choices=AUGMENTATIONS,
         default=(),
-        help="change the photos that `train` predicts from at random",
+        help="change the photos that `train` predicts from at random (needs torchvision)",
     )
     parser.add_argument("--same-photo", action="store_true", help="denoise the photo that a person was predicted from")
     return parser

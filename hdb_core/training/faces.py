@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,23 +11,22 @@ from torch import Tensor
 from ..hypernet import EncoderConfig, preprocess
 from .photos import Person
 
-
-def _transforms() -> Mapping[str, Callable[[int], Callable[[Tensor], Tensor]]]:
-    # Imported late: the nodes, which never augment, start faster without it.
-    from torchvision.transforms import v2
-
-    return {
-        "crop": lambda size: v2.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.9, 1.1), antialias=True),
-        "flip": lambda size: v2.RandomHorizontalFlip(),
-        "color": lambda size: v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.03),
-    }
-
-
-AUGMENTATIONS = ("crop", "flip", "color")
+# Made from torchvision.transforms.v2, which nothing else needs, and the side of the photos in pixels.
+AUGMENTATIONS: Mapping[str, Callable[[Any, int], Callable[[Tensor], Tensor]]] = {
+    "crop": lambda v2, size: v2.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.9, 1.1), antialias=True),
+    "flip": lambda v2, size: v2.RandomHorizontalFlip(),
+    "color": lambda v2, size: v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.03),
+}
 
 
 class Faces(Protocol):
-    """Photos as `loop.FromFaces` takes them."""
+    """Photos as `loop.FromFaces` takes them.
+
+    Attributes:
+        augments: whether a training reads them with seeds.
+    """
+
+    augments: bool
 
     def read(self, photos: Sequence[tuple[Person, int]], seeds: Sequence[int] | None = None) -> Tensor:
         """(N, …) float32 on the CPU of N photos, each by its person and its number from 0.
@@ -47,8 +46,11 @@ class PhotoPixels:
     """
 
     def __init__(self, encoder: EncoderConfig, augmentations: Sequence[str] = ()) -> None:
-        self.encoder = encoder
-        self._augment = [_transforms()[name](encoder.image_size) for name in augmentations]
+        self.encoder, self.augments = encoder, bool(augmentations)
+        if augmentations:
+            from torchvision.transforms import v2
+
+            self._transforms = [AUGMENTATIONS[name](v2, encoder.image_size) for name in augmentations]
 
     def read(self, photos: Sequence[tuple[Person, int]], seeds: Sequence[int] | None = None) -> Tensor:
         pixels = [person.photos[number].pixels(self.encoder.image_size) for person, number in photos]
@@ -60,6 +62,6 @@ class PhotoPixels:
         picture = pixels.movedim(-1, 0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for transform in self._augment:
+            for transform in self._transforms:
                 picture = transform(picture)
         return picture.movedim(0, -1)

@@ -21,7 +21,7 @@ from ..finetune import WEIGHTINGS, Batch, Denoiser, diffusion_loss, weighted
 from ..hypernet import HyperNet, HyperNetConfig
 from ..lidb import Factors, expand_factors, start_down
 from ..prompt import caption
-from .faces import AUGMENTATIONS, Faces
+from .faces import Faces
 from .fit import draw
 from .losses import layer_energy, mean_predictor_loss, regression_loss
 from .people import FittedPerson, stacked
@@ -47,7 +47,6 @@ class TrainConfig:
         max_photos: a person is predicted from 1 to so many photos.
         max_iterations: and with k from 1 to so many refinements.
         same_photo: denoise the photo that the person was predicted from, even if there are others.
-        augment: the photos that a person is predicted from are changed at random by these, of `faces.AUGMENTATIONS`.
         max_grad_norm: of the clipped gradient.
         down_rate: of the down side that all people share, as a multiple of the learning rate.
         encoder_rate: of the encoder, likewise.
@@ -69,7 +68,6 @@ class TrainConfig:
     max_photos: int = 1
     max_iterations: int = 2
     same_photo: bool = False
-    augment: tuple[str, ...] = ()
     max_grad_norm: float = 1.0
     down_rate: float = 10.0
     encoder_rate: float = 0.2
@@ -78,8 +76,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.weighting not in WEIGHTINGS:
             raise HyperNetError(f"Expected --weighting {' or '.join(WEIGHTINGS)}, got {self.weighting!r}.")
-        if unknown := set(self.augment) - set(AUGMENTATIONS):
-            raise HyperNetError(f"Expected --augment {', '.join(AUGMENTATIONS)}, got {', '.join(sorted(unknown))}.")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -164,12 +160,9 @@ class PersonLoss:
         config = self.config
         turns, iterations, generator = turns_of(step, self.counts, config)
         own = turns[part]
-        # One for each photo of the whole batch, whoever takes it.
-        seeds = (
-            torch.randint(2**62, (len(turns), len(turns[0].seen)), generator=generator)[part]
-            if config.augment
-            else None
-        )
+        seeds = None
+        if self.faces.augments:  # one for each photo of the whole batch, whoever takes it
+            seeds = torch.randint(2**62, (len(turns), len(turns[0].seen)), generator=generator)[part]
         predicted = Factors(*net(self._faces(own, seeds), iterations))
         losses, total = {}, torch.zeros((), device=self.down.device)
         if config.regression_weight:

@@ -84,6 +84,8 @@ class PhotoTokens:
                     f"{len(person.photos)}. Run precompute with --clip-vision, in a new folder if photos have changed."
                 )
 
+    augments = False
+
     def read(self, photos: Sequence[tuple[Person, int]], seeds: Sequence[int] | None = None) -> Tensor:
         """The tokens (N, T, D) float32 of N photos, each by its person and its number from 0.
 

@@ -197,6 +197,14 @@ def test_frozen_sides_and_layers_do_not_move(toy, latents, config):
     assert torch.equal(unet_only.down[text], frozen.down[text])
 
 
+def test_text_is_encoded_once_per_step_or_once_in_all(toy, latents, config):
+    finetune(toy, latents, replace(config, steps=4))
+    assert toy.encoded == [["a [v] face"] * 3] * 4
+    toy.encoded.clear()
+    finetune(toy, latents, replace(config, steps=4, train_text_encoder=False))
+    assert len(toy.encoded) == 1
+
+
 def test_every_photo_is_captioned_with_its_own_words(toy, config):
     latents = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     finetune(toy, latents, replace(config, steps=2, photo_words="smiling \n in a red shirt\n"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -41,7 +39,7 @@ def loss_of(toy, recipe, tmp_path):
         toy,
         people,
         config,
-        TrainConfig(people=6, draws=2, augment=("crop", "flip")),
+        TrainConfig(people=6, draws=2),
         PhotoPixels(config.encoder, ("crop", "flip")),
     )
 
@@ -68,9 +66,7 @@ def test_parts_must_be_even(accelerator, accumulate):
 
 def test_masks_and_augmentations_count(loss_of, accelerator, tmp_path):
     first, _ = gradients(loss_of, accelerator, 1)
-    plain = PersonLoss(
-        loss_of.denoiser, loss_of.people, loss_of.net, replace(loss_of.config, augment=()), loss_of.faces
-    )
+    plain = PersonLoss(loss_of.denoiser, loss_of.people, loss_of.net, loss_of.config, PhotoPixels(loss_of.net.encoder))
     assert gradients(plain, accelerator, 1)[0]["diffusion"] != first["diffusion"]
     for mask in tmp_path.glob("*/*.mask.png"):
         Image.new("L", (8, 8), 255).save(mask)
