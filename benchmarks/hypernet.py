@@ -11,7 +11,7 @@
   ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB;
 * ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
 * ``dreambooth@N``, ``dreambooth_described@N``, ``textual_inversion@N``: checkpoints; without a number the one with the
-  best joint score;
+  best joint score; ``dreambooth_adapted_described@N`` (by ``--rows`` only): of no layers but those that a LiDB adapts;
 * ``stranger``: the next person's prediction; ``photo``: the given photo itself; ``render``: true pictures of the prompts.
 """
 

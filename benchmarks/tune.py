@@ -2,7 +2,8 @@
 
 ``python dev.py bench tune --set learning_rate=0.01,0.02 rank=1,4`` tries every combination; every other setting has its
 default. ``--method hyper`` goes on from a prediction, ``--method lora`` is LoRA-DreamBooth. ``--method dreambooth --set
-rate=1e-5,3e-5`` and ``--method textual_inversion`` do the same for these references, at each of their checkpoints.
+rate=1e-5,3e-5``, ``dreambooth_adapted`` (only the layers that a LiDB adapts) and ``textual_inversion`` do the same for
+these references, at each of their checkpoints.
 Finished cells stay in ``.runs/bench/cells``: earlier sweeps can be repeated at no cost.
 """
 
@@ -18,13 +19,24 @@ from hdb_core.finetune import FinetuneConfig
 
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
-from .common.methods import LORA, Base, DreamBooth, FastFinetuning, LoRA, Method, Predicted, TextualInversion
+from .common.methods import (
+    LORA,
+    AdaptedDreamBooth,
+    Base,
+    DreamBooth,
+    FastFinetuning,
+    LoRA,
+    Method,
+    Predicted,
+    TextualInversion,
+)
 from .common.results import Table, add_options, make_and_report
 from .common.textual_inversion import TextualInversionConfig
 from .hypernet import HYPERNET
 
 REFERENCES: Mapping[str, tuple[type, Any]] = {
     "dreambooth": (DreamBooth, DreamBoothConfig()),
+    "dreambooth_adapted": (AdaptedDreamBooth, DreamBoothConfig()),
     "textual_inversion": (TextualInversion, TextualInversionConfig()),
 }
 
@@ -39,18 +51,20 @@ def row_name(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in settings.items()) or "defaults"
 
 
-def swept(method: str, pairs: Sequence[str], checkpoints: Sequence[int] | None, hypernet: Path) -> list[Method]:
+def swept(
+    method: str, pairs: Sequence[str], checkpoints: Sequence[int] | None, hypernet: Path, described: bool = False
+) -> list[Method]:
     """A method for each combination of settings; references with their own checkpoints unless some are given."""
     if method in REFERENCES:
         of, base = REFERENCES[method]
         base = replace(base, checkpoints=tuple(checkpoints)) if checkpoints else base
         chosen = combinations(parsed_settings(pairs, type(base)))
-        return [of(replace(base, **settings), row_name(settings)) for settings in chosen]
+        return [of(replace(base, **settings), row_name(settings), described) for settings in chosen]
     chosen = combinations(parsed_settings(pairs, FinetuneConfig))
     if method == "lora":
-        return [LoRA(row_name(settings), {**LORA, **settings}) for settings in chosen]
+        return [LoRA(row_name(settings), {**LORA, **settings}, described=described) for settings in chosen]
     start = Predicted("hyper", hypernet) if method == "hyper" else None
-    return [FastFinetuning(row_name(settings), settings, start) for settings in chosen]
+    return [FastFinetuning(row_name(settings), settings, start, described) for settings in chosen]
 
 
 def main() -> None:
@@ -59,11 +73,12 @@ def main() -> None:
     options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE,…", help="settings to try")
     options.add_argument("--checkpoints", type=int, nargs="+", help="of a reference (default: its own)")
     options.add_argument("--hypernet", type=Path, default=HYPERNET, help="its file, for --method hyper")
+    options.add_argument("--described", action="store_true", help="told what the photo shows besides the person")
     options.add_argument("--saved", action="store_true", help="each person after Save LiDB and Load LiDB, too")
     options.add_argument("--full", action="store_true", help="11 prompts instead of 6")
     add_options(options, grid_people=2)
     args = options.parse_args()
-    methods = [Base(), *swept(args.method, args.set, args.checkpoints, args.hypernet.resolve())]
+    methods = [Base(), *swept(args.method, args.set, args.checkpoints, args.hypernet.resolve(), args.described)]
     rows = [row for method in methods for row in method.rows if args.saved or not row.endswith("_saved")]
     bench, subjects = open_bench(args, not args.full), chosen_subjects(args, not args.full)
     make_and_report(args, Table(bench, methods, rows, subjects), reference_people=len(subjects), keep=False)

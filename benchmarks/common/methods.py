@@ -289,9 +289,20 @@ class DreamBooth(Reference):
     name: str = "dreambooth"
     kind: ClassVar[str] = "dreambooth"
 
+    adapted_only: ClassVar[bool] = False
+
     def training(self, bench: Bench, subject: Subject, config: DreamBoothConfig) -> Generator[Checkpoint]:
         prior = class_pictures(bench, config.class_prompt, config.class_pictures)
-        return dreambooth(bench.studio, subject.photo, prior, config, subject.seed)
+        return dreambooth(bench.studio, subject.photo, prior, config, subject.seed, self.adapted_only)
+
+
+@dataclass(frozen=True)
+class AdaptedDreamBooth(DreamBooth):
+    """DreamBooth of the layers that a LiDB adapts, with all their weights: what is beyond it, these layers cannot do."""
+
+    name: str = "dreambooth_adapted"
+    kind: ClassVar[str] = "dreambooth_adapted"
+    adapted_only: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ FACTS = ("steps", "seconds", "bytes", "flops")
 RESAMPLES = 2000
 COSTS = ("steps", "seconds", "flops")
 REACHED = 0.95  # of a reference's best joint score
+MAIN_REFERENCE = "dreambooth"
 # How many times faster than each reference the fast fine-tune should be. Source: HyperDreamBooth, arXiv 2307.06949.
 GOALS = {"dreambooth": 25, "textual_inversion": 125}
 
@@ -195,29 +196,28 @@ def cost_of_most(rows: Sequence[Row], name: str) -> Reached | None:
     return Reached(best, *(before + (target - below) / (score - below) * (cost - before)).tolist())
 
 
-def compared(row: Row, base: Row | None, reached: Reached) -> dict[str, Any]:
-    """How many times less a row costs, and its joint score and gain relative to the reference's best checkpoint."""
+def compared(row: Row, reached: Reached) -> dict[str, float | None]:
+    """How many times less a row costs, and its joint score relative to the reference's best checkpoint."""
     mine, theirs = (r.scores.get("joint", {}) for r in (row, reached.best))
     common = mine.keys() & theirs.keys()
     top = sum(theirs[person] for person in common)
     ratios = {cost: getattr(reached, cost) / own if (own := row.fact(cost)) else None for cost in COSTS}
-    gain = gain_share(row, base, reached.best) if base else None
-    return {
-        **ratios,
-        "joint": sum(mine[person] for person in common) / top if top else None,
-        "gain": [gain.value, gain.error] if gain else None,
-    }
+    return {**ratios, "joint": sum(mine[person] for person in common) / top if top else None}
 
 
 def as_object(
     row: Row,
     base: Row | None,
-    reference: Row | None,
+    best: Mapping[str, Row],
     unsaved: Row | None,
     second: Row | None,
     reached: Mapping[str, Reached] | None = None,
 ) -> dict[str, Any]:
-    """A row for JSON: scores, facts, standard errors, paired differences to other rows, the second judge, speed."""
+    """A row for JSON: scores, facts, standard errors, paired differences to other rows, the second judge, speed.
+
+    Args:
+        best: the best checkpoint of each reference by its name.
+    """
     reached = reached or {}
 
     def values(source: Row, names: Sequence[str]) -> dict[str, float | None]:
@@ -229,19 +229,19 @@ def as_object(
         found = {name: difference(row, other, name) for name in SCORES}
         return {name: [d.value, d.error] for name, d in found.items() if d} or None
 
-    share = gain_share(row, base, reference) if base and reference and row is not base else None
+    shares = {name: gain_share(row, base, other) for name, other in best.items()} if base and row is not base else {}
     errors = {name: mean.error for name in SCORES if (mean := row.mean(name))}
     kinds = {kind: {name: mean_over_people(people.values()).value for name, people in own.items()}
              for kind, own in row.kinds.items()}  # fmt: skip
     return rounded({
         "row": row.name, **values(row, SCORES), **{name: row.fact(name) for name in FACTS},
         "people": len(row.people), **values(row, EXTRA_SCORES), "errors": errors,
-        "minus_base": differences(base), "minus_reference": differences(reference),
+        "minus_base": differences(base), "minus_reference": differences(best.get(MAIN_REFERENCE)),
         "minus_unsaved": differences(unsaved),
-        "share_of_reference_gain": [share.value, share.error] if share else None,
+        "share_of_gain": {name: [share.value, share.error] for name, share in shares.items() if share},
         "kinds": kinds, "second_judge": values(second, SCORES) if second else None,
         "reached": {c: getattr(reached[row.name], c) for c in COSTS} if row.name in reached else None,
-        "times_less": {name: compared(row, base, other) for name, other in reached.items()}
+        "times_less": {name: compared(row, other) for name, other in reached.items()}
         if reached and row.name not in reached and "@" not in row.name and row.fact("seconds") else None,
     })  # fmt: skip
 
@@ -251,11 +251,10 @@ def table(objects: Sequence[Mapping[str, Any]]) -> str:
     head = ["row", "people", *SCORES, "share of gain", "steps", "seconds", "TFLOP", "KB"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row in objects:
-        share = row["share_of_reference_gain"]
         lines.append([
             row["row"], str(row["people"]),
             *(percent(row[name], row["errors"].get(name)) for name in SCORES),
-            percent(*share) if share else "",
+            percent(*row["share_of_gain"].get(MAIN_REFERENCE, [None])),
             number(row["steps"]), number(row["seconds"]), number(row["flops"], 1e12), number(row["bytes"], 1e3),
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -302,7 +301,7 @@ def speed_table(objects: Sequence[Mapping[str, Any]]) -> str:
             cells = [row["row"], number(row["steps"]), number(row["seconds"])]
             for name in references:
                 own = found[name]
-                cells += [percent(*own["gain"] or [None]), percent(own["joint"]), against_goal(own["seconds"], GOALS.get(name)),
+                cells += [percent(*row["share_of_gain"].get(name, [None])), percent(own["joint"]), against_goal(own["seconds"], GOALS.get(name)),
                           number(own["steps"]), number(own["flops"])]  # fmt: skip
             lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -89,10 +89,11 @@ class Table:
         """Every row for JSON, by the first judge with the second beside it; ``judges`` by their keys."""
         rows, *others = ({row.name: row for row in self.judged(key, judge)} for key, judge in judges.items())
         second = others[0] if others else {}
-        base, reference, every = rows.get("base"), rows.get("dreambooth"), list(rows.values())
-        reached = {name: cost for name in references(every) if (cost := cost_of_most(every, name))}
+        every = list(rows.values())
+        best = {name: rows[name] for name in references(every)}
+        reached = {name: cost for name in best if (cost := cost_of_most(every, name))}
         return [
-            as_object(row, base, reference, rows.get(name.removesuffix("_saved")), second.get(name), reached)
+            as_object(row, rows.get("base"), best, rows.get(name.removesuffix("_saved")), second.get(name), reached)
             for name, row in rows.items()
         ]
 
