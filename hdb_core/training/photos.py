@@ -7,12 +7,14 @@ white where that photo shows the person: only this part of it is then learned.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from ..errors import HyperNetError
@@ -42,14 +44,31 @@ class Photo:
         """How much each place of the latents counts, float32 (1, height, width) of mean 1; without a mask, all alike.
 
         Raises:
-            HyperNetError: if the mask is no picture, or black.
+            HyperNetError: if the mask is no picture, black, or of another shape than the photo.
         """
         if self.mask is None:
             return torch.ones(1, height, width)
-        white = resize_to_cover(Photo(self.mask).whole()[None, :1], (height, width))[0]
+        mask = Photo(self.mask)
+        (wide, high), (mask_wide, mask_high) = self.size(), mask.size()
+        if abs(mask_wide * high - mask_high * wide) > max(wide, high):  # a pixel more or less is rounding
+            raise HyperNetError(
+                f"{self.mask} is {mask_wide} × {mask_high}, its photo {wide} × {high}: it cannot lie over it. "
+                "Make the mask from the same, uncut photo."
+            )
+        white = resize_to_cover(mask.whole()[None, :1], (height, width))[0]
         if not bool(white.any()):
             raise HyperNetError(f"{self.mask} marks nothing of its photo. Paint the face white, or remove the file.")
         return white / white.mean()
+
+    def size(self) -> tuple[int, int]:
+        """Width and height of the upright picture, in pixels.
+
+        Raises:
+            HyperNetError: if the file is no picture.
+        """
+        with self._opened() as file:
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return (file.height, file.width) if turned else file.size
 
     def whole(self) -> Tensor:
         """The picture upright and uncut, float32 (3, H, W) in 0..1, as Load Image reads it.
@@ -57,10 +76,15 @@ class Photo:
         Raises:
             HyperNetError: if the file is no picture.
         """
+        with self._opened() as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+        return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).movedim(-1, 0)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Image.Image]:
         try:
             with Image.open(self.path) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-            return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).movedim(-1, 0)
+                yield file
         except OSError as error:
             raise HyperNetError(
                 f"{self.path} cannot be read as a picture ({error}). Remove it or save it again."

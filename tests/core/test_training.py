@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from hdb_core.errors import FinetuneError, HyperNetError
 from hdb_core.hypernet import EncoderConfig
@@ -113,6 +113,15 @@ def test_a_mask_belongs_to_its_photo(tmp_path):
     Image.new("L", (40, 20)).save(tmp_path / "anna.mask.png")
     with pytest.raises(HyperNetError, match="marks nothing"):
         anna.region(4, 4)
+    Image.new("L", (20, 20), 255).save(tmp_path / "anna.mask.png")
+    with pytest.raises(HyperNetError, match="20 × 20, its photo 40 × 20"):
+        anna.region(4, 4)
+    turned = Image.new("RGB", (20, 40), "red")
+    turned.getexif()[ExifTags.Base.Orientation] = 6
+    turned.save(tmp_path / "anna.jpg", exif=turned.getexif())
+    mask.resize((20, 10)).save(tmp_path / "anna.mask.png")
+    assert anna.size() == (40, 20)
+    assert anna.region(4, 4)[..., :1].min() > 1.5
 
 
 def test_a_mask_counts_in_a_fit(toy, config):
