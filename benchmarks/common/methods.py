@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from hdb_core.finetune import FinetuneConfig
+from hdb_core.hypernet import STRENGTH
 from hdb_core.lidb_file import DEFAULT_RANK
 from hdb_core.prompt import caption
 from miniature.captions import photo_words
@@ -92,6 +93,11 @@ class RealPictures:
         yield "render", Cell(subject.renders[:, None], texts)
 
 
+def strong_row(name: str, settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The row of a person applied at `STRENGTH`."""
+    return {f"{name}_strong": {**settings, "strength": STRENGTH}}
+
+
 @dataclass(frozen=True)
 class Predicted:
     """PredictLiDB: a person without training.
@@ -101,12 +107,14 @@ class Predicted:
         hypernet: the hypernetwork's file.
         iterations: k; 0 is the file's own.
         photos: how many of the person it sees.
+        strong: a second row, "<name>_strong", is the same person applied at `STRENGTH`.
     """
 
     name: str
     hypernet: Path
     iterations: int = 0
     photos: int = 1
+    strong: bool = False
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
@@ -115,14 +123,17 @@ class Predicted:
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
-        return {self.name: self.settings}
+        return {self.name: self.settings} | (strong_row(self.name, self.settings) if self.strong else {})
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb, seconds, flops = self.made(bench, subject)
         _, path = bench.studio.saved(lidb, f"bench{os.getpid()}")
         facts = {"steps": 0, "seconds": seconds, "bytes": path.stat().st_size, "flops": flops}
         path.unlink()
-        yield self.name, sampled(bench, bench.studio.apply(lidb), subject, **facts)
+        for row, settings in self.rows.items():
+            if row in wanted:
+                models = bench.studio.apply(lidb, settings.get("strength", 1.0))
+                yield row, sampled(bench, models, subject, **facts)
 
     def made(self, bench: Bench, subject: Subject) -> Made:
         return bench.studio.predict(self.hypernet, subject.photos(self.photos), self.iterations)
@@ -140,12 +151,14 @@ class FastFinetuning:
         settings: fields of FinetuneConfig that are not at their default; a basis as a dict.
         start: the prediction that it goes on from, which brings its basis; None starts from nothing.
         described: the training is told what the photo shows besides the person.
+        strong: a third row, "<name>_strong", is the person applied at `STRENGTH`.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     start: Predicted | None = None
     described: bool = False
+    strong: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -164,15 +177,18 @@ class FastFinetuning:
             resolved["described"] = True
         if self.config["prior_weight"] > 0:
             resolved["class_pictures"] = CLASS_PICTURES
-        return {self.name: resolved, f"{self.name}_saved": {**resolved, "file_rank": DEFAULT_RANK}}
+        saved = {f"{self.name}_saved": {**resolved, "file_rank": DEFAULT_RANK}}
+        return {self.name: resolved} | saved | (strong_row(self.name, resolved) if self.strong else {})
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb, seconds, flops = self.made(bench, subject)
         loaded, size = self._through_file(bench, subject, lidb)
         facts = {"steps": self.config["steps"], "seconds": seconds, "bytes": size, "flops": flops}
-        for row, person in zip(self.rows, (lidb, loaded), strict=True):
+        for row, settings in self.rows.items():
             if row in wanted:
-                yield row, sampled(bench, bench.studio.apply(person), subject, **facts)
+                person = loaded if "file_rank" in settings else lidb
+                models = bench.studio.apply(person, settings.get("strength", 1.0))
+                yield row, sampled(bench, models, subject, **facts)
 
     def made(self, bench: Bench, subject: Subject) -> Made:
         """The person, at the cost of the prediction and the training."""

@@ -162,9 +162,10 @@ class Studio:
         return self._step_flops[key]
 
     @torch.inference_mode()
-    def apply(self, lidb: LiDB) -> Models:
+    def apply(self, lidb: LiDB, strength: float = 1.0) -> Models:
         """The base with a person."""
-        model, clip = self.host.run("ApplyLiDBToModel", model=self.base.model, clip=self.base.clip, lidb=lidb)
+        inputs = {"model": self.base.model, "clip": self.base.clip, "lidb": lidb}
+        model, clip = self.host.run("ApplyLiDBToModel", **inputs, strength_model=strength, strength_clip=strength)
         return Models(model, clip, self.base.vae)
 
     @torch.inference_mode()

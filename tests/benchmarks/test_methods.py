@@ -89,6 +89,18 @@ def test_a_prediction_is_keyed_by_the_file_and_all_that_it_is_asked(bench, tmp_p
     assert Stranger(one).rows["stranger"] == one.rows["hyper"]
 
 
+def test_a_strong_row_is_the_same_person_with_a_key_of_its_own(bench, tmp_path):
+    net = tmp_path / "net.safetensors"
+    net.write_bytes(b"weights")
+    plain, strong = Predicted("hyper", net), Predicted("hyper", net, strong=True)
+    tuned = FastFinetuning("x", {"steps": 10}, plain, strong=True)
+    assert list(strong.rows) == ["hyper", "hyper_strong"] and list(tuned.rows) == ["x", "x_saved", "x_strong"]
+    assert strong.rows["hyper"] == plain.rows["hyper"]
+    assert tuned.rows["x"] == FastFinetuning("x", {"steps": 10}, strong).rows["x"]
+    for rows in (strong.rows, tuned.rows):
+        assert len({bench.cells.key(settings) for settings in rows.values()}) == len(rows)
+
+
 def test_other_photos_show_the_person_elsewhere():
     subject = Subject(DEV)
     photos = subject.photos(4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -80,6 +82,16 @@ def test_a_predicted_person(studio, subject, hypernet):
     assert studio.finetune_step_flops(subject.photo, {"rank": 2}, lidb=refined.lidb) > refined.flops
 
 
+def test_a_person_applied_at_a_strength(studio, subject, hypernet):
+    person = studio.predict(hypernet, subject.photo[None]).lidb
+    once, twice, doubled = (
+        one_picture(studio, studio.apply(*arguments))
+        for arguments in ((person,), (person, 2.0), (replace(person, up=2 * person.up),))
+    )
+    assert (once != twice).any()
+    np.testing.assert_allclose(twice.astype(float), doubled, atol=1)
+
+
 def test_a_lora_with_class_pictures(studio, subject, layout):
     assert all(layer.in_features <= COMPLETE["down_dim"] for layer in layout.layers)
     assert all(layer.out_features <= COMPLETE["up_dim"] for layer in layout.layers)
@@ -114,6 +126,16 @@ def test_dreambooth_trains_and_puts_the_base_back(studio, subject, fingerprint, 
         assert next(run, None) is None
     assert fingerprint() == before
     np.testing.assert_array_equal(one_picture(studio), plain)
+
+
+def test_dreambooth_of_the_adapted_layers(studio, subject, fingerprint, layout):
+    before, plain = fingerprint(), one_picture(studio)
+    config = DreamBoothConfig(rate=1e-3, checkpoints=(1,), batch_size=1)
+    run = dreambooth(studio, subject.photo, subject.renders[:2], config, seed=0, adapted_only=True)
+    assert next(run).parameters >= sum(layer.in_features * layer.out_features for layer in layout.layers)
+    assert (one_picture(studio) != plain).any()
+    run.close()
+    assert fingerprint() == before
 
 
 def test_textual_inversion_learns_the_rare_token_alone(studio, subject, fingerprint):
