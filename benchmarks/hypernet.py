@@ -5,10 +5,10 @@
 ``bench people``, whose rows of the same settings are not made again. ``--rows`` makes and reports only some. Rows:
 
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
-* ``hyper``: Predict LiDB; ``hyper_k1``: in one iteration; ``hyper_3photos``: from two more photos of the person;
+* ``hyper``: Predict LiDB; ``hyper_strong``: applied at more than 1; ``hyper_k1``: in one iteration; ``hyper_3photos``:
+  from two more photos of the person;
 * ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` from nothing; ``_described``: it is
   told what the photo shows besides the person, and from a prediction learns with the freedom that this allows;
-  ``_strong``: the same person applied at more than 1, as the workflow does;
   ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB;
 * ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
 * ``dreambooth@N``, ``dreambooth_described@N``, ``textual_inversion@N``: checkpoints; without a number the one with the
@@ -71,7 +71,7 @@ def all_methods(
         Base(), Caption(),
         Predicted("hyper_k1", hypernet, iterations=1), predicted, Predicted("hyper_3photos", hypernet, photos=3),
         *(FastFinetuning(f"hyper_{n}", {"rank": RELAXED["rank"], **settings, "steps": n}, predicted) for n in STEPS),
-        *(FastFinetuning(f"hyper_{n}_described", {**RELAXED, "learning_rate": rate, **settings, "steps": n}, predicted, described=True, strong=True)
+        *(FastFinetuning(f"hyper_{n}_described", {**RELAXED, "learning_rate": rate, **settings, "steps": n}, predicted, described=True)
           for n, rate in DESCRIBED_STEPS.items()),
         *(FastFinetuning(f"lidb_{n}", {"steps": n}) for n in COLD_STEPS),
         FastFinetuning(f"lidb_{COLD_STEPS[0]}_described", {"steps": COLD_STEPS[0]}, described=True),

@@ -29,8 +29,8 @@ from .layout import Layout
 from .lidb import LiDB, start_down
 from .prompt import rare_token
 
-# The strength at which a predicted person, or one fine-tuned from there, is best applied. Of all that a photo leaves open
-# the network learns the mean, which is too timid where pictures shall show somebody.
+# The strength at which a prediction is best applied if nothing is trained after it. Of all that a photo leaves open the
+# network learns the mean, which is too timid where pictures shall show somebody; a few steps of training make up for it.
 STRENGTH = 1.4
 _MIN_SIDE = 16  # pixels
 _SUMMED_WIDTH = 32  # of each place in a summary

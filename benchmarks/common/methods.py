@@ -93,11 +93,6 @@ class RealPictures:
         yield "render", Cell(subject.renders[:, None], texts)
 
 
-def strong_row(name: str, settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The row of a person applied at `STRENGTH`."""
-    return {f"{name}_strong": {**settings, "strength": STRENGTH}}
-
-
 @dataclass(frozen=True)
 class Predicted:
     """PredictLiDB: a person without training.
@@ -123,7 +118,8 @@ class Predicted:
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
-        return {self.name: self.settings} | (strong_row(self.name, self.settings) if self.strong else {})
+        strong = {f"{self.name}_strong": {**self.settings, "strength": STRENGTH}} if self.strong else {}
+        return {self.name: self.settings, **strong}
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb, seconds, flops = self.made(bench, subject)
@@ -151,14 +147,12 @@ class FastFinetuning:
         settings: fields of FinetuneConfig that are not at their default; a basis as a dict.
         start: the prediction that it goes on from, which brings its basis; None starts from nothing.
         described: the training is told what the photo shows besides the person.
-        strong: a third row, "<name>_strong", is the person applied at `STRENGTH`.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     start: Predicted | None = None
     described: bool = False
-    strong: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -177,18 +171,15 @@ class FastFinetuning:
             resolved["described"] = True
         if self.config["prior_weight"] > 0:
             resolved["class_pictures"] = CLASS_PICTURES
-        saved = {f"{self.name}_saved": {**resolved, "file_rank": DEFAULT_RANK}}
-        return {self.name: resolved} | saved | (strong_row(self.name, resolved) if self.strong else {})
+        return {self.name: resolved, f"{self.name}_saved": {**resolved, "file_rank": DEFAULT_RANK}}
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb, seconds, flops = self.made(bench, subject)
         loaded, size = self._through_file(bench, subject, lidb)
         facts = {"steps": self.config["steps"], "seconds": seconds, "bytes": size, "flops": flops}
-        for row, settings in self.rows.items():
+        for row, person in zip(self.rows, (lidb, loaded), strict=True):
             if row in wanted:
-                person = loaded if "file_rank" in settings else lidb
-                models = bench.studio.apply(person, settings.get("strength", 1.0))
-                yield row, sampled(bench, models, subject, **facts)
+                yield row, sampled(bench, bench.studio.apply(person), subject, **facts)
 
     def made(self, bench: Bench, subject: Subject) -> Made:
         """The person, at the cost of the prediction and the training."""
