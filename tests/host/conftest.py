@@ -155,6 +155,29 @@ def person(host, loaded):
     return make
 
 
+@pytest.fixture(scope="session")
+def hypernet_config(host, loaded):
+    """Sizes of a small hypernetwork for the random miniature."""
+    hypernet, layout = host.module("hdb_core.hypernet"), host.module("hdb_core.layout")
+    modules, family = host.module("nodes.host.targets").target_modules(loaded.model, loaded.clip)
+    encoder = hypernet.EncoderConfig(image_size=64, token_width=32, patch_size=16, stem=((16, 1),), depth=2, heads=2)
+    return hypernet.HyperNetConfig(layout.layout_of(modules, family), encoder=encoder, width=32, depth=2, heads=2)
+
+
+@pytest.fixture(scope="session")
+def write_hypernet(host, base_directory):
+    """Saves an untrained hypernetwork of a config into models/hyperdreambooth; returns its name."""
+
+    def execute(config, name="net.safetensors"):
+        folder = base_directory / "models" / "hyperdreambooth"
+        folder.mkdir(parents=True, exist_ok=True)
+        net = host.module("hdb_core.hypernet").HyperNet.create(config)
+        host.module("hdb_core.hypernet_file").save(net, folder / name, {})
+        return name
+
+    return execute
+
+
 @pytest.fixture
 def fingerprint(loaded, sample):
     """Everything of the host's MODEL, CLIP and VAE that a node could leave changed, and a sampled picture.

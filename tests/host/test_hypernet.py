@@ -12,30 +12,8 @@ import torch
 
 
 @pytest.fixture(scope="module")
-def config(host, loaded):
-    hypernet, layout = host.module("hdb_core.hypernet"), host.module("hdb_core.layout")
-    modules, family = host.module("nodes.host.targets").target_modules(loaded.model, loaded.clip)
-    encoder = hypernet.EncoderConfig(image_size=64, token_width=32, patch_size=16, stem=((16, 1),), depth=2, heads=2)
-    return hypernet.HyperNetConfig(layout.layout_of(modules, family), encoder=encoder, width=32, depth=2, heads=2)
-
-
-@pytest.fixture(scope="module")
-def write(host, base_directory):
-    """Saves an untrained hypernetwork of a config into models/hyperdreambooth; returns its name."""
-
-    def execute(config, name="net.safetensors"):
-        folder = base_directory / "models" / "hyperdreambooth"
-        folder.mkdir(parents=True, exist_ok=True)
-        net = host.module("hdb_core.hypernet").HyperNet.create(config)
-        host.module("hdb_core.hypernet_file").save(net, folder / name, {})
-        return name
-
-    return execute
-
-
-@pytest.fixture(scope="module")
-def name(write, config):
-    return write(config)
+def name(write_hypernet, hypernet_config):
+    return write_hypernet(hypernet_config)
 
 
 def test_photo_to_picture(run, sample, loaded, photo, name):
@@ -95,11 +73,12 @@ def test_extra_model_paths_and_bad_names(run, host, base_directory, name):
             run("LoadHyperNet", hypernet_name=bad)
 
 
-def test_a_model_of_other_layers_is_refused_early(run, host, write, config, loaded, photo):
+def test_a_model_of_other_layers_is_refused_early(run, host, write_hypernet, hypernet_config, loaded, photo):
     layout = host.module("hdb_core.layout")
     extra = layout.Layer("unet.down_blocks.2.attentions.0.transformer_blocks.0.attn1.to_q", 1280, 1280)
+    config = hypernet_config
     wider = type(config)(**{**vars(config), "layout": layout.Layout("sd1", (extra, *config.layout.layers))})
-    (hypernet,) = run("LoadHyperNet", hypernet_name=write(wider, "wider.safetensors"))
+    (hypernet,) = run("LoadHyperNet", hypernet_name=write_hypernet(wider, "wider.safetensors"))
     with pytest.raises(host.module("hdb_core.errors").LayoutError, match=r"This hypernetwork.*1 of its 41 layers"):
         run("PredictLiDB", hypernet=hypernet, image=photo, model=loaded.model)
 
@@ -129,11 +108,11 @@ def vision(tmp_path):
     return make
 
 
-def test_an_encoder_of_the_user(run, host, write, config, photo, vision):
+def test_an_encoder_of_the_user(run, host, write_hypernet, hypernet_config, photo, vision):
     hypernet = host.module("hdb_core.hypernet")
     errors = host.module("hdb_core.errors")
     encoder = hypernet.EncoderConfig("clip_vision", 56, 48, name="ViT-H-14", num_tokens=17)
-    name = write(type(config)(**{**vars(config), "encoder": encoder}), "vision.safetensors")
+    name = write_hypernet(type(hypernet_config)(**{**vars(hypernet_config), "encoder": encoder}), "vision.safetensors")
     with pytest.raises(errors.HyperNetError, match=r"ViT-H-14.*clip_vision is not connected"):
         run("LoadHyperNet", hypernet_name=name)
     (right,) = run("LoadHyperNet", hypernet_name=name, clip_vision=vision(48))
