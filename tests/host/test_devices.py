@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from .second_device import SecondDevice
+from ..second_device import SecondDevice
 
 GPU = torch.device("mps")  # of all kinds the one that the host asks least about
 

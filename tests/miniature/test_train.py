@@ -36,6 +36,8 @@ from hdb_core.training.tokens import PhotoTokens, precompute_tokens
 from miniature.photos import FIRST, write_person
 from miniature.text import load_tokenizer
 
+from ..second_device import SecondDevice
+
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--mixed-precision", "no", "--cpu", "--image-size", "64", "--group", "3", "--fit-steps", "3", "--down-dim", "12",
          "--up-dim", "8", "--encoder-size", "32", "--encoder-width", "32", "--encoder-depth", "1", "--stem", "16x1", "16x1", "--width", "32",
@@ -75,6 +77,14 @@ def fitted(model, photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     assert run("precompute", model, photos, folder) == 0
     return folder
+
+
+@pytest.fixture
+def clean_state():
+    """Accelerate remembers the device of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run(stage, model, photos, folder, *options):
@@ -122,6 +132,20 @@ def test_train_and_evaluate(model, photos, fitted, tmp_path):
     table = [json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines()]
     assert [(row["photos"], row["iterations"]) for row in table] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(row["own"] != row["nobody"] != row["stranger"] for row in table)
+
+
+def test_every_stage_on_another_device(model, photos, tmp_path, monkeypatch, clean_state):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "mps")
+    monkeypatch.setattr(sys.modules[__name__], "SIZES", [option for option in SIZES if option != "--cpu"])
+    with SecondDevice(torch.device("mps")) as there:
+        assert run("precompute", model, photos, tmp_path) == 0
+        assert run("pretrain", model, photos, tmp_path, "--pretrain-people", "4", "--pretrain-steps", "2") == 0
+        options = ["--augment", "flip", "--encoder", str(tmp_path / "encoder.safetensors"), "--sample-every", "2"]
+        assert run("train", model, photos, tmp_path, "--steps", "2", *options) == 0
+        assert run("train", model, photos, tmp_path, "--steps", "3", *options) == 0  # from its state
+        assert run("evaluate", model, photos, tmp_path) == 0
+        assert len(there) > 1000
+    assert hypernet_file.load(tmp_path / "hypernet.safetensors").down_start.device.type == "cpu"
 
 
 def test_pretrained_encoder_is_what_training_starts_from(model, photos, fitted, tmp_path, capsys):

@@ -54,9 +54,13 @@ class SecondDevice(TorchFunctionMode):
                     self._there[storage(tensor)._cdata] = StorageWeakRef(storage(tensor))
         return result
 
+    def __len__(self) -> int:
+        """How many pieces of memory have been there."""
+        return len(self._there)
+
     def place(self, tensor: Tensor) -> torch.device:
-        """Where a tensor claims to be."""
-        return self.device if storage(tensor)._cdata in self._there else CPU
+        """Where a tensor claims to be; only inside of a call, where this mode is off."""
+        return self.device if storage(tensor)._cdata in self._there else tensor.device
 
     def _wanted(self, name: str, args: tuple, kwargs: dict[str, Any]) -> torch.device | None:
         """Where a call asks its result to be."""
