@@ -81,7 +81,7 @@ def fitted(model, photos, tmp_path_factory):
 
 @pytest.fixture
 def clean_state():
-    """Accelerate remembers the device of a process."""
+    """A process otherwise keeps its first device and precision."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -134,7 +134,8 @@ def test_train_and_evaluate(model, photos, fitted, tmp_path):
     assert all(row["own"] != row["nobody"] != row["stranger"] for row in table)
 
 
-def test_every_stage_on_another_device(model, photos, tmp_path, monkeypatch, clean_state):
+@pytest.mark.usefixtures("clean_state")
+def test_every_stage_on_another_device(model, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "mps")
     monkeypatch.setattr(sys.modules[__name__], "SIZES", [option for option in SIZES if option != "--cpu"])
     with SecondDevice(torch.device("mps")) as there:
@@ -230,9 +231,9 @@ def test_ways_to_train_are_compared(model, photos, fitted, tmp_path):
     assert comparison.merged(rows[::-1], {**rows[0], "own": 0.0}) == [{**rows[0], "own": 0.0}, rows[1]]
 
 
+@pytest.mark.usefixtures("clean_state")
 def test_diffusion_loss_alone_in_bf16(model, photos, tmp_path):
     """Nobody is fitted: people are only encoded."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process otherwise keeps its first precision
     options = ["--mixed-precision", "bf16", "--fit-steps", "0", "--regression-weight", "0", "--steps", "4"]
     for stage in ("precompute", "pretrain", "train", "evaluate"):
         assert run(stage, model, photos, tmp_path, *options, "--pretrain-steps", "2", "--pretrain-people", "4") == 0
@@ -241,7 +242,6 @@ def test_diffusion_loss_alone_in_bf16(model, photos, tmp_path):
     assert set(row) == {"step", "rate", "loss", "diffusion"}
     table = [json.loads(line) for line in (tmp_path / "evaluation.json").read_text().splitlines()]
     assert all(row["own"] != row["nobody"] and "regression" not in row for row in table)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def stopping(monkeypatch, step):
