@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from devtools import environment
-from hdb_core.finetune import RELAXED, FinetuneConfig
+from hdb_core.finetune import RELAXED
 
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
@@ -35,6 +35,7 @@ from .common.methods import (
     FastFinetuning,
     LoRA,
     Method,
+    NodeConfig,
     Predicted,
     RealPictures,
     Stranger,
@@ -62,7 +63,7 @@ def all_methods(
 
     Args:
         hypernet: the hypernetwork's file.
-        settings: fields of FinetuneConfig that are not at their default when going on from a prediction.
+        settings: fields of NodeConfig that are not at their default when going on from a prediction.
         dreambooth: of full DreamBooth.
         inversion: of Textual Inversion.
     """
@@ -82,12 +83,12 @@ def all_methods(
 
 
 def single_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """``name=value`` of FinetuneConfig.
+    """``name=value`` of NodeConfig.
 
     Raises:
         SystemExit: several values, an unknown name, a value of another type, or the steps, which the row's name says.
     """
-    found = parsed_settings(pairs, FinetuneConfig)
+    found = parsed_settings(pairs, NodeConfig)
     if wrong := [name for name, values in found.items() if len(values) != 1 or name == "steps"]:
         raise SystemExit(f"--set {', '.join(wrong)}: expected one value, and no steps: they are in the row's name.")
     return {name: value for name, (value,) in found.items()}

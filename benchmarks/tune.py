@@ -15,8 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hdb_core.finetune import FinetuneConfig
-
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
 from .common.methods import (
@@ -27,6 +25,7 @@ from .common.methods import (
     FastFinetuning,
     LoRA,
     Method,
+    NodeConfig,
     Predicted,
     TextualInversion,
 )
@@ -60,7 +59,7 @@ def swept(
         base = replace(base, checkpoints=tuple(checkpoints)) if checkpoints else base
         chosen = combinations(parsed_settings(pairs, type(base)))
         return [of(replace(base, **settings), row_name(settings), described) for settings in chosen]
-    chosen = combinations(parsed_settings(pairs, FinetuneConfig))
+    chosen = combinations(parsed_settings(pairs, NodeConfig))
     if method == "lora":
         return [LoRA(row_name(settings), {**LORA, **settings}, described=described) for settings in chosen]
     start = Predicted("hyper", hypernet) if method == "hyper" else None

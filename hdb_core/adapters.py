@@ -1,4 +1,4 @@
-"""Low-rank output paths on linear layers: ``y + up · (down · x)`` by forward hooks.
+"""Low-rank output paths on linear layers and convolutions: ``y + up · (down · x)`` by forward hooks.
 
 The full change of a weight is never formed, so autograd never forms a gradient of that size, and the layer may store
 its weight in any format. One person for the whole batch, or another person for every sample.
@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .errors import LayoutError
 
@@ -36,14 +37,29 @@ def low_rank_output(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), up.mT).view(y.shape)
 
 
+def low_rank_convolution(module: nn.Conv2d, x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """`low_rank_output` of a convolution: R kernels, then a mix of their maps. One person for the whole batch.
+
+    Args:
+        module: the convolution.
+        x: (B, in, h, w).
+        y: (B, out, h', w'), its output.
+        up: (out, R).
+        down: (R, in · kernel height · kernel width).
+    """
+    kernels = down.to(x).view(-1, *module.weight.shape[1:])
+    hidden = functional.conv2d(x, kernels, None, module.stride, module.padding, module.dilation).to(y.dtype)
+    return y + functional.conv2d(hidden, up.to(y)[:, :, None, None]).to(y.dtype)
+
+
 @contextmanager
 def attach(modules: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> Iterator[None]:
-    """Give linear layers a low-rank output path for the duration of the context.
+    """Give layers a low-rank output path for the duration of the context.
 
     The mapping is read at every forward pass, so a training loop may put new factors into it between steps.
 
     Args:
-        modules: layer name → linear-like module with output (..., out).
+        modules: layer name → linear-like module with output (..., out), or convolution.
         factors: layer name → (up, down), see `low_rank_output`; layers without an entry stay as they are.
 
     Raises:
@@ -66,6 +82,8 @@ def _hook(name: str, factors: Mapping[str, Factors]) -> Callable[[nn.Module, tup
         if name not in factors:
             return output
         up, down = factors[name]
+        if isinstance(module, nn.Conv2d):
+            return low_rank_convolution(module, inputs[0], output, up, down)
         return low_rank_output(inputs[0], output, up, down)
 
     return add_low_rank_output

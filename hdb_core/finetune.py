@@ -26,8 +26,8 @@ from torch.nn import functional
 from .adapters import attach
 from .basis import BasisRecipe, bases_of
 from .errors import FinetuneDiverged, FinetuneError
-from .layout import Layout, require_layers
-from .lidb import LiDB, expand_factors, start_down
+from .layout import Layout
+from .lidb import LiDB, expand_factors, extend, start_down
 from .prompt import CLASS_PROMPT, caption, rare_token
 
 # A power of two: exact in float32 and bfloat16, and keeps float16 gradients above underflow.
@@ -38,7 +38,7 @@ _EXPLODED_LOSS = 10.0
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 # The settings to choose when going on from a prediction with `photo_words` (the paper's rank relaxation). The defaults
 # suit a cold start. Without words so much freedom would learn the photo's clothes and background.
-RELAXED: Mapping[str, Any] = {"rank": 4, "learning_rate": 0.15, "freeze_down": False}
+RELAXED: Mapping[str, Any] = {"rank": 4, "learning_rate": 0.15, "freeze_down": False, "convolutions": True}
 # How noise levels count. native: by the error of what the model predicts, which for ε says little about a person where
 # there is much noise. v: by the error of v, whatever the model predicts; the levels that decide on colours and shapes
 # then have their part. Source of v: Salimans & Ho, Progressive Distillation, arXiv 2202.00512 (their SNR + 1 weighting).
@@ -273,15 +273,14 @@ def start_factors(basis: BasisRecipe, layout: Layout, rank: int, init: LiDB | No
 
     Raises:
         FinetuneError: if the rank does not fit into the basis.
-        LayoutError: if `init` was made for another model.
+        LayoutError: if `init` was made for another model, or for layers that `layout` lacks.
     """
     rank = rank if init is None else max(rank, init.rank)
     down = start_down(basis, layout, rank)
     up = torch.zeros(len(layout.layers), basis.up_dim, rank)
     if init is None:
         return down, up
-    require_layers(init.layout, layout)
-    require_layers(layout, init.layout, "The connected MODEL")
+    init = extend(init, layout)
     if rank > basis.max_rank:
         raise FinetuneError(f"Expected a rank of at most {basis.max_rank} (basis of the connected LIDB), got {rank}.")
     init_down, init_up = (t.detach().clone().float().cpu() for t in (init.down, init.up))

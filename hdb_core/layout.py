@@ -2,14 +2,16 @@
 
 Neutral names are those of diffusers with the component in front:
 ``unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q``,
-``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``. ComfyUI uses the names of the original
-checkpoints (``input_blocks.1.1.transformer_blocks.0.attn1.to_q``); this module maps both ways.
+``unet.down_blocks.0.resnets.0.conv1``, ``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``. ComfyUI uses the
+names of the original checkpoints (``input_blocks.1.1.transformer_blocks.0.attn1.to_q``,
+``input_blocks.1.0.in_layers.2``); this module maps both ways.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,11 +27,18 @@ FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
 _TEXT_ENCODERS = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
 _SECTIONS = ("unet.down_blocks", "unet.mid_block", "unet.up_blocks", "text_encoder", "text_encoder_2")
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+# Of a residual block: neutral name → name in the original checkpoints.
+_CONVOLUTIONS = {"conv1": "in_layers.2", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+_NEUTRAL_CONVOLUTIONS = {ldm: neutral for neutral, ldm in _CONVOLUTIONS.items()}
 
-_UNET_TAIL = r"transformer_blocks\.\d+\.attn[12]\.(?:to_q|to_k|to_v|to_out\.0)"
-_LDM_UNET = re.compile(rf"(input_blocks|middle_block|output_blocks)\.(\d+)(?:\.1)?\.({_UNET_TAIL})")
+_ATTENTION_TAIL = r"transformer_blocks\.\d+\.attn[12]\.(?:to_q|to_k|to_v|to_out\.0)"
+_LDM_UNET = re.compile(rf"(input_blocks|middle_block|output_blocks)\.(\d+)(?:\.1)?\.({_ATTENTION_TAIL})")
+_LDM_CONVOLUTION = re.compile(
+    rf"(input_blocks|middle_block|output_blocks)\.(\d+)(?:\.0)?\.({'|'.join(map(re.escape, _CONVOLUTIONS.values()))})"
+)
 _NEUTRAL_UNET = re.compile(
-    rf"(?:unet\.)?(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.({_UNET_TAIL})"
+    r"(?:unet\.)?(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\."
+    rf"(?:attentions\.(\d+)\.({_ATTENTION_TAIL})|resnets\.(\d+)\.({'|'.join(_CONVOLUTIONS)}))"
 )
 _TEXT = re.compile(r"(?:.*\.)?encoder\.layers\.(\d+)\.self_attn\.((?:q|k|v|out)_proj)")
 _NEUTRAL_TEXT = re.compile(r"(text_encoder(?:_2)?)\.(text_model\.encoder\.layers\.\d+\.self_attn\.(?:q|k|v|out)_proj)")
@@ -39,7 +48,7 @@ _LDM_INPUT = re.compile(r"input_blocks\.(\d+)\b")
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted linear layer. Its weight is (out_features, in_features)."""
+    """One adapted layer. Its weight is (out_features, in_features), that of a convolution flattened from the input on."""
 
     name: str
     in_features: int
@@ -49,6 +58,12 @@ class Layer:
     def is_text(self) -> bool:
         """Whether the layer belongs to a text encoder."""
         return self.name.startswith("text_encoder")
+
+    @property
+    def kernel_size(self) -> int:
+        """Side of a convolution's kernel, 0 for a linear layer."""
+        tail = self.name.rsplit(".", 1)[-1]
+        return {"conv1": 3, "conv2": 3, "conv_shortcut": 1}.get(tail, 0)
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,11 @@ class Layout:
         rows = [[layer.name, layer.in_features, layer.out_features] for layer in self.layers]
         return hashlib.sha256(json.dumps([self.family, rows]).encode()).hexdigest()
 
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether convolutions are among the layers."""
+        return any(layer.kernel_size for layer in self.layers)
+
     def describe(self) -> str:
         """For example ``SD 1.x, 128 UNet + 48 text layers``."""
         text = sum(layer.is_text for layer in self.layers)
@@ -71,7 +91,10 @@ class Layout:
 
 
 def find_targets(
-    unet_modules: Mapping[str, nn.Module], text_modules: Mapping[str, Mapping[str, nn.Module]], family: str
+    unet_modules: Mapping[str, nn.Module],
+    text_modules: Mapping[str, Mapping[str, nn.Module]],
+    family: str,
+    convolutions: bool = False,
 ) -> dict[str, nn.Module]:
     """Find the linear layers of every attention of a UNet and its CLIP text encoders.
 
@@ -83,9 +106,10 @@ def find_targets(
         text_modules: the same for each text encoder, by ``clip_l``, ``clip_h``, ``clip_g``, ``text_encoder`` or
             ``text_encoder_2``; may be empty.
         family: a key of `FAMILIES`.
+        convolutions: find those of the UNet's residual blocks, too.
 
     Returns:
-        Neutral name → module, in canonical order.
+        Neutral name → module, in canonical order: convolutions last.
 
     Raises:
         LayoutError: if the family is unknown or the UNet has no attention layers of the known form.
@@ -93,7 +117,7 @@ def find_targets(
     if family not in FAMILIES:
         known = ", ".join(FAMILIES.values())
         raise LayoutError(f"LiDB works on {known}, but the connected MODEL is {family!r}. Load such a checkpoint.")
-    targets = _unet_targets(unet_modules)
+    targets = _unet_targets(unet_modules, convolutions)
     if not targets:
         raise LayoutError(
             f"Expected a UNet with attention layers ({FAMILIES[family]}), found none in "
@@ -106,8 +130,7 @@ def find_targets(
 
 def layout_of(targets: Mapping[str, Any], family: str) -> Layout:
     """The layout of what `find_targets` found."""
-    layers = (Layer(name, int(m.in_features), int(m.out_features)) for name, m in targets.items())
-    return Layout(family, tuple(layers))
+    return Layout(family, tuple(Layer(name, *_sizes(module)) for name, module in targets.items()))
 
 
 def host_keys(layout: Layout) -> dict[str, str]:
@@ -134,18 +157,21 @@ def host_key(name: str, num_res_blocks: int = 2, family: str = "sd1") -> str:
         first = "clip_h" if family == "sd2" else "clip_l"
         return f"{first if match[1] == 'text_encoder' else 'clip_g'}.transformer.{match[2]}.weight"
     if not (match := _NEUTRAL_UNET.fullmatch(name)):
-        raise LayoutError(f"Expected the name of an attention layer, got {name!r}. Make the LiDB again with this pack.")
-    section, level, index, tail = match[1], int(match[2] or 0), int(match[3]), match[4]
+        raise LayoutError(f"Expected the name of an adapted layer, got {name!r}. Make the LiDB again with this pack.")
+    section, level, index = match[1], int(match[2] or 0), int(match[3] or match[5] or 0)
+    tail = f"1.{match[4]}" if match[4] else f"0.{_CONVOLUTIONS[match[6]]}"
+    if section == "mid_block" and match[6]:  # two residual blocks with the attention between them
+        return f"diffusion_model.middle_block.{2 * index}.{_CONVOLUTIONS[match[6]]}.weight"
     block = {
         "down_blocks": f"input_blocks.{1 + level * (num_res_blocks + 1) + index}",
         "mid_block": "middle_block",
         "up_blocks": f"output_blocks.{level * (num_res_blocks + 1) + index}",
     }[section]
-    return f"diffusion_model.{block}.1.{tail}.weight"
+    return f"diffusion_model.{block}.{tail}.weight"
 
 
 def neutral_unet_name(name: str, num_res_blocks: int) -> str | None:
-    """The neutral name of a UNet module, or None if it is not one of the adapted linear layers.
+    """The neutral name of a UNet module, or None if it is not one of the layers that can be adapted.
 
     Args:
         name: original (ldm) name relative to ``diffusion_model``, or the name in diffusers.
@@ -153,13 +179,15 @@ def neutral_unet_name(name: str, num_res_blocks: int) -> str | None:
     """
     if _NEUTRAL_UNET.fullmatch(name):
         return name if name.startswith("unet.") else f"unet.{name}"
-    if not (match := _LDM_UNET.fullmatch(name)):
+    attention = _LDM_UNET.fullmatch(name)
+    if not (match := attention or _LDM_CONVOLUTION.fullmatch(name)):
         return None
-    section, number, tail = match[1], int(match[2]), match[3]
+    section, number = match[1], int(match[2])
+    kind, tail = ("attentions", match[3]) if attention else ("resnets", _NEUTRAL_CONVOLUTIONS[match[3]])
     if section == "middle_block":
-        return f"unet.mid_block.attentions.0.{tail}"
+        return f"unet.mid_block.{kind}.{0 if attention else number // 2}.{tail}"
     level, index = divmod(number - 1 if section == "input_blocks" else number, num_res_blocks + 1)
-    return f"unet.{'down_blocks' if section == 'input_blocks' else 'up_blocks'}.{level}.attentions.{index}.{tail}"
+    return f"unet.{'down_blocks' if section == 'input_blocks' else 'up_blocks'}.{level}.{kind}.{index}.{tail}"
 
 
 def require_layers(wanted: Layout, available: Layout, maker: str = "This LiDB") -> None:
@@ -189,10 +217,21 @@ def _is_linear(module: nn.Module) -> bool:
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
-def _unet_targets(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _sizes(module: Any) -> tuple[int, int]:
+    """in_features, out_features of an adapted layer."""
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels * math.prod(module.kernel_size), module.out_channels
+    return int(module.in_features), int(module.out_features)
+
+
+def _unet_targets(modules: Mapping[str, nn.Module], convolutions: bool) -> dict[str, nn.Module]:
     num_res_blocks = _num_res_blocks_of_ldm(modules)
     named = ((neutral_unet_name(name, num_res_blocks), module) for name, module in modules.items())
-    return {name: module for name, module in named if name and _is_linear(module)}
+    return {
+        name: module
+        for name, module in named
+        if name and (_is_linear(module) or (convolutions and isinstance(module, nn.Conv2d)))
+    }
 
 
 def _text_targets(encoder: str, modules: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -213,13 +252,14 @@ def _num_res_blocks_of_ldm(names: Iterable[str]) -> int:
 
 def _num_res_blocks_of_neutral(names: Iterable[str]) -> int:
     matches = [match for name in names if (match := _NEUTRAL_UNET.fullmatch(name))]
-    down = [int(match[3]) + 1 for match in matches if match[1] == "down_blocks"]
-    up = [int(match[3]) for match in matches if match[1] == "up_blocks"]
+    down = [int(match[3] or match[5]) + 1 for match in matches if match[1] == "down_blocks"]
+    up = [int(match[3] or match[5]) for match in matches if match[1] == "up_blocks"]
     return max(down + up, default=2)
 
 
-def _canonical_key(name: str) -> tuple[int, list[int], int]:
-    projection = next(p for p in _PROJECTIONS if name.endswith(p))
+def _canonical_key(name: str) -> tuple[bool, int, list[int], int]:
+    tails = (*_PROJECTIONS, *_CONVOLUTIONS)
+    tail = next(t for t in tails if name.endswith(f".{t}"))
     section = max((s for s in _SECTIONS if name.startswith(s + ".")), key=len)
-    numbers = re.findall(r"\d+", name.removesuffix(projection))
-    return _SECTIONS.index(section), [int(n) for n in numbers], _PROJECTIONS.index(projection)
+    numbers = re.findall(r"\d+", name.removesuffix(tail))
+    return tail in _CONVOLUTIONS, _SECTIONS.index(section), [int(n) for n in numbers], tails.index(tail)

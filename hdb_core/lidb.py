@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .basis import BasisRecipe, bases_of, layer_basis
 from .errors import LiDBError
-from .layout import Layout
+from .layout import Layout, require_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,11 +187,31 @@ def truncate(lidb: LiDB, rank: int) -> LiDB:
     return LiDB(lidb.layout, lidb.basis, (down * sign).to(lidb.down), (up * sign.mT).to(lidb.up), lidb.info)
 
 
+def extend(lidb: LiDB, layout: Layout) -> LiDB:
+    """The same person on more layers, of which it leaves the further ones as they are.
+
+    Args:
+        lidb: any LiDB.
+        layout: has all of its layers.
+
+    Raises:
+        LayoutError: if it does not.
+    """
+    require_layers(lidb.layout, layout)
+    if lidb.layout == layout:
+        return lidb
+    places = {layer: i for i, layer in enumerate(layout.layers)}
+    kept = torch.tensor([places[layer] for layer in lidb.layout.layers])
+    down = start_down(lidb.basis, layout, lidb.rank).index_copy(0, kept, lidb.down)
+    up = lidb.up.new_zeros(len(layout.layers), *lidb.up.shape[1:]).index_copy(0, kept, lidb.up)
+    return LiDB(layout, lidb.basis, down, up, lidb.info)
+
+
 def weighted_sum(lidbs: Sequence[LiDB], weights: Sequence[float], rank: int | None = None) -> LiDB:
     """Σ weight · person, exact unless a rank is given.
 
     Args:
-        lidbs: one or more persons of one layout and basis.
+        lidbs: one or more persons of one model and basis; the sum has the layers of the one with most.
         weights: one number each.
         rank: truncate the sum to this rank.
 
@@ -200,6 +220,9 @@ def weighted_sum(lidbs: Sequence[LiDB], weights: Sequence[float], rank: int | No
     """
     if not lidbs or len(lidbs) != len(weights):
         raise LiDBError(f"Expected one weight for each person, got {len(lidbs)} persons and {len(weights)} weights.")
+    largest = max((lidb.layout for lidb in lidbs), key=lambda layout: len(layout.layers))
+    if all(lidb.layout.family == largest.family for lidb in lidbs):
+        lidbs = [extend(lidb, largest) if set(lidb.layout.layers) < set(largest.layers) else lidb for lidb in lidbs]
     require_same_space(lidbs)
     first = lidbs[0]
     down = torch.cat([lidb.down for lidb in lidbs], dim=1)

@@ -70,6 +70,11 @@ class FastFinetune(io.ComfyNode):
                     default=DEFAULTS.freeze_down,
                     tooltip="Train only the up side, which a start from nothing needs. Off, going on from a predicted lidb with photo_words, the person follows the photo more closely.",
                 ),
+                io.Boolean.Input(
+                    "convolutions",
+                    default=False,
+                    tooltip="Train the UNet's convolutions besides its attention: they draw the shapes of a face, and of everything else in the photo. On going on from a predicted lidb with photo_words; otherwise off.",
+                ),
                 io.Float.Input(
                     "learning_rate",
                     default=DEFAULTS.learning_rate,
@@ -142,6 +147,7 @@ class FastFinetune(io.ComfyNode):
         vae: io.Vae.Type,
         image: io.Image.Type,
         resolution: int,
+        convolutions: bool,
         mask: io.Mask.Type | None = None,
         lidb: LiDB | None = None,
         class_images: io.Image.Type | None = None,
@@ -150,7 +156,7 @@ class FastFinetune(io.ComfyNode):
         config = FinetuneConfig(**settings)
         photos = Photos(image, mask, class_images, resolution)
         try:
-            result = finetune_in_host(model, clip, vae, photos, config, lidb, cls.hidden.unique_id)
+            result = finetune_in_host(model, clip, vae, photos, config, lidb, convolutions, cls.hidden.unique_id)
         except FinetuneDiverged as error:
             raise kept(error) from None
         plot = loss_image(result.losses)

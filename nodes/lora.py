@@ -20,11 +20,17 @@ PREFIXES = {
 
 
 def lora_state_dict(lidb: LiDB) -> dict[str, torch.Tensor]:
-    """A LiDB with the names and factors of a kohya LoRA: up (out, R), down (R, in) float16, alpha = R."""
+    """A LiDB with the names and factors of a kohya LoRA: up (out, R), down (R, in) float16, alpha = R.
+
+    Those of a convolution are kernels: up (out, R, 1, 1), down (R, in, k, k).
+    """
     state_dict = {}
+    kernels = {layer.name: layer.kernel_size for layer in lidb.layout.layers}
     # Truncation to its own rank leaves the person as it is and balances the factors: both stay in float16's range.
     for name, (up, down) in expand(truncate(lidb, lidb.rank)).items():
         component, layer = name.split(".", 1)
+        if size := kernels[name]:
+            up, down = up[..., None, None], down.unflatten(1, (-1, size, size))
         key = f"{PREFIXES[lidb.layout.family][component]}_{layer.replace('.', '_')}"
         state_dict[f"{key}.lora_up.weight"] = up.half().contiguous()
         state_dict[f"{key}.lora_down.weight"] = down.half().contiguous()

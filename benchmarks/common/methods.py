@@ -40,6 +40,13 @@ LORA = {"steps": 150, "learning_rate": 3e-4, "freeze_down": False, "down_lr_scal
         "prior_weight": 1.0, "basis": COMPLETE}  # fmt: skip
 
 
+@dataclass(frozen=True)
+class NodeConfig(FinetuneConfig):
+    """All settings of FastFinetune: those of the training, and which layers the host gives it."""
+
+    convolutions: bool = False
+
+
 class Method(Protocol):
     """A way to make a person's pictures, as one or more rows of a table."""
 

@@ -34,8 +34,13 @@ def family_of(model: ModelPatcher) -> str:
     return family
 
 
-def target_modules(model: ModelPatcher, clip: CLIP | None) -> tuple[dict[str, nn.Module], str]:
-    """The adapted linear layers of a MODEL and a CLIP, by neutral name in canonical order, and their family.
+def target_modules(
+    model: ModelPatcher, clip: CLIP | None, convolutions: bool = False
+) -> tuple[dict[str, nn.Module], str]:
+    """The adapted layers of a MODEL and a CLIP, by neutral name in canonical order, and their family.
+
+    Args:
+        convolutions: those of the UNet's residual blocks, too.
 
     Raises:
         LayoutError: a MODEL that LiDB does not know, a missing CLIP, or one that does not belong to the MODEL.
@@ -56,6 +61,7 @@ def target_modules(model: ModelPatcher, clip: CLIP | None) -> tuple[dict[str, nn
         dict(model.model.diffusion_model.named_modules()),
         {name: dict(encoder.named_modules()) for name, encoder in encoders.items()},
         family,
+        convolutions,
     )
     return modules, family
 
@@ -67,7 +73,7 @@ def require_unet(model: ModelPatcher, layout: Layout, maker: str) -> None:
         LayoutError: it is of another family, or lacks one of them.
     """
     family = family_of(model)
-    own = layout_of(find_targets(dict(model.model.diffusion_model.named_modules()), {}, family), family)
+    own = layout_of(find_targets(dict(model.model.diffusion_model.named_modules()), {}, family, True), family)
     text = tuple(layer for layer in layout.layers if layer.is_text)
     require_layers(layout, Layout(own.family, own.layers + text), maker)
 
@@ -82,7 +88,7 @@ def apply_lidb(
     Raises:
         LayoutError: the LiDB was made for other layers, or the host took fewer patches than the LiDB has layers.
     """
-    modules, family = target_modules(model, clip)
+    modules, family = target_modules(model, clip, lidb.layout.has_convolutions)
     require_layers(lidb.layout, layout_of(modules, family))
     keys = host_keys(lidb.layout)
     patches = {

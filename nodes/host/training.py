@@ -145,14 +145,18 @@ def finetune_in_host(
     photos: Photos,
     config: FinetuneConfig,
     init: LiDB | None,
+    convolutions: bool,
     node_id: str | None,
 ) -> FinetuneResult:
     """Fast fine-tune on the host's MODEL, CLIP and VAE, which are the same afterwards; see `hdb_core.finetune`.
 
+    Args:
+        convolutions: train those of the UNet's residual blocks, too; those of `init` are trained in any case.
+
     Raises:
         HDBError: inputs that cannot be used, before heavy work; or training diverged.
     """
-    modules, family = target_modules(model, clip)
+    modules, family = target_modules(model, clip, convolutions or (init is not None and init.layout.has_convolutions))
     if config.prior_weight > 0 and photos.class_images is None:
         raise FinetuneError(
             f"prior_weight is {config.prior_weight:g}, but class_images is not connected. "

@@ -37,6 +37,21 @@ def test_one_person_per_sample_equals_one_at_a_time(context_length):
     close(low_rank_output(x, y, up, down), torch.cat(single))
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
+def test_a_convolution_equals_that_of_the_merged_weight(kernel, stride):
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Conv2d(4, 6, kernel, stride, padding=kernel // 2).requires_grad_(False)
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    up, down = (torch.randn(s, generator=generator, requires_grad=True) for s in ((6, 2), (2, 4 * kernel**2)))
+    with attach({"a": layer}, {"a": (up, down)}):
+        hooked = layer(x)
+        through_hook = torch.autograd.grad(hooked.square().sum(), (up, down))
+    weight = layer.weight + (up @ down).view_as(layer.weight)
+    merged = nn.functional.conv2d(x, weight, layer.bias, stride, kernel // 2)
+    close(hooked, merged, atol=1e-4, rtol=1e-4)
+    close(through_hook, torch.autograd.grad(merged.square().sum(), (up, down)), atol=1e-2, rtol=1e-4)
+
+
 def test_gradients_equal_those_of_the_merged_weight():
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(10, 6).requires_grad_(False)

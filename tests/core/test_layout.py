@@ -25,7 +25,18 @@ MINIATURE = {
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "layers_per_block": 1,
 }
-CASES = [("sd1", SD1, 128), ("sd2", SD2, 128), ("sdxl", SDXL, 560), ("sd1", MINIATURE, 32)]
+CASES = [
+    pytest.param(
+        family, config, convolutions, linears + convolutions * kernels, id=f"{name} {'all' * convolutions}".strip()
+    )
+    for name, family, config, linears, kernels in (
+        ("sd1", "sd1", SD1, 128, 58),
+        ("sd2", "sd2", SD2, 128, 58),
+        ("sdxl", "sdxl", SDXL, 560, 45),
+        ("miniature", "sd1", MINIATURE, 32, 20),
+    )
+    for convolutions in (False, True)
+]
 
 
 def unet_modules(config):
@@ -44,11 +55,11 @@ def text_modules(width, layers, identities=()):
     return encoder
 
 
-@pytest.mark.parametrize(("family", "config", "count"), CASES, ids=["sd1", "sd2", "sdxl", "miniature"])
-def test_every_attention_layer_is_found_and_its_host_key_leads_back(family, config, count):
-    targets = find_targets(unet_modules(config), {}, family)
+@pytest.mark.parametrize(("family", "config", "convolutions", "count"), CASES)
+def test_every_layer_is_found_and_its_host_key_leads_back(family, config, convolutions, count):
+    targets = find_targets(unet_modules(config), {}, family, convolutions)
     layout = layout_of(targets, family)
-    assert len(layout.layers) == count
+    assert len(layout.layers) == count and layout.has_convolutions == convolutions
     keys = host_keys(layout)
     assert len(set(keys.values())) == count
     num_res_blocks = config.get("layers_per_block", 2)
@@ -57,17 +68,22 @@ def test_every_attention_layer_is_found_and_its_host_key_leads_back(family, conf
         assert neutral_unet_name(ldm_name, num_res_blocks) == name
 
 
-@pytest.mark.parametrize(("family", "config", "count"), CASES, ids=["sd1", "sd2", "sdxl", "miniature"])
-def test_original_and_diffusers_names_give_the_same_layout(family, config, count):
-    from_diffusers = layout_of(find_targets(unet_modules(config), {}, family), family)
+@pytest.mark.parametrize(("family", "config", "convolutions", "count"), CASES)
+def test_original_and_diffusers_names_give_the_same_layout(family, config, convolutions, count):
+    from_diffusers = layout_of(find_targets(unet_modules(config), {}, family, convolutions), family)
     num_res_blocks = config.get("layers_per_block", 2)
     ldm = {f"input_blocks.{num_res_blocks + 1}.0.op": nn.Conv2d(1, 1, 1)}
     for layer in reversed(from_diffusers.layers):
         key = host_keys(from_diffusers)[layer.name]
         with torch.device("meta"):
-            linear = nn.Linear(layer.in_features, layer.out_features)
-        ldm[key.removeprefix("diffusion_model.").removesuffix(".weight")] = linear
-    assert layout_of(find_targets(ldm, {}, family), family) == from_diffusers
+            size = layer.kernel_size
+            module = (
+                nn.Conv2d(layer.in_features // size**2, layer.out_features, size)
+                if size
+                else nn.Linear(layer.in_features, layer.out_features)
+            )
+        ldm[key.removeprefix("diffusion_model.").removesuffix(".weight")] = module
+    assert layout_of(find_targets(ldm, {}, family, convolutions), family) == from_diffusers
 
 
 def test_known_names_of_sd1():

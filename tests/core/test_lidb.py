@@ -4,9 +4,21 @@ import pytest
 import torch
 
 from hdb_core.basis import BasisRecipe
-from hdb_core.errors import LiDBError
+from hdb_core.errors import LayoutError, LiDBError
 from hdb_core.layout import Layer, Layout
-from hdb_core.lidb import LiDB, core, cosine, delta_weight, expand, inner, norm, start_down, truncate, weighted_sum
+from hdb_core.lidb import (
+    LiDB,
+    core,
+    cosine,
+    delta_weight,
+    expand,
+    extend,
+    inner,
+    norm,
+    start_down,
+    truncate,
+    weighted_sum,
+)
 
 close = torch.testing.assert_close
 EXACT = {"atol": 2e-4, "rtol": 1e-5}
@@ -79,6 +91,31 @@ def test_weighted_sums(make_lidb):
     assert total.rank == 3
     close(flat(total), 0.25 * flat(a) - 2.0 * flat(b), **EXACT)
     close(flat(weighted_sum([a, b], [0.25, -2.0], rank=2)), flat(truncate(total, 2)), **EXACT)
+
+
+def more_layers(layout):
+    extra = Layer("unet.up_blocks.0.resnets.0.conv1", 36, 5)
+    return Layout(layout.family, (layout.layers[0], extra, *layout.layers[1:]))
+
+
+def test_a_person_on_more_layers_is_the_same(make_lidb):
+    lidb = make_lidb(0, 2)
+    wider = extend(lidb, more_layers(lidb.layout))
+    assert wider.layout.has_convolutions and not lidb.layout.has_convolutions
+    close(delta_weight(wider, 0), delta_weight(lidb, 0))
+    assert not delta_weight(wider, 1).any() and wider.down[1].any()
+    close(delta_weight(wider, 2), delta_weight(lidb, 1))
+    assert extend(wider, wider.layout) is wider
+    with pytest.raises(LayoutError, match="another model"):
+        extend(wider, lidb.layout)
+
+
+def test_a_sum_has_the_layers_of_the_one_with_most(make_lidb):
+    a, b = make_lidb(0, 2), make_lidb(1, 1)
+    wider = extend(a, more_layers(a.layout))
+    for total in (weighted_sum([wider, b], [0.5, 2.0]), weighted_sum([b, wider], [2.0, 0.5])):
+        assert total.layout == wider.layout
+        close(delta_weight(total, 2), 0.5 * delta_weight(a, 1) + 2.0 * delta_weight(b, 1))
 
 
 def test_a_sum_of_many_stays_exact_at_full_rank(make_lidb):

@@ -142,10 +142,10 @@ def person(host, loaded):
     layout = host.module("hdb_core.layout")
     lidb = host.module("hdb_core.lidb")
     basis = host.module("hdb_core.basis").BasisRecipe()
-    modules, family = host.module("nodes.host.targets").target_modules(loaded.model, loaded.clip)
-    target = layout.layout_of(modules, family)
 
-    def make(seed: int, rank: int = 2, scale: float = 0.5, layers=None):
+    def make(seed: int, rank: int = 2, scale: float = 0.5, layers=None, convolutions: bool = False):
+        modules, family = host.module("nodes.host.targets").target_modules(loaded.model, loaded.clip, convolutions)
+        target = layout.layout_of(modules, family)
         generator = torch.Generator().manual_seed(seed)
         chosen = layout.Layout(family, target.layers if layers is None else target.layers[:layers])
         down = torch.randn(len(chosen.layers), rank, basis.down_dim, generator=generator) * scale

@@ -14,8 +14,9 @@ def load_name(host, path: str) -> str:
     return Path(path).relative_to(Path(host.folder_paths.get_output_directory(), "lidb")).as_posix()
 
 
-def test_save_load_apply_gives_the_same_picture(run, host, train, sample, loaded):
-    lidb = train(steps=2, learning_rate=0.1)
+@pytest.mark.parametrize("convolutions", [False, True], ids=["attention", "all"])
+def test_save_load_apply_gives_the_same_picture(run, host, train, sample, loaded, convolutions):
+    lidb = train(steps=2, learning_rate=0.1, convolutions=convolutions)
     (path,) = run("SaveLiDB", lidb=lidb, filename_prefix="lidb/same", rank=0)
     again, prompt = run("LoadLiDB", lidb_name=load_name(host, path))
     assert prompt == "a [v] face"
@@ -132,12 +133,13 @@ def test_read_only_folder(run, host, person):
         folder.chmod(0o755)
 
 
-def test_export_equals_the_lidb_in_the_stock_lora_loader(run, host, person, sample, loaded):
-    lidb = person(3)
+@pytest.mark.parametrize(("convolutions", "count"), [(False, 32), (True, 52)], ids=["attention", "all"])
+def test_export_equals_the_lidb_in_the_stock_lora_loader(run, host, person, sample, loaded, convolutions, count):
+    lidb = person(3, convolutions=convolutions)
     (path,) = run("SaveLiDBAsLoRA", lidb=lidb)
     host.folder_paths.add_model_folder_path("loras", str(Path(path).parent))  # the server does so when it starts
     model, clip = host.stock["LoraLoader"]().load_lora(loaded.model, loaded.clip, Path(path).name, 1.0, 1.0)
-    assert (len(model.patches), len(clip.patcher.patches)) == (32, 8)
+    assert (len(model.patches), len(clip.patcher.patches)) == (count, 8)
     exported = sample(model, clip)
     direct = sample(*run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=lidb))
     moved = (direct - sample(loaded.model, loaded.clip)).abs().mean()

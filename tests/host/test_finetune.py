@@ -32,6 +32,7 @@ OPTIONS = [
     {"rank": 4},
     {"rank": 50},
     {"learning_rate": 1e-6},
+    {"convolutions": True},
     {"batch_size": 1},
     {"batch_size": 5},
     {"resolution": 64},
@@ -65,6 +66,15 @@ def test_continues_exactly_from_a_lidb(train, host, person):
     tiny_step = train(lidb=start, steps=1, learning_rate=1e-6)
     assert tiny_step.rank == start.rank
     assert host.module("hdb_core.lidb").cosine(start, tiny_step) > 1 - 1e-5
+
+
+def test_a_person_keeps_its_layers_and_gets_more(train, host, person):
+    core = host.module("hdb_core.lidb").core
+    wider = train(lidb=person(1), steps=1, learning_rate=1e-6, convolutions=True)
+    again = train(lidb=wider, steps=1, learning_rate=1e-6, convolutions=False)
+    assert wider.layout.describe() == "SD 1.x, 52 UNet + 8 text layers" and again.layout == wider.layout
+    torch.testing.assert_close(core(wider)[:40], core(person(1)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(core(again), core(wider), atol=1e-3, rtol=0)
 
 
 def test_same_seed_same_person(train):

@@ -71,8 +71,9 @@ SDXL_UNET = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("convolutions", [False, True], ids=["attention", "all"])
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_layers_of_full_size_models(host, family):
+def test_layers_of_full_size_models(host, family, convolutions):
     """Names and counts on the host's own modules, without memory for their weights."""
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -82,8 +83,8 @@ def test_layers_of_full_size_models(host, family):
     config = host.load_file("random_checkpoint.py").FULL_UNET if family == "sd1" else SDXL_UNET
     with torch.device("meta"):
         unet = UNetModel(**config, operations=comfy.ops.disable_weight_init)
-    found = layout.layout_of(layout.find_targets(dict(unet.named_modules()), {}, family), family)
-    assert len(found.layers) == {"sd1": 128, "sdxl": 560}[family]
+    found = layout.layout_of(layout.find_targets(dict(unet.named_modules()), {}, family, convolutions), family)
+    assert len(found.layers) == {"sd1": 128, "sdxl": 560}[family] + convolutions * {"sd1": 58, "sdxl": 45}[family]
     host_names = unet_to_diffusers({**config, "transformer_depth": list(config["transformer_depth"])})
     keys = layout.host_keys(found)
     for layer in found.layers:
