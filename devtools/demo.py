@@ -176,16 +176,18 @@ def judged(
 
 
 def sizes(person: Path) -> dict[str, int]:
-    """Bytes of the person's file, and of the same person on SD 1.5: as many numbers a layer, the same header."""
+    """Bytes of the person's file, and of the same person on SD 1.5: as many numbers an attention layer, the same header."""
     from hdb_core.lidb_file import read_header
 
     header = read_header(person)
     down, up = header.basis.down_dim, header.basis.up_dim
-    numbers = up if header.shared_down else down + up
-    per_layer = 2 * numbers * header.rank  # float16
+    component = 2 * (up if header.shared_down else down + up)  # float16
+    layers = header.layout.layers
+    components = sum(header.ranks) or header.rank * len(layers)
+    per_layer = component * components / sum(not layer.kernel_size for layer in layers)
     lidb_bytes = person.stat().st_size
-    overhead = lidb_bytes - per_layer * len(header.layout.layers)
-    return {"lidb_bytes": lidb_bytes, "lidb_bytes_sd15": overhead + per_layer * SD15_LAYERS, "rank": header.rank}
+    there = lidb_bytes - component * components + round(per_layer * SD15_LAYERS)
+    return {"lidb_bytes": lidb_bytes, "lidb_bytes_sd15": there, "rank": header.rank}
 
 
 def summary(report: Mapping[str, Any]) -> str:

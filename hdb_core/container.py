@@ -36,7 +36,7 @@ class FileKind:
     Attributes:
         key: of the header in the safetensors metadata.
         name: "LiDB".
-        version: of the format that is written and read.
+        version: of the format that is written; older ones are read, too.
         choose: what to choose instead of a file of another kind.
         remake: how to get a new one.
         error: what is raised.
@@ -164,9 +164,9 @@ def read_fields(kind: FileKind, path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise kind.damaged(path, "its header is not readable") from error
     version = fields.get("format_version") if isinstance(fields, dict) else None
-    if version != kind.version:
+    if not isinstance(version, int) or not 1 <= version <= kind.version:
         raise kind.error(
-            f"Expected a {kind.name} file of format version {kind.version}, {path.name!r} has version {version}. "
+            f"Expected a {kind.name} file of format version 1 to {kind.version}, {path.name!r} has version {version}. "
             f"Update this node pack, or {kind.remake}."
         )
     return fields

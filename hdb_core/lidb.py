@@ -187,6 +187,30 @@ def truncate(lidb: LiDB, rank: int) -> LiDB:
     return LiDB(lidb.layout, lidb.basis, (down * sign).to(lidb.down), (up * sign.mT).to(lidb.up), lidb.info)
 
 
+def strongest(lidb: LiDB, count: int) -> LiDB:
+    """The best approximation of so many components in all layers together, in canonical form (see `truncate`).
+
+    A layer that a person changes much keeps more of them than one that it hardly changes.
+
+    Args:
+        lidb: any LiDB.
+        count: at least 1.
+
+    Raises:
+        LiDBError: if the count is below 1.
+    """
+    if count < 1:
+        raise LiDBError(f"Expected at least 1 component, got {count}.")
+    whole = truncate(lidb, lidb.rank)
+    size = whole.down.norm(dim=2) * whole.up.norm(dim=1)  # (L, R), falling along R
+    kept = torch.zeros(size.numel(), dtype=torch.bool)
+    kept[size.flatten().argsort(descending=True, stable=True)[:count].cpu()] = True
+    kept = kept.view_as(size).to(size.device)
+    rank = max(1, int(kept.sum(1).max()))
+    down, up = (whole.down * kept[..., None])[:, :rank], (whole.up * kept[:, None])[..., :rank]
+    return LiDB(lidb.layout, lidb.basis, down, up, lidb.info)
+
+
 def extend(lidb: LiDB, layout: Layout) -> LiDB:
     """The same person on more layers, of which it leaves the further ones as they are.
 

@@ -1,6 +1,8 @@
 """The LiDB file: two packed tensors behind the header of `container`.
 
-Only the shared frozen down side (`start_down`) is not stored: a file that leaves it out says so.
+They hold the components of all layers one after the other, down (N, a) and up (N, b); the header says how many are a
+layer's. Only the shared frozen down side (`start_down`) is not stored: a file that leaves it out says so, and holds up
+(L, b, R), as files of version 1 hold both sides.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from . import container
 from .basis import BasisRecipe
 from .errors import LiDBFileError
 from .layout import Layout
-from .lidb import LiDB, start_down, truncate
+from .lidb import LiDB, start_down, strongest, truncate
 
-FORMAT_VERSION = 1
-DEFAULT_RANK = 2  # on SD 1.5 about 108 KB at float16
+FORMAT_VERSION = 2
+DEFAULT_RANK = 2  # on SD 1.5 about 108 KB at float16, with and without convolutions
 
 KIND = container.FileKind(
     key="lidb",
@@ -38,7 +40,8 @@ class LiDBHeader:
 
     layout: Layout
     basis: BasisRecipe
-    rank: int
+    rank: int  # the highest of a layer
+    ranks: tuple[int, ...]  # of the layers; empty where all have the same
     info: dict[str, str]
     shared_down: bool
     fields: dict[str, Any]  # the header as it is written
@@ -50,7 +53,8 @@ def save(lidb: LiDB, path: str | os.PathLike[str], rank: int | None = None, dtyp
     Args:
         lidb: the person. Its factors are balanced first (the same person), so that float16 cannot overflow.
         path: where; the folder must exist.
-        rank: truncate to this rank; None keeps all.
+        rank: keep the strongest components only, so many for each linear layer of the layout, wherever they are;
+            None keeps all.
         dtype: of the stored numbers.
 
     Returns:
@@ -61,18 +65,18 @@ def save(lidb: LiDB, path: str | os.PathLike[str], rank: int | None = None, dtyp
         LiDBError: if the rank is below 1.
     """
     path = Path(path)
-    tensors = _stored_tensors(lidb, rank, dtype)
+    tensors, ranks = _stored_tensors(lidb, rank, dtype)
     if not all(bool(t.isfinite().all()) for t in tensors.values()):
         raise LiDBFileError(
             f"Expected finite numbers, got NaN or infinity in the LiDB for {path.name!r}; nothing was written. "
             "Make the person again with a lower learning rate."
         )
     fields = container.space_fields(lidb.layout, lidb.basis) | {
-        "rank": tensors["up"].shape[2],
-        "down": "stored" if "down" in tensors else "shared",
+        "rank": max(ranks) if ranks else lidb.rank,
+        "down": "stored" if ranks else "shared",
         "info": dict(lidb.info),
     }
-    return container.write(KIND, path, fields, tensors)
+    return container.write(KIND, path, fields | ({"ranks": ranks} if ranks else {}), tensors)
 
 
 def load(path: str | os.PathLike[str]) -> LiDB:
@@ -89,6 +93,10 @@ def load(path: str | os.PathLike[str]) -> LiDB:
     tensors = container.read_tensors(KIND, header.fields, path)
     up = tensors["up"].float()
     down = start_down(header.basis, header.layout, header.rank) if header.shared_down else tensors["down"].float()
+    if header.ranks:
+        if not len(up) == len(down) == sum(header.ranks):
+            raise KIND.damaged(path, "it has more or fewer components than its header says")
+        down, up = _unpacked(header.ranks, down), _unpacked(header.ranks, up).mT
     if not (up.isfinite().all() and down.isfinite().all()):
         raise LiDBFileError(f"{path.name!r} holds NaN or infinity. Make the person again with a lower learning rate.")
     return LiDB(header.layout, header.basis, down, up, header.info)
@@ -105,18 +113,35 @@ def read_header(path: str | os.PathLike[str]) -> LiDBHeader:
     fields = container.read_fields(KIND, path)
     layout, basis = container.read_space(KIND, fields, path)
     try:
-        rank, shared_down = int(fields["rank"]), fields["down"] == "shared"
-        return LiDBHeader(layout, basis, rank, container.read_info(fields), shared_down, fields)
+        rank, ranks = int(fields["rank"]), tuple(int(number) for number in fields.get("ranks", ()))
+        if ranks and (len(ranks) != len(layout.layers) or min(ranks) < 0 or max(ranks) != rank):
+            raise ValueError("ranks")
+        info, shared_down = container.read_info(fields), fields["down"] == "shared"
+        return LiDBHeader(layout, basis, rank, ranks, info, shared_down, fields)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise KIND.damaged(path, f"its header lacks or garbles a field ({error})") from error
 
 
-def _stored_tensors(lidb: LiDB, rank: int | None, dtype: torch.dtype) -> dict[str, Tensor]:
+def _stored_tensors(lidb: LiDB, rank: int | None, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[int]]:
+    """The tensors of the file, and how many components of each layer they hold; none where down is not stored."""
     rank = lidb.rank if rank is None else min(rank, lidb.rank)
     if not (lidb.up.isfinite().all() and lidb.down.isfinite().all()):
-        return {"up": lidb.up}
+        return {"up": lidb.up}, []
     if rank == lidb.rank and torch.equal(lidb.down.cpu(), start_down(lidb.basis, lidb.layout, rank)):
-        return {"up": lidb.up.detach().cpu().to(dtype).contiguous()}
-    balanced = truncate(lidb, rank)
-    factors = {"down": balanced.down, "up": balanced.up}
-    return {name: factor.detach().cpu().to(dtype).contiguous() for name, factor in factors.items()}
+        return {"up": lidb.up.detach().cpu().to(dtype).contiguous()}, []
+    linear = sum(not layer.kernel_size for layer in lidb.layout.layers)
+    kept = truncate(lidb, rank) if rank == lidb.rank else strongest(lidb, rank * linear)
+    filled = (kept.down.abs().amax(2) > 0) & (kept.up.abs().amax(1) > 0)
+    if not filled.any():  # a person that changes nothing
+        filled[0, 0] = True
+    factors = {"down": kept.down[filled], "up": kept.up.mT[filled]}
+    ranks = [int(number) for number in filled.sum(1)]
+    return {name: factor.detach().cpu().to(dtype).contiguous() for name, factor in factors.items()}, ranks
+
+
+def _unpacked(ranks: tuple[int, ...], rows: Tensor) -> Tensor:
+    """Rows (N, d) of all layers as (L, R, d), zero where a layer has fewer than R."""
+    numbers = torch.tensor(ranks)
+    layers = torch.arange(len(ranks)).repeat_interleave(numbers)
+    columns = torch.cat([torch.arange(number) for number in ranks])
+    return rows.new_zeros(len(ranks), max(ranks), rows.shape[1]).index_put((layers, columns), rows)

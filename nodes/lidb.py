@@ -81,7 +81,7 @@ class SaveLiDB(io.ComfyNode):
                     default=lidb_file.DEFAULT_RANK,
                     min=0,
                     max=50,
-                    tooltip="Rank in the file: lower is smaller. A person of lower rank keeps its own. 0 keeps everything.",
+                    tooltip="Size of the file, as the rank of its attention layers: the strongest components of all layers are kept. A person of lower rank keeps its own. 0 keeps everything.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],

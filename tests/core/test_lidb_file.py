@@ -4,16 +4,18 @@ import base64
 import json
 import os
 import zlib
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 
+from hdb_core import container
 from hdb_core.basis import BasisRecipe
 from hdb_core.errors import LiDBError, LiDBFileError
 from hdb_core.layout import Layer, Layout
-from hdb_core.lidb import LiDB, core, cosine, norm, start_down, truncate
-from hdb_core.lidb_file import DEFAULT_RANK, load, read_header, save
+from hdb_core.lidb import LiDB, core, cosine, extend, norm, start_down, strongest, truncate
+from hdb_core.lidb_file import DEFAULT_RANK, KIND, load, read_header, save
 
 
 def sd1_layout():
@@ -93,9 +95,37 @@ def test_a_shared_down_side_costs_nothing(tmp_path, make_lidb):
 
 def test_truncates_on_request(tmp_path, make_lidb):
     lidb, path = make_lidb(0, 4), tmp_path / "p.safetensors"
-    save(lidb, path, rank=2)
-    assert read_header(path).rank == 2
-    assert (core(load(path)) - core(truncate(lidb, 2))).norm() < 1e-3 * norm(lidb)
+    smaller = LiDB(lidb.layout, lidb.basis, lidb.down, lidb.up * torch.linspace(1, 9, len(lidb.up))[:, None, None])
+    save(smaller, path, rank=2)
+    kept = strongest(smaller, 2 * len(lidb.up))
+    assert read_header(path).rank == kept.rank > 2 and sum(read_header(path).ranks) == 2 * len(lidb.up)
+    assert (core(load(path)) - core(kept)).norm() < 1e-3 * norm(smaller)
+    assert (core(kept) - core(smaller)).norm() < (core(truncate(smaller, 2)) - core(smaller)).norm()
+
+
+def test_convolutions_share_the_numbers_of_the_attention(tmp_path, make_lidb):
+    lidb = make_lidb(0, 4)
+    extra = tuple(Layer(f"unet.up_blocks.{i}.resnets.0.conv1", 36, 8) for i in range(9))
+    wider = extend(lidb, Layout("sd1", (*lidb.layout.layers, *extra)))
+    wider = LiDB(
+        wider.layout, wider.basis, wider.down, torch.randn(wider.up.shape, generator=torch.Generator().manual_seed(0))
+    )
+    plain, more = (save(one, tmp_path / "p.safetensors", rank=2) for one in (lidb, wider))
+    assert more - plain < 50 * len(extra)  # their names
+    assert load(tmp_path / "p.safetensors").layout == wider.layout
+
+
+def test_files_of_the_first_version_are_read(tmp_path, make_lidb):
+    lidb, path = make_lidb(0, 2), tmp_path / "p.safetensors"
+    fields = container.space_fields(lidb.layout, lidb.basis) | {"rank": 2, "down": "stored", "info": {}}
+    container.write(replace(KIND, version=1), path, fields, {"down": lidb.down, "up": lidb.up})
+    assert torch.equal(load(path).up, lidb.up) and torch.equal(load(path).down, lidb.down)
+
+
+def test_a_person_that_changes_nothing_has_a_file(tmp_path, make_lidb):
+    lidb, path = make_lidb(0, 2), tmp_path / "p.safetensors"
+    save(LiDB(lidb.layout, lidb.basis, lidb.down, torch.zeros_like(lidb.up)), path)
+    assert not core(load(path)).any()
 
 
 def test_rank_zero_is_refused(tmp_path, make_lidb):
@@ -213,7 +243,7 @@ def rename_a_layer(fields):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (set_field("format_version", 2), "format version 1.*has version 2"),
+        (set_field("format_version", 3), "format version 1 to 2.*has version 3"),
         (remove_field("format_version"), "has version None"),
         (lambda fields: fields["basis"].update(seed=8), "another basis"),
         (lambda fields: fields["basis"].update(stream="other"), "another basis"),
@@ -225,6 +255,8 @@ def rename_a_layer(fields):
         (set_field("layers", "AAAA"), "garbles"),
         (set_field("rank", "two"), "garbles"),
         (set_field("rank", 3), "damaged"),
+        (set_field("ranks", [2]), "garbles"),
+        (set_field("ranks", ["two"]), "garbles"),
         (set_field("info", []), "garbles"),
         (remove_field("checksum"), "do not match its checksum"),
         (set_field("down", "shared"), "checksum"),
@@ -258,7 +290,7 @@ def test_nan_with_an_honest_checksum(path):
     from hdb_core.container import checksum
 
     tensors = safetensors.torch.load(path.read_bytes())
-    tensors["up"][0, 0, 0] = float("nan")
+    tensors["up"][0, 0] = float("nan")
     rewrite(path, lambda fields: fields.update(checksum=checksum(fields, tensors)), tensors)
     with pytest.raises(LiDBFileError, match="holds NaN"):
         load(path)
