@@ -47,7 +47,7 @@ def low_rank_convolution(module: nn.Conv2d, x: Tensor, y: Tensor, up: Tensor, do
         up: (out, R).
         down: (R, in · kernel height · kernel width).
     """
-    kernels = down.to(x).view(-1, *module.weight.shape[1:])
+    kernels = down.to(x).view(-1, module.in_channels, *module.kernel_size)  # a quantised weight has another shape
     hidden = functional.conv2d(x, kernels, None, module.stride, module.padding, module.dilation).to(y.dtype)
     return y + functional.conv2d(hidden, up.to(y)[:, :, None, None]).to(y.dtype)
 
