@@ -47,7 +47,7 @@ from .common.textual_inversion import TextualInversionConfig
 
 HYPERNET = environment.BASE / "models" / "hyperdreambooth" / environment.HYPERNET
 STEPS = (5, 10, 20, 40)  # from the prediction
-DESCRIBED_RATES = {10: 0.3, 20: 0.2, 40: RELAXED["learning_rate"]}  # by steps, told what the photo shows
+DESCRIBED_STEPS = (10, 20, 40)  # from the prediction, told what the photo shows
 COLD_STEPS = (40, 400)
 RANKS = (1, 4)  # of LoRA
 
@@ -71,8 +71,8 @@ def all_methods(
         Base(), Caption(),
         Predicted("hyper_k1", hypernet, iterations=1), predicted, Predicted("hyper_3photos", hypernet, photos=3),
         *(FastFinetuning(f"hyper_{n}", {"rank": RELAXED["rank"], **settings, "steps": n}, predicted) for n in STEPS),
-        *(FastFinetuning(f"hyper_{n}_described", {**RELAXED, "learning_rate": rate, **settings, "steps": n}, predicted, described=True)
-          for n, rate in DESCRIBED_RATES.items()),
+        *(FastFinetuning(f"hyper_{n}_described", {**RELAXED, **settings, "steps": n}, predicted, described=True)
+          for n in DESCRIBED_STEPS),
         *(FastFinetuning(f"lidb_{n}", {"steps": n}) for n in COLD_STEPS),
         FastFinetuning(f"lidb_{COLD_STEPS[0]}_described", {"steps": COLD_STEPS[0]}, described=True),
         *(LoRA(f"lora{rank}", {**LORA, "rank": rank}) for rank in RANKS),

@@ -38,7 +38,7 @@ _EXPLODED_LOSS = 10.0
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 # The settings to choose when going on from a prediction with `photo_words` (the paper's rank relaxation). The defaults
 # suit a cold start. Without words so much freedom would learn the photo's clothes and background.
-RELAXED: Mapping[str, Any] = {"rank": 4, "learning_rate": 0.15, "freeze_down": False, "convolutions": True}
+RELAXED: Mapping[str, Any] = {"rank": 4, "learning_rate": 0.3, "freeze_down": False, "convolutions": True}
 # How noise levels count. native: by the error of what the model predicts, which for ε says little about a person where
 # there is much noise. v: by the error of v, whatever the model predicts; the levels that decide on colours and shapes
 # then have their part. Source of v: Salimans & Ho, Progressive Distillation, arXiv 2202.00512 (their SNR + 1 weighting).
