@@ -180,8 +180,7 @@ def sizes(person: Path) -> dict[str, int]:
     from hdb_core.lidb_file import read_header
 
     header = read_header(person)
-    down, up = header.basis.down_dim, header.basis.up_dim
-    component = 2 * (up if header.shared_down else down + up)  # float16
+    component = header.component_bytes
     layers = header.layout.layers
     components = sum(header.ranks) or header.rank * len(layers)
     per_layer = component * components / sum(not layer.kernel_size for layer in layers)

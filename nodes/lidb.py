@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import replace
 
 import folder_paths
+import torch
 from comfy_api.latest import io, ui
 
 from ..hdb_core import lidb_file
@@ -91,7 +92,8 @@ class SaveLiDB(io.ComfyNode):
 
     @classmethod
     def execute(cls, lidb: LiDB, filename_prefix: str, rank: int) -> io.NodeOutput:
-        path = save_to_output(filename_prefix, lambda path: lidb_file.save(lidb, path, rank or None))
+        dtype = torch.int8 if rank else torch.float16
+        path = save_to_output(filename_prefix, lambda path: lidb_file.save(lidb, path, rank or None, dtype))
         name = path.relative_to(folder_paths.get_output_directory()).as_posix()
         send_text(f"saved {name}, {path.stat().st_size / 1000:.1f} KB", cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui=ui.PreviewText(name))
