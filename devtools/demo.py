@@ -29,6 +29,7 @@ PHOTO = ROOT / "example_workflows" / "input" / "hdb_photo.png"
 PERSON_SEED = 20_000_000  # whom the photo shows: the first person of the test split
 TOKEN = "[v]"
 SD15_LAYERS = 128 + 48  # attention of UNet and text encoder
+SD15_CONVOLUTIONS = 58
 STAGES = {
     "CheckpointLoaderSimple": "load",
     "PredictLiDB": "predict",
@@ -176,23 +177,23 @@ def judged(
 
 
 def sizes(person: Path) -> dict[str, int]:
-    """Bytes of the person's file, and of the same person on SD 1.5: as many numbers an attention layer, the same header."""
+    """Bytes of the person's file, and of the same person on SD 1.5: as many numbers a layer, the same header."""
     from hdb_core.lidb_file import read_header
 
     header = read_header(person)
     component = header.component_bytes
-    layers = header.layout.layers
-    components = sum(header.ranks) or header.rank * len(layers)
-    per_layer = component * components / sum(not layer.kernel_size for layer in layers)
+    layers = len(header.layout.layers)
+    components = sum(header.ranks) or header.rank * layers
+    sd15_layers = SD15_LAYERS + SD15_CONVOLUTIONS * header.layout.has_convolutions
     lidb_bytes = person.stat().st_size
-    there = lidb_bytes - component * components + round(per_layer * SD15_LAYERS)
-    return {"lidb_bytes": lidb_bytes, "lidb_bytes_sd15": there, "rank": header.rank}
+    there = lidb_bytes + round(component * components * (sd15_layers / layers - 1))
+    return {"lidb_bytes": lidb_bytes, "lidb_bytes_sd15": there, "sd15_layers": sd15_layers, "rank": header.rank}
 
 
 def summary(report: Mapping[str, Any]) -> str:
     lines = [
         f"The person: {report['lidb_bytes'] / 1000:.1f} KB at rank {report['rank']}.",
-        f"On SD 1.5 it would be {report['lidb_bytes_sd15'] / 1000:.1f} KB ({SD15_LAYERS} layers, counted).",
+        f"On SD 1.5 it would be {report['lidb_bytes_sd15'] / 1000:.1f} KB ({report['sd15_layers']} layers, counted).",
         f"Predicted in {report['seconds'].get('predict', 0):.1f} s, the network's loading included.",
         f"Fine-tuned in {report['seconds'].get('finetune', 0):.0f} s, {report['steps']} steps.",
         *(f"{k.capitalize()}: " + ", ".join(f"{report[k][c]:.2f} {LABELS[c]}" for c in COLUMNS) for k in SCORES),

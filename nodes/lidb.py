@@ -82,7 +82,7 @@ class SaveLiDB(io.ComfyNode):
                     default=lidb_file.DEFAULT_RANK,
                     min=0,
                     max=50,
-                    tooltip="Size of the file, as the rank of its attention layers: the strongest components of all layers are kept. A person of lower rank keeps its own. 0 keeps everything.",
+                    tooltip="Size of the file: a person of a higher rank keeps only its strongest components, and loses some likeness. 0 keeps everything, in 16 bits a number instead of 8.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
