@@ -84,6 +84,10 @@ class Layout:
         """Whether convolutions are among the layers."""
         return any(layer.kernel_size for layer in self.layers)
 
+    def without_convolutions(self) -> Layout:
+        """The same without its convolutions."""
+        return Layout(self.family, tuple(layer for layer in self.layers if not layer.kernel_size))
+
     def describe(self) -> str:
         """For example ``SD 1.x, 128 UNet + 48 text layers``."""
         text = sum(layer.is_text for layer in self.layers)

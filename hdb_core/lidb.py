@@ -212,16 +212,17 @@ def strongest(lidb: LiDB, count: int) -> LiDB:
 
 
 def extend(lidb: LiDB, layout: Layout) -> LiDB:
-    """The same person on more layers, of which it leaves the further ones as they are.
+    """The same person with convolutions, which it leaves as they are.
 
     Args:
         lidb: any LiDB.
-        layout: has all of its layers.
+        layout: has all of its layers, and none more but convolutions.
 
     Raises:
-        LayoutError: if it does not.
+        LayoutError: if it is another model's.
     """
     require_layers(lidb.layout, layout)
+    require_layers(layout.without_convolutions(), lidb.layout, "The connected MODEL")
     if lidb.layout == layout:
         return lidb
     places = {layer: i for i, layer in enumerate(layout.layers)}
@@ -245,8 +246,7 @@ def weighted_sum(lidbs: Sequence[LiDB], weights: Sequence[float], rank: int | No
     if not lidbs or len(lidbs) != len(weights):
         raise LiDBError(f"Expected one weight for each person, got {len(lidbs)} persons and {len(weights)} weights.")
     largest = max((lidb.layout for lidb in lidbs), key=lambda layout: len(layout.layers))
-    if all(lidb.layout.family == largest.family for lidb in lidbs):
-        lidbs = [extend(lidb, largest) if set(lidb.layout.layers) < set(largest.layers) else lidb for lidb in lidbs]
+    lidbs = [extend(lidb, largest) if lidb.layout == largest.without_convolutions() else lidb for lidb in lidbs]
     require_same_space(lidbs)
     first = lidbs[0]
     down = torch.cat([lidb.down for lidb in lidbs], dim=1)

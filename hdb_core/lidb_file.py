@@ -136,11 +136,11 @@ def _stored_factors(lidb: LiDB, rank: int | None) -> tuple[dict[str, Tensor], li
     """The factors of the file, and how many components of each layer they hold; none where down is not stored."""
     if not (lidb.up.isfinite().all() and lidb.down.isfinite().all()):
         return {"up": lidb.up}, []
-    whole = rank is None or rank >= lidb.rank
-    if whole and torch.equal(lidb.down.cpu(), start_down(lidb.basis, lidb.layout, lidb.rank)):
+    rank = lidb.rank if rank is None else min(rank, lidb.rank)
+    if rank == lidb.rank and torch.equal(lidb.down.cpu(), start_down(lidb.basis, lidb.layout, rank)):
         return {"up": lidb.up}, []
     linear = sum(not layer.kernel_size for layer in lidb.layout.layers)
-    kept = truncate(lidb, lidb.rank) if whole else strongest(lidb, rank * linear)
+    kept = truncate(lidb, rank) if rank == lidb.rank else strongest(lidb, rank * linear)
     filled = (kept.down.abs().amax(2) > 0) & (kept.up.abs().amax(1) > 0)
     if not filled.any():  # a person that changes nothing
         filled[0, 0] = True

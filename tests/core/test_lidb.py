@@ -108,6 +108,9 @@ def test_a_person_on_more_layers_is_the_same(make_lidb):
     assert extend(wider, wider.layout) is wider
     with pytest.raises(LayoutError, match="another model"):
         extend(wider, lidb.layout)
+    part = LiDB(Layout("sd1", lidb.layout.layers[:8]), lidb.basis, lidb.down[:8], lidb.up[:8])
+    with pytest.raises(LayoutError, match="The connected MODEL was made for another model"):
+        extend(part, lidb.layout)
 
 
 def test_a_sum_has_the_layers_of_the_one_with_most(make_lidb):
