@@ -302,7 +302,6 @@ class DreamBooth(Reference):
     config: DreamBoothConfig = field(default_factory=DreamBoothConfig)
     name: str = "dreambooth"
     kind: ClassVar[str] = "dreambooth"
-
     adapted_only: ClassVar[bool] = False
 
     def training(self, bench: Bench, subject: Subject, config: DreamBoothConfig) -> Generator[Checkpoint]:
