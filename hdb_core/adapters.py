@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +39,33 @@ def low_rank_output(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def low_rank_convolution(module: nn.Conv2d, x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """`low_rank_output` of a convolution: R kernels, then a mix of their maps. One person for the whole batch.
+    """`low_rank_output` of a convolution: R kernels, then a mix of their maps.
 
     Args:
-        module: the convolution.
+        module: the convolution; of stride 1 and with maps as large as its input, if the factors are per sample.
         x: (B, in, h, w).
         y: (B, out, h', w'), its output.
-        up: (out, R).
-        down: (R, in · kernel height · kernel width).
+        up: (out, R), or (B, out, R) with one person per sample.
+        down: (R, in · kernel height · kernel width), or (B, R, …).
     """
+    if up.ndim == 3:
+        maps = _maps_per_sample(module, x, down.to(x)).to(y.dtype)
+        return torch.baddbmm(y.flatten(2), up.to(y), maps).view_as(y)
     kernels = down.to(x).view(-1, module.in_channels, *module.kernel_size)  # a quantised weight has another shape
     hidden = functional.conv2d(x, kernels, None, module.stride, module.padding, module.dilation).to(y.dtype)
     return y + functional.conv2d(hidden, up.to(y)[:, :, None, None]).to(y.dtype)
+
+
+def _maps_per_sample(module: nn.Conv2d, x: Tensor, down: Tensor) -> Tensor:
+    """(B, R, h · w), every sample of x (B, in, h, w) convolved with its own kernels, down (B, R, in · h_k · w_k).
+
+    Each place of a kernel is one product over the channels, and the products are then moved and added: several times as
+    fast as a convolution in groups, and without the memory of unfolded patches.
+    """
+    kernels = down.unflatten(-1, (module.in_channels, -1)).permute(0, 1, 3, 2).flip(2).flatten(1, 2)
+    products = kernels @ x.flatten(2)
+    padding: Any = module.padding
+    return functional.fold(products, x.shape[-2:], module.kernel_size, padding=padding).flatten(2)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.nn import functional
 from .basis import BasisRecipe
 from .errors import HyperNetError
 from .images import resize_to_cover
-from .layout import Layout
+from .layout import Layout, require_layers
 from .lidb import LiDB, start_down
 from .prompt import rare_token
 
@@ -319,6 +319,24 @@ class HyperNet(nn.Module):
         if self.config.free_down:
             down = down + theta[..., rank * b :].unflatten(-1, (rank, -1))
         return down, up
+
+
+def extend(net: HyperNet, layout: Layout) -> HyperNet:
+    """The same network for convolutions, too, of which it predicts little at first.
+
+    Args:
+        net: that predicts no convolutions yet.
+        layout: has all of its layers, in their order, and convolutions after them.
+
+    Raises:
+        LayoutError: if it has others.
+    """
+    require_layers(layout.without_convolutions(), net.config.layout, "The base model")
+    extended = HyperNet.create(replace(net.config, layout=layout))
+    weights = extended.state_dict()
+    for name, weight in net.state_dict().items():
+        weights[name][: len(weight)] = weight  # what there is a row of for every layer, and all else as a whole
+    return extended
 
 
 def predict(net: HyperNet, tokens: Tensor, iterations: int | None = None) -> LiDB:

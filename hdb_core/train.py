@@ -33,7 +33,7 @@ from tqdm import tqdm
 from . import hypernet_file
 from .basis import BasisRecipe
 from .errors import HDBError, HyperNetError
-from .hypernet import EncoderConfig, HyperNet, HyperNetConfig, initialised
+from .hypernet import EncoderConfig, HyperNet, HyperNetConfig, extend, initialised
 from .layout import Layout
 from .prompt import CLASS_PROMPT
 from .training.base_model import BaseModel, load_base_model
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         accelerator.print(f"{args.stage}, processes: {accelerator.num_processes}")
         dtype = _DTYPES[accelerator.mixed_precision]
-        base = load_base_model(args.model, accelerator.device, dtype, args.tokenizer, args.prediction_type)
+        base = load_base_model(args.model, accelerator.device, dtype, args.tokenizer, args.prediction_type, args.convolutions)
         _STAGES[args.stage](args, accelerator, base)
     except (HDBError, FileNotFoundError) as error:
         accelerator.print(error, file=sys.stderr)
@@ -237,12 +237,14 @@ def _load_encoder(encoder: Module, path: Path) -> None:
 
 
 def _beginning(path: Path, config: HyperNetConfig) -> HyperNet:
-    """The hypernetwork that a training begins with.
+    """The hypernetwork that a training begins with, extended by convolutions if those are trained and it has none.
 
     Raises:
         HyperNetError: if its sizes, layers or basis are others than those of the training.
     """
     net = hypernet_file.load(path)
+    if net.config.layout == config.layout.without_convolutions() != config.layout:
+        net = extend(net, config.layout)
     own, other = ({**c.fields(), "iterations": 0, "layout": c.layout, "basis": c.basis} for c in (config, net.config))
     if different := sorted(name for name in own if own[name] != other[name]):
         raise HyperNetError(
@@ -324,6 +326,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--class-prompt", default=CLASS_PROMPT, help="the same without it; default: %(default)s")
     stem = [f"{width}x{blocks}" for width, blocks in encoder.stem]
     parser.add_argument("--stem", nargs="*", default=stem, metavar="WIDTHxBLOCKS", help=f"default: {' '.join(stem)}")
+    parser.add_argument(
+        "--convolutions", action="store_true", help="adapt those of the UNet's residual blocks, besides its attention"
+    )
     parser.add_argument("--free-down", action="store_true", help="predict the down side too")
     parser.add_argument(
         "--portraits",

@@ -29,13 +29,20 @@ class DiffusersDenoiser:
         tokenizer: CLIP's.
         alphas_cumprod: (T,) signal shares of the schedule.
         prediction_type: "epsilon" or "v_prediction".
+        convolutions: adapt those of the UNet's residual blocks, too.
 
     Raises:
         LayoutError: if the UNet is of no known family or predicts something else.
     """
 
     def __init__(
-        self, unet: Any, text_encoder: Any, tokenizer: Any, alphas_cumprod: Tensor, prediction_type: str
+        self,
+        unet: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        alphas_cumprod: Tensor,
+        prediction_type: str,
+        convolutions: bool = False,
     ) -> None:
         family = _FAMILY_BY_CONTEXT.get(unet.config.cross_attention_dim)
         if family is None or prediction_type not in ("epsilon", "v_prediction"):
@@ -51,7 +58,7 @@ class DiffusersDenoiser:
         share = alphas_cumprod.double()
         self._sigmas = ((1 - share) / share).sqrt().float().to(self.device)
         text_modules = {"text_encoder": dict(text_encoder.named_modules())}
-        self.modules = find_targets(dict(unet.named_modules()), text_modules, family)
+        self.modules = find_targets(dict(unet.named_modules()), text_modules, family, convolutions)
         self.layout = layout_of(self.modules, family)
         self._tokens: dict[str, Tensor] = {}
 
@@ -116,6 +123,7 @@ def load_base_model(
     dtype: torch.dtype,
     tokenizer: Path | None = None,
     prediction_type: str | None = None,
+    convolutions: bool = False,
 ) -> BaseModel:
     """Load a diffusers folder or a single-file checkpoint from the local disk; nothing is downloaded.
 
@@ -125,6 +133,7 @@ def load_base_model(
         dtype: of UNet and text encoder.
         tokenizer: folder of CLIP's vocabulary; None is the model's own, or what `single_file.find_tokenizer` finds.
         prediction_type: "epsilon" or "v_prediction"; None is what the model says.
+        convolutions: adapt those of the UNet's residual blocks, too.
 
     Raises:
         FileNotFoundError: if there is no such model, it lacks a part, or there is no tokenizer.
@@ -140,6 +149,7 @@ def load_base_model(
         parts.tokenizer,
         parts.scheduler.alphas_cumprod,
         prediction_type or parts.scheduler.config.prediction_type,
+        convolutions,
     )
     vae = parts.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return BaseModel(denoiser, vae)

@@ -132,6 +132,9 @@ class PersonLoss:
         net: whose layers, basis, prompt and preprocessing count.
         config: settings.
         faces: what the hypernetwork reads of the photos.
+
+    Raises:
+        HyperNetError: if the people were fitted to other layers.
     """
 
     def __init__(
@@ -144,6 +147,11 @@ class PersonLoss:
     ) -> None:
         self.denoiser, self.people, self.net, self.config, self.faces = denoiser, people, net, config, faces
         device = denoiser.sigmas().device
+        if len(people[0].up) != len(net.layout.layers):
+            raise HyperNetError(
+                f"The people were precomputed for {len(people[0].up)} layers, but {len(net.layout.layers)} are trained. "
+                "Give --convolutions to both stages or to none; for another choice, use another --folder."
+            )
         self.down = start_down(net.basis, net.layout, people[0].up.shape[-1]).to(device)
         self.bases = bases_of(net.basis, net.layout, device)
         self.energy = layer_energy(stacked(people, self.down))
