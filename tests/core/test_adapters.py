@@ -37,6 +37,24 @@ def test_one_person_per_sample_equals_one_at_a_time(context_length):
     close(low_rank_output(x, y, up, down), torch.cat(single))
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_convolution_with_one_person_per_sample_equals_one_at_a_time(kernel):
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Conv2d(4, 6, kernel, padding=kernel // 2).requires_grad_(False)
+    x = torch.randn(3, 4, 8, 5, generator=generator)
+    up, down = (torch.randn(s, generator=generator, requires_grad=True) for s in ((3, 6, 2), (3, 2, 4 * kernel**2)))
+
+    def outputs(*parts):
+        with attach({"a": layer}, {"a": parts[1:]}):
+            return layer(parts[0])
+
+    together = outputs(x, up, down)
+    single = torch.cat([outputs(x[i : i + 1], up[i], down[i]) for i in range(3)])
+    close(together, single, atol=1e-4, rtol=1e-4)
+    gradients = (torch.autograd.grad(y.square().sum(), (up, down)) for y in (together, single))
+    close(*gradients, atol=1e-2, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
 def test_a_convolution_equals_that_of_the_merged_weight(kernel, stride):
     generator = torch.Generator().manual_seed(0)

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 def trained(host, folder):
     with torch.inference_mode(False):
         module = host.module("hdb_core.training.base_model")
-        return module.load_base_model(folder, torch.device("cpu"), torch.float32)
+        return module.load_base_model(folder, torch.device("cpu"), torch.float32, convolutions=True)
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +37,17 @@ def in_host(host, base_directory):
 
 def test_same_layers_under_the_same_names(host, trained, in_host):
     model, clip, _ = in_host
-    modules, family = host.module("nodes.host.targets").target_modules(model, clip)
+    modules, family = host.module("nodes.host.targets").target_modules(model, clip, convolutions=True)
     assert host.module("hdb_core.layout").layout_of(modules, family) == trained.denoiser.layout
 
 
 def test_same_prediction_with_the_same_people(host, trained, in_host, person):
     """One person in the host, the same one in every sample of a batch in training."""
     model, clip, _ = in_host
-    lidb = person(3, rank=2)
+    lidb = person(3, rank=2, convolutions=True)
     attach, expand_person = host.module("hdb_core.adapters").attach, host.module("hdb_core.lidb").expand
     training = host.module("nodes.host.training").training
-    modules, family = host.module("nodes.host.targets").target_modules(model, clip)
+    modules, family = host.module("nodes.host.targets").target_modules(model, clip, convolutions=True)
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 2, 4, 16, 16, generator=generator)
     outputs, changes = [], []

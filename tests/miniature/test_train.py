@@ -214,6 +214,25 @@ def test_training_begins_with_another_hypernetwork(model, photos, fitted, tmp_pa
     assert "differs from the hypernetwork to be trained in: basis" in capsys.readouterr().err
 
 
+def test_training_goes_on_with_the_convolutions(model, photos, fitted, tmp_path, capsys):
+    """Attention is predicted as before, convolutions very little at first; people of other layers are refused."""
+    first, second = copied(fitted, tmp_path / "first"), tmp_path / "second"
+    assert run("train", model, photos, first, "--steps", "3") == 0
+    start = ["--begin-with", str(first / "hypernet.safetensors"), "--regression-weight", "0", "--learning-rate", "1e-9"]
+    assert run("train", model, photos, first, "--steps", "4", "--convolutions", *start) == 1
+    assert "Give --convolutions to both stages or to none" in capsys.readouterr().err
+    for stage in ("precompute", "train"):
+        assert run(stage, model, photos, second, "--fit-steps", "0", "--steps", "1", "--convolutions", *start) == 0
+    before, after = (hypernet_file.load(folder / "hypernet.safetensors") for folder in (first, second))
+    count = len(before.config.layout.layers)
+    assert after.config.layout.without_convolutions() == before.config.layout != after.config.layout
+    tokens = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    expected, (down, up) = before(tokens, 1), after(tokens, 1)
+    torch.testing.assert_close((down[:, :count], up[:, :count]), expected, atol=1e-3, rtol=1e-2)
+    convolved = up[:, count:].norm(dim=-2).flatten()
+    assert 0 < convolved.min() and convolved.max() < 0.1
+
+
 def test_ways_to_train_are_compared(model, photos, fitted, tmp_path):
     """The benchmark trains and evaluates a variant once."""
     options = ["--model", str(model), "--photos", str(photos), *SIZES]
