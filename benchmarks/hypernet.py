@@ -5,11 +5,11 @@
 ``bench people``, whose rows of the same settings are not made again. ``--rows`` makes and reports only some. Rows:
 
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
-* ``hyper``: Predict LiDB; ``hyper_strong``: applied at more than 1; ``hyper_k1``: in one iteration; ``hyper_3photos``:
-  from two more photos of the person;
+* ``hyper``: Predict LiDB; ``hyper_k1``: in one iteration; ``hyper_3photos``: from two more photos of the person;
 * ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` from nothing; ``_described``: it is
   told what the photo shows besides the person, and from a prediction learns with the freedom that this allows;
-  ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB;
+  ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB; ``_g1``: applied without the person's own guidance, as
+  any LoRA is;
 * ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
 * ``dreambooth@N``, ``dreambooth_described@N``, ``textual_inversion@N``: checkpoints; without a number the one with the
   best joint score; ``dreambooth_adapted_described@N`` (by ``--rows`` only): of no layers but those that a LiDB adapts;
@@ -24,6 +24,7 @@ from typing import Any
 
 from devtools import environment
 from hdb_core.finetune import RELAXED
+from hdb_core.lidb import GUIDANCE
 
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
@@ -50,6 +51,7 @@ STEPS = (5, 10, 20, 40)  # from the prediction
 DESCRIBED_STEPS = (10, 20, 40)  # from the prediction, told what the photo shows
 COLD_STEPS = (40, 400)
 RANKS = (1, 4)  # of LoRA
+BOTH = (GUIDANCE, 1.0)
 
 
 def all_methods(
@@ -66,16 +68,16 @@ def all_methods(
         dreambooth: of full DreamBooth.
         inversion: of Textual Inversion.
     """
-    predicted = Predicted("hyper", hypernet, strong=True)
+    predicted = Predicted("hyper", hypernet, guidances=BOTH)
     return [
         Base(), Caption(),
         Predicted("hyper_k1", hypernet, iterations=1), predicted, Predicted("hyper_3photos", hypernet, photos=3),
         *(FastFinetuning(f"hyper_{n}", {"rank": RELAXED["rank"], **settings, "steps": n}, predicted) for n in STEPS),
-        *(FastFinetuning(f"hyper_{n}_described", {**RELAXED, **settings, "steps": n}, predicted, described=True)
+        *(FastFinetuning(f"hyper_{n}_described", {**RELAXED, **settings, "steps": n}, predicted, True, BOTH if n == DESCRIBED_STEPS[-1] else (GUIDANCE,))
           for n in DESCRIBED_STEPS),
         *(FastFinetuning(f"lidb_{n}", {"steps": n}) for n in COLD_STEPS),
         FastFinetuning(f"lidb_{COLD_STEPS[0]}_described", {"steps": COLD_STEPS[0]}, described=True),
-        *(LoRA(f"lora{rank}", {**LORA, "rank": rank}) for rank in RANKS),
+        *(LoRA(f"lora{rank}", {**LORA, "rank": rank}, guidances=(1,)) for rank in RANKS),
         DreamBooth(dreambooth), DreamBooth(dreambooth, "dreambooth_described", described=True),
         TextualInversion(inversion), Stranger(predicted), RealPictures(),
     ]  # fmt: skip

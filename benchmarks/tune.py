@@ -1,9 +1,10 @@
 """Settings of the fast fine-tune, or of a reference, compared on dev people with the short evaluation.
 
 ``python dev.py bench tune --set learning_rate=0.01,0.02 rank=1,4`` tries every combination; every other setting has its
-default. ``--method hyper`` goes on from a prediction, ``--method lora`` is LoRA-DreamBooth. ``--method dreambooth --set
-rate=1e-5,3e-5``, ``dreambooth_adapted`` (only the layers that a LiDB adapts) and ``textual_inversion`` do the same for
-these references, at each of their checkpoints.
+default. ``--method hyper`` goes on from a prediction, ``--method predict`` is that alone, ``--method lora`` is
+LoRA-DreamBooth; ``--guidance 1 2`` applies each person with both. ``--method dreambooth --set rate=1e-5,3e-5``,
+``dreambooth_adapted`` (only the layers that a LiDB adapts) and ``textual_inversion`` do the same for these references,
+at each of their checkpoints.
 Finished cells stay in ``.runs/bench/cells``: earlier sweeps can be repeated at no cost.
 """
 
@@ -14,6 +15,8 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+from hdb_core.lidb import GUIDANCE
 
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
@@ -51,7 +54,12 @@ def row_name(settings: Mapping[str, Any]) -> str:
 
 
 def swept(
-    method: str, pairs: Sequence[str], checkpoints: Sequence[int] | None, hypernet: Path, described: bool = False
+    method: str,
+    pairs: Sequence[str],
+    checkpoints: Sequence[int] | None,
+    hypernet: Path,
+    described: bool = False,
+    guidances: tuple[float, ...] = (GUIDANCE,),
 ) -> list[Method]:
     """A method for each combination of settings; references with their own checkpoints unless some are given."""
     if method in REFERENCES:
@@ -61,23 +69,29 @@ def swept(
         return [of(replace(base, **settings), row_name(settings), described) for settings in chosen]
     chosen = combinations(parsed_settings(pairs, NodeConfig))
     if method == "lora":
-        return [LoRA(row_name(settings), {**LORA, **settings}, described=described) for settings in chosen]
-    start = Predicted("hyper", hypernet) if method == "hyper" else None
-    return [FastFinetuning(row_name(settings), settings, start, described) for settings in chosen]
+        return [LoRA(row_name(own), {**LORA, **own}, None, described, (1.0,)) for own in chosen]
+    predicted = Predicted("hyper", hypernet, guidances=guidances)
+    if method == "predict":
+        return [predicted]
+    start = predicted if method == "hyper" else None
+    return [FastFinetuning(row_name(own), own, start, described, guidances) for own in chosen]
 
 
 def main() -> None:
     options = parser(__doc__, people=8, name="tune")
-    options.add_argument("--method", choices=("lidb", "hyper", "lora", *REFERENCES), default="lidb")
+    options.add_argument("--method", choices=("lidb", "hyper", "predict", "lora", *REFERENCES), default="lidb")
     options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE,…", help="settings to try")
     options.add_argument("--checkpoints", type=int, nargs="+", help="of a reference (default: its own)")
     options.add_argument("--hypernet", type=Path, default=HYPERNET, help="its file, for --method hyper")
     options.add_argument("--described", action="store_true", help="told what the photo shows besides the person")
+    options.add_argument("--guidance", type=float, nargs="+", default=[GUIDANCE], help="that a LiDB is applied with")
     options.add_argument("--saved", action="store_true", help="each person after Save LiDB and Load LiDB, too")
     options.add_argument("--full", action="store_true", help="11 prompts instead of 6")
     add_options(options, grid_people=2)
     args = options.parse_args()
-    methods = [Base(), *swept(args.method, args.set, args.checkpoints, args.hypernet.resolve(), args.described)]
+    guidances = tuple(args.guidance)
+    hypernet = args.hypernet.resolve()
+    methods = [Base(), *swept(args.method, args.set, args.checkpoints, hypernet, args.described, guidances)]
     rows = [row for method in methods for row in method.rows if args.saved or not row.endswith("_saved")]
     bench, subjects = open_bench(args, not args.full), chosen_subjects(args, not args.full)
     make_and_report(args, Table(bench, methods, rows, subjects), reference_people=len(subjects), keep=False)

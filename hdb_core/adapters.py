@@ -25,7 +25,7 @@ def low_rank_output(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
     Args:
         x: (..., in), the input of a linear layer; (B, T, in) if the factors are per sample.
         y: (..., out), its output.
-        up: (out, R), or (B, out, R) with one person per sample.
+        up: (out, R), or (B, out, R) with one person per sample; if there are more samples, each stands for as many.
         down: (R, in), or (B, R, in).
 
     Returns:
@@ -34,7 +34,7 @@ def low_rank_output(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
     hidden = (x @ down.to(x).mT).to(y.dtype)
     up = up.to(y)
     if up.ndim == 3:
-        return torch.baddbmm(y, hidden, up.mT)
+        return torch.baddbmm(y, hidden, up.repeat_interleave(len(y) // len(up), 0).mT)
     return torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), up.mT).view(y.shape)
 
 
@@ -42,22 +42,24 @@ def low_rank_convolution(module: nn.Conv2d, x: Tensor, y: Tensor, up: Tensor, do
     """`low_rank_output` of a convolution: R kernels, then a mix of their maps.
 
     Args:
-        module: the convolution; of stride 1 and with maps as large as its input, if the factors are per sample.
+        module: the convolution; of stride 1 and with maps as large as its input, if `down` is per sample.
         x: (B, in, h, w).
         y: (B, out, h', w'), its output.
         up: (out, R), or (B, out, R) with one person per sample.
         down: (R, in · kernel height · kernel width), or (B, R, …).
     """
+    if down.ndim == 3:
+        hidden = _maps_per_sample(module, x, down.to(x))
+    else:
+        kernels = down.to(x).view(-1, module.in_channels, *module.kernel_size)  # a quantised weight has another shape
+        hidden = functional.conv2d(x, kernels, None, module.stride, module.padding, module.dilation)
     if up.ndim == 3:
-        maps = _maps_per_sample(module, x, down.to(x)).to(y.dtype)
-        return torch.baddbmm(y.flatten(2), up.to(y), maps).view_as(y)
-    kernels = down.to(x).view(-1, module.in_channels, *module.kernel_size)  # a quantised weight has another shape
-    hidden = functional.conv2d(x, kernels, None, module.stride, module.padding, module.dilation).to(y.dtype)
-    return y + functional.conv2d(hidden, up.to(y)[:, :, None, None]).to(y.dtype)
+        return torch.baddbmm(y.flatten(2), up.to(y), hidden.flatten(2).to(y.dtype)).view_as(y)
+    return y + functional.conv2d(hidden.to(y.dtype), up.to(y)[:, :, None, None]).to(y.dtype)
 
 
 def _maps_per_sample(module: nn.Conv2d, x: Tensor, down: Tensor) -> Tensor:
-    """(B, R, h · w), every sample of x (B, in, h, w) convolved with its own kernels, down (B, R, in · h_k · w_k).
+    """(B, R, h, w), every sample of x (B, in, h, w) convolved with its own kernels, down (B, R, in · h_k · w_k).
 
     Each place of a kernel is one product over the channels, and the products are then moved and added: several times as
     fast as a convolution in groups, and without the memory of unfolded patches.
@@ -65,7 +67,7 @@ def _maps_per_sample(module: nn.Conv2d, x: Tensor, down: Tensor) -> Tensor:
     kernels = down.unflatten(-1, (module.in_channels, -1)).permute(0, 1, 3, 2).flip(2).flatten(1, 2)
     products = kernels @ x.flatten(2)
     padding: Any = module.padding
-    return functional.fold(products, x.shape[-2:], module.kernel_size, padding=padding).flatten(2)
+    return functional.fold(products, x.shape[-2:], module.kernel_size, padding=padding)
 
 
 @contextmanager

@@ -29,9 +29,6 @@ from .layout import Layout, require_layers
 from .lidb import LiDB, start_down
 from .prompt import rare_token
 
-# The strength at which a prediction is best applied if nothing is trained after it. Of all that a photo leaves open the
-# network learns the mean, which is too timid where pictures shall show somebody; a few steps of training make up for it.
-STRENGTH = 1.4
 _MIN_SIDE = 16  # pixels
 _SUMMED_WIDTH = 32  # of each place in a summary
 _FIRST_STEP = 0.02  # of the read-out: small predictions at first, but no dead gradient anywhere

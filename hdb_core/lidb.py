@@ -25,6 +25,9 @@ from .basis import BasisRecipe, bases_of, layer_basis
 from .errors import LiDBError
 from .layout import Layout, require_layers
 
+# How far guidance best leads to a person, by the identity and the edits of people of the miniature; a LoRA has 1.
+GUIDANCE = 2.0
+
 
 @dataclass(frozen=True, eq=False)
 class LiDB:

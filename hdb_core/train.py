@@ -74,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         accelerator.print(f"{args.stage}, processes: {accelerator.num_processes}")
         dtype = _DTYPES[accelerator.mixed_precision]
-        base = load_base_model(args.model, accelerator.device, dtype, args.tokenizer, args.prediction_type, args.convolutions)
+        base = load_base_model(
+            args.model, accelerator.device, dtype, args.tokenizer, args.prediction_type, args.convolutions
+        )
         _STAGES[args.stage](args, accelerator, base)
     except (HDBError, FileNotFoundError) as error:
         accelerator.print(error, file=sys.stderr)

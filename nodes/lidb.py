@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..hdb_core import lidb_file
 from ..hdb_core.errors import LiDBFileError
-from ..hdb_core.lidb import LiDB, weighted_sum
+from ..hdb_core.lidb import GUIDANCE, LiDB, weighted_sum
 from .host.folders import find_lidb, save_to_output, saved_lidbs
 from .host.progress import send_text
 from .host.targets import apply_lidb
@@ -48,6 +48,14 @@ class ApplyLiDBToModel(io.ComfyNode):
                     step=0.01,
                     tooltip="How strongly the person changes the CLIP. 0 leaves it as it is.",
                 ),
+                io.Float.Input(
+                    "person_guidance",
+                    default=GUIDANCE,
+                    min=1.0,
+                    max=10.0,
+                    step=0.1,
+                    tooltip="How far guidance leads to the person: 1 as far as an ordinary LoRA does, 2 twice as far. More shows more of the person, and in the end less of the prompt. Works up to the cfg of the sampler, and not at a cfg of 1.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The MODEL with the person."),
@@ -57,9 +65,15 @@ class ApplyLiDBToModel(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: io.Model.Type, clip: io.Clip.Type, lidb: LiDB, strength_model: float, strength_clip: float
+        cls,
+        model: io.Model.Type,
+        clip: io.Clip.Type,
+        lidb: LiDB,
+        strength_model: float,
+        strength_clip: float,
+        person_guidance: float = GUIDANCE,
     ) -> io.NodeOutput:
-        return io.NodeOutput(*apply_lidb(model, clip, lidb, strength_model, strength_clip))
+        return io.NodeOutput(*apply_lidb(model, clip, lidb, strength_model, strength_clip, person_guidance))
 
 
 class SaveLiDB(io.ComfyNode):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from hdb_core.finetune import FinetuneConfig
-from hdb_core.hypernet import STRENGTH
+from hdb_core.lidb import GUIDANCE
 from hdb_core.lidb_file import DEFAULT_RANK
 from hdb_core.prompt import caption
 from miniature.captions import photo_words
@@ -100,6 +100,20 @@ class RealPictures:
         yield "render", Cell(subject.renders[:, None], texts)
 
 
+def guided_rows(name: str, settings: Mapping[str, Any], guidances: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """A row for each guidance that a person is applied with; the first has the name alone."""
+    names = [name, *(f"{name}_g{guidance:g}" for guidance in guidances[1:])]
+    return {
+        row: {**settings, **({} if guidance == 1 else {"guidance": guidance})}
+        for row, guidance in zip(names, guidances, strict=True)
+    }
+
+
+def applied(bench: Bench, lidb: LiDB, row: Mapping[str, Any]) -> Models:
+    """The base with a person, guided as a row's settings say."""
+    return bench.studio.apply(lidb, row.get("guidance", 1.0))
+
+
 @dataclass(frozen=True)
 class Predicted:
     """PredictLiDB: a person without training.
@@ -109,14 +123,14 @@ class Predicted:
         hypernet: the hypernetwork's file.
         iterations: k; 0 is the file's own.
         photos: how many of the person it sees.
-        strong: a second row, "<name>_strong", is the same person applied at `STRENGTH`.
+        guidances: that the person is applied with; the rows after the first are "<name>_g<guidance>".
     """
 
     name: str
     hypernet: Path
     iterations: int = 0
     photos: int = 1
-    strong: bool = False
+    guidances: tuple[float, ...] = (GUIDANCE,)
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
@@ -125,8 +139,7 @@ class Predicted:
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
-        strong = {f"{self.name}_strong": {**self.settings, "strength": STRENGTH}} if self.strong else {}
-        return {self.name: self.settings, **strong}
+        return guided_rows(self.name, self.settings, self.guidances)
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb, seconds, flops = self.made(bench, subject)
@@ -135,8 +148,7 @@ class Predicted:
         path.unlink()
         for row, settings in self.rows.items():
             if row in wanted:
-                models = bench.studio.apply(lidb, settings.get("strength", 1.0))
-                yield row, sampled(bench, models, subject, **facts)
+                yield row, sampled(bench, applied(bench, lidb, settings), subject, **facts)
 
     def made(self, bench: Bench, subject: Subject) -> Made:
         return bench.studio.predict(self.hypernet, subject.photos(self.photos), self.iterations)
@@ -150,16 +162,18 @@ class FastFinetuning:
     """FastFinetune, and the same person after Save LiDB and Load LiDB.
 
     Attributes:
-        name: of the row; the second is "<name>_saved".
+        name: of the row; the last is "<name>_saved".
         settings: fields of FinetuneConfig that are not at their default; a basis as a dict.
         start: the prediction that it goes on from, which brings its basis; None starts from nothing.
         described: the training is told what the photo shows besides the person.
+        guidances: that the person is applied with; the rows after the first are "<name>_g<guidance>".
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     start: Predicted | None = None
     described: bool = False
+    guidances: tuple[float, ...] = (GUIDANCE,)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -178,15 +192,17 @@ class FastFinetuning:
             resolved["described"] = True
         if self.config["prior_weight"] > 0:
             resolved["class_pictures"] = CLASS_PICTURES
-        return {self.name: resolved, f"{self.name}_saved": {**resolved, "file_rank": DEFAULT_RANK}}
+        rows = guided_rows(self.name, resolved, self.guidances)
+        return {**rows, f"{self.name}_saved": {**rows[self.name], "file_rank": DEFAULT_RANK}}
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb, seconds, flops = self.made(bench, subject)
         loaded, size = self._through_file(bench, subject, lidb)
         facts = {"steps": self.config["steps"], "seconds": seconds, "bytes": size, "flops": flops}
-        for row, person in zip(self.rows, (lidb, loaded), strict=True):
+        for row, settings in self.rows.items():
             if row in wanted:
-                yield row, sampled(bench, bench.studio.apply(person), subject, **facts)
+                person = loaded if "file_rank" in settings else lidb
+                yield row, sampled(bench, applied(bench, person, settings), subject, **facts)
 
     def made(self, bench: Bench, subject: Subject) -> Made:
         """The person, at the cost of the prediction and the training."""
@@ -232,13 +248,16 @@ class LoRA(FastFinetuning):
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
-        return {self.name: super().rows[self.name]}
+        rows = super().rows
+        return {row: rows[row] for row in rows if not row.endswith("_saved")}
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb, seconds, flops = self.made(bench, subject)
         size = bench.studio.lora_size(lidb, f"bench{os.getpid()}")
         facts = {"steps": self.config["steps"], "seconds": seconds, "bytes": size, "flops": flops}
-        yield self.name, sampled(bench, bench.studio.apply(lidb), subject, **facts)
+        for row, settings in self.rows.items():
+            if row in wanted:
+                yield row, sampled(bench, applied(bench, lidb, settings), subject, **facts)
 
 
 @dataclass(frozen=True)
@@ -253,7 +272,7 @@ class Stranger:
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb = self.of.person(bench, Subject(subject.seed + 1, subject.short))
-        yield "stranger", sampled(bench, bench.studio.apply(lidb), subject)
+        yield "stranger", sampled(bench, applied(bench, lidb, self.rows["stranger"]), subject)
 
 
 @dataclass(frozen=True)

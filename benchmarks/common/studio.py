@@ -162,10 +162,10 @@ class Studio:
         return self._step_flops[key]
 
     @torch.inference_mode()
-    def apply(self, lidb: LiDB, strength: float = 1.0) -> Models:
-        """The base with a person."""
+    def apply(self, lidb: LiDB, guidance: float = 1.0) -> Models:
+        """The base with a person; a guidance of 1 is that of a LoRA."""
         inputs = {"model": self.base.model, "clip": self.base.clip, "lidb": lidb}
-        model, clip = self.host.run("ApplyLiDBToModel", **inputs, strength_model=strength, strength_clip=strength)
+        model, clip = self.host.run("ApplyLiDBToModel", **inputs, person_guidance=guidance)
         return Models(model, clip, self.base.vae)
 
     @torch.inference_mode()

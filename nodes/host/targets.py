@@ -12,6 +12,7 @@ from torch import nn
 from ...hdb_core.errors import LayoutError
 from ...hdb_core.layout import Layout, find_targets, host_keys, layout_of, require_layers
 from ...hdb_core.lidb import LiDB, expand
+from .guidance import guided
 
 Target = TypeVar("Target", ModelPatcher, CLIP)
 FAMILY_BY_CONTEXT = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
@@ -79,11 +80,11 @@ def require_unet(model: ModelPatcher, layout: Layout, maker: str) -> None:
 
 
 def apply_lidb(
-    model: ModelPatcher, clip: CLIP, lidb: LiDB, strength_model: float, strength_clip: float
+    model: ModelPatcher, clip: CLIP, lidb: LiDB, strength_model: float, strength_clip: float, guidance: float = 1.0
 ) -> tuple[ModelPatcher, CLIP]:
     """Clones of MODEL and CLIP that carry a LiDB as ordinary LoRA patches of the host.
 
-    A side with strength 0 is returned as it came.
+    A side with strength 0 is returned as it came. With a `guidance` other than 1 the MODEL is `guided`.
 
     Raises:
         LayoutError: the LiDB was made for other layers, or the host took fewer patches than the LiDB has layers.
@@ -91,12 +92,17 @@ def apply_lidb(
     modules, family = target_modules(model, clip, lidb.layout.has_convolutions)
     require_layers(lidb.layout, layout_of(modules, family))
     keys = host_keys(lidb.layout)
+    factors = expand(lidb)
     patches = {
-        keys[name]: LoRAAdapter(set(), (up, down, None, None, None, None)) for name, (up, down) in expand(lidb).items()
+        keys[name]: LoRAAdapter(set(), (up, down, None, None, None, None)) for name, (up, down) in factors.items()
     }
     unet = {key: patch for key, patch in patches.items() if key.startswith("diffusion_model.")}
     text = {key: patch for key, patch in patches.items() if key not in unet}
-    return patched(model, unet, strength_model), patched(clip, text, strength_clip)
+    model, clip = patched(model, unet, strength_model), patched(clip, text, strength_clip)
+    if guidance != 1 and strength_model != 0:
+        own = {name: (strength_model * up, down) for name, (up, down) in factors.items() if keys[name] in unet}
+        model = guided(model, {name: modules[name] for name in own}, own, guidance)
+    return model, clip
 
 
 def patched(target: Target, patches: dict[str, LoRAAdapter], strength: float) -> Target:

@@ -14,6 +14,7 @@ from benchmarks.common.studio import Sampling
 from benchmarks.common.subjects import Subject
 from benchmarks.common.textual_inversion import TextualInversionConfig
 from hdb_core.finetune import FinetuneConfig
+from hdb_core.lidb import GUIDANCE
 from miniature.people import SPLITS
 
 DEV = SPLITS["dev"].start
@@ -89,14 +90,16 @@ def test_a_prediction_is_keyed_by_the_file_and_all_that_it_is_asked(bench, tmp_p
     assert Stranger(one).rows["stranger"] == one.rows["hyper"]
 
 
-def test_a_strong_row_is_the_same_person_with_a_key_of_its_own(bench, tmp_path):
+def test_each_guidance_is_a_row_of_the_same_person(bench, tmp_path):
     net = tmp_path / "net.safetensors"
     net.write_bytes(b"weights")
-    plain, strong = Predicted("hyper", net), Predicted("hyper", net, strong=True)
-    assert list(strong.rows) == ["hyper", "hyper_strong"]
-    assert strong.rows["hyper"] == plain.rows["hyper"]
-    assert bench.cells.key(strong.rows["hyper"]) != bench.cells.key(strong.rows["hyper_strong"])
-    assert FastFinetuning("x", start=plain).rows == FastFinetuning("x", start=strong).rows
+    one, both = Predicted("hyper", net), Predicted("hyper", net, guidances=(GUIDANCE, 1.0))
+    assert list(both.rows) == ["hyper", "hyper_g1"]
+    assert both.rows["hyper"] == one.rows["hyper"] == {**both.rows["hyper_g1"], "guidance": GUIDANCE}
+    assert bench.cells.key(both.rows["hyper"]) != bench.cells.key(both.rows["hyper_g1"])
+    tuned = FastFinetuning("x", start=both, guidances=(1.0, 3.0))
+    assert list(tuned.rows) == ["x", "x_g3", "x_saved"]
+    assert FastFinetuning("x", start=one, guidances=(1.0,)).rows["x"] == tuned.rows["x"]
 
 
 def test_other_photos_show_the_person_elsewhere():
