@@ -104,14 +104,14 @@ def guided_rows(name: str, settings: Mapping[str, Any], guidances: Sequence[floa
     """A row for each guidance that a person is applied with; the first has the name alone."""
     names = [name, *(f"{name}_g{guidance:g}" for guidance in guidances[1:])]
     return {
-        row: {**settings, **({} if guidance == 1 else {"guidance": guidance})}
+        row: {**settings, **({} if guidance == 1 else {"person_guidance": guidance})}
         for row, guidance in zip(names, guidances, strict=True)
     }
 
 
 def applied(bench: Bench, lidb: LiDB, row: Mapping[str, Any]) -> Models:
     """The base with a person, guided as a row's settings say."""
-    return bench.studio.apply(lidb, row.get("guidance", 1.0))
+    return bench.studio.apply(lidb, row.get("person_guidance", 1.0))
 
 
 @dataclass(frozen=True)

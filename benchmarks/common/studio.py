@@ -44,11 +44,12 @@ class Sampling:
 
 
 class Models(NamedTuple):
-    """What the stock loader returns: ModelPatcher, CLIP, VAE."""
+    """What the stock loader returns: ModelPatcher, CLIP, VAE; and the CLIP of the negative prompt, if it is another one."""
 
     model: Any
     clip: Any
     vae: Any
+    negative_clip: Any = None
 
 
 class Made(NamedTuple):
@@ -97,7 +98,8 @@ class Studio:
     def pictures(self, models: Models, prompt: str, seed: int, count: int, width: int = SIZE) -> np.ndarray:
         """Samples a prompt as one batch, which a seed makes the same for every model: uint8 (count, 128, width, 3)."""
         run, sampling = self.host.run, self.sampling
-        positive, negative = (run("CLIPTextEncode", clip=models.clip, text=text)[0] for text in (prompt, ""))
+        texts = ((models.clip, prompt), (models.negative_clip or models.clip, ""))
+        positive, negative = (run("CLIPTextEncode", clip=clip, text=text)[0] for clip, text in texts)
         latents = run("EmptyLatentImage", width=width, height=SIZE, batch_size=count)[0]
         with torch.autocast("cpu", torch.bfloat16, enabled=sampling.bf16):
             samples = run(
@@ -141,7 +143,8 @@ class Studio:
         if "basis" in settings:
             settings["basis"] = self.host.module("hdb_core.basis").BasisRecipe(**settings["basis"])
         class_images = None if class_pictures is None else as_image(class_pictures)
-        inputs = {**self.base._asdict(), "image": as_image(photo[None]), "lidb": lidb, "class_images": class_images}
+        base = {"model": self.base.model, "clip": self.base.clip, "vae": self.base.vae}
+        inputs = {**base, "image": as_image(photo[None]), "lidb": lidb, "class_images": class_images}
         start = time.perf_counter()
         made = self.host.run("FastFinetune", **inputs, **settings)[0]
         return made, time.perf_counter() - start
@@ -163,10 +166,13 @@ class Studio:
 
     @torch.inference_mode()
     def apply(self, lidb: LiDB, guidance: float = 1.0) -> Models:
-        """The base with a person; a guidance of 1 is that of a LoRA."""
+        """The base with a person, as the example workflows do it: the negative prompt goes through the base's CLIP.
+
+        A guidance of 1 is a LoRA as it is commonly used, both prompts going through its CLIP.
+        """
         inputs = {"model": self.base.model, "clip": self.base.clip, "lidb": lidb}
         model, clip = self.host.run("ApplyLiDBToModel", **inputs, person_guidance=guidance)
-        return Models(model, clip, self.base.vae)
+        return Models(model, clip, self.base.vae, clip if guidance == 1 else self.base.clip)
 
     @torch.inference_mode()
     def saved(self, lidb: LiDB, name: str) -> tuple[LiDB, Path]:

@@ -95,7 +95,7 @@ def test_each_guidance_is_a_row_of_the_same_person(bench, tmp_path):
     net.write_bytes(b"weights")
     one, both = Predicted("hyper", net), Predicted("hyper", net, guidances=(GUIDANCE, 1.0))
     assert list(both.rows) == ["hyper", "hyper_g1"]
-    assert both.rows["hyper"] == one.rows["hyper"] == {**both.rows["hyper_g1"], "guidance": GUIDANCE}
+    assert both.rows["hyper"] == one.rows["hyper"] == {**both.rows["hyper_g1"], "person_guidance": GUIDANCE}
     assert bench.cells.key(both.rows["hyper"]) != bench.cells.key(both.rows["hyper_g1"])
     tuned = FastFinetuning("x", start=both, guidances=(1.0, 3.0))
     assert list(tuned.rows) == ["x", "x_g3", "x_saved"]
