@@ -48,7 +48,7 @@ def dreambooth(
         seed: of noise and timesteps.
         adapted_only: trains the layers that a LiDB adapts, instead of all.
     """
-    model, clip, _ = studio.base
+    model, clip = studio.base.model, studio.base.clip
     roots: Iterable[nn.Module] = (model.model.diffusion_model, clip.cond_stage_model)
     if adapted_only:
         roots = studio.host.module("nodes.host.targets").target_modules(model, clip)[0].values()

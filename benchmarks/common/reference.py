@@ -71,7 +71,7 @@ def train(
     """
     core = studio.host.module("hdb_core.finetune")
     training = studio.host.module("nodes.host.training")
-    model, clip, _ = studio.base
+    model, clip = studio.base.model, studio.base.clip
     modules, family = studio.host.module("nodes.host.targets").target_modules(model, clip)
     settings = core.FinetuneConfig(
         prompt=config.prompt, class_prompt=config.class_prompt, prior_weight=prior.weight if prior else 0.0,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -82,14 +80,13 @@ def test_a_predicted_person(studio, subject, hypernet):
     assert studio.finetune_step_flops(subject.photo, {"rank": 2}, lidb=refined.lidb) > refined.flops
 
 
-def test_a_person_applied_at_a_strength(studio, subject, hypernet):
+def test_a_person_with_guidance_of_their_own(studio, subject, hypernet):
     person = studio.predict(hypernet, subject.photo[None]).lidb
-    once, twice, doubled = (
-        one_picture(studio, studio.apply(*arguments))
-        for arguments in ((person,), (person, 2.0), (replace(person, up=2 * person.up),))
-    )
-    assert (once != twice).any()
-    np.testing.assert_allclose(twice.astype(float), doubled, atol=1)
+    lora, guided, far = (studio.apply(person, guidance) for guidance in (1.0, 1.5, studio.sampling.cfg))
+    assert lora.negative_clip is lora.clip
+    assert guided.negative_clip is studio.base.clip
+    changes = [np.abs(one_picture(studio, models) - one_picture(studio)).mean() for models in (lora, guided, far)]
+    assert 0 < changes[0] < changes[1] < changes[2]
 
 
 def test_a_lora_with_class_pictures(studio, subject, layout):
