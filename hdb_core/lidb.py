@@ -26,7 +26,7 @@ from .errors import LiDBError
 from .layout import Layout, require_layers
 
 # How far guidance best leads to a person, by the identity and the edits of people of the miniature; a LoRA has 1.
-GUIDANCE = 2.0
+GUIDANCE = 1.5
 
 
 @dataclass(frozen=True, eq=False)

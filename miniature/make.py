@@ -20,7 +20,11 @@ WEIGHTS = ROOT / "weights"
 RUNS = ROOT / ".runs"
 _TRAIN = "--model .runs/diffusers --image-size 128"
 _FITTED = f"{_TRAIN} --photos .runs/fitted --folder .runs/regression"
-_PEOPLE = f"{_TRAIN} --photos .runs/people --folder .runs/hypernet"
+_PEOPLE = f"{_TRAIN} --photos .runs/people"
+_ATTENTION = f"{_PEOPLE} --folder .runs/attention"
+_ALL_LAYERS = f"{_PEOPLE} --folder .runs/hypernet --convolutions"
+# Of both trainings through the base model.
+_DIFFUSION = "--regression-weight 0 --learning-rate 1e-3 --warmup 20 --depth 2 --down-rate 3 --max-photos 2 --min-timestep 0.05"
 STAGES = {
     "pictures": "miniature.pictures",
     "vae": "miniature.vae",
@@ -32,16 +36,19 @@ STAGES = {
     "pack": "miniature.checkpoint pack",
     "diffusers": "miniature.checkpoint diffusers",
     "people": "miniature.photos --people 3400 --photos 4",
-    "latents_of_people": f"hdb_core.train precompute {_PEOPLE} --fit-steps 0",
-    "pretrain": f"hdb_core.train pretrain {_PEOPLE} --portraits --pretrain-steps 2000",
+    "latents_of_people": f"hdb_core.train precompute {_ATTENTION} --fit-steps 0",
+    "pretrain": f"hdb_core.train pretrain {_ATTENTION} --portraits --pretrain-steps 2000",
     "fitted": "miniature.photos --folder .runs/fitted --people 384 --photos 4",
     "precompute": f"hdb_core.train precompute {_FITTED} --min-timestep 0.15",
-    "regression": f"hdb_core.train train {_FITTED} --encoder .runs/hypernet/encoder.safetensors --diffusion-weight 0 "
+    "regression": f"hdb_core.train train {_FITTED} --encoder .runs/attention/encoder.safetensors --diffusion-weight 0 "
     "--steps 150 --people 64 --learning-rate 2e-3 --warmup 20 --depth 2 --down-rate 0 --encoder-rate 0 --max-photos 2 "
     "--held-out 0.05 --sample-every 0",
-    "hypernet": f"hdb_core.train train {_PEOPLE} --begin-with .runs/regression/hypernet.safetensors "
-    "--regression-weight 0 --steps 230 --learning-rate 1e-3 --warmup 20 --depth 2 --down-rate 3 --encoder-rate 0.1 "
-    "--max-photos 2 --min-timestep 0.05",
+    "attention": f"hdb_core.train train {_ATTENTION} --begin-with .runs/regression/hypernet.safetensors {_DIFFUSION} "
+    "--steps 230 --encoder-rate 0.1",
+    "latents_for_all_layers": f"hdb_core.train precompute {_ALL_LAYERS} --fit-steps 0",
+    "hypernet": f"hdb_core.train train {_ALL_LAYERS} --begin-with .runs/attention/hypernet.safetensors {_DIFFUSION} "
+    "--steps 1000 --encoder-rate 0.2 --sample-every 0",
+    "evaluate": f"hdb_core.train evaluate {_ALL_LAYERS} --max-photos 3",
     "pack_hypernet": "miniature.checkpoint pack",
 }
 MADE_BY = {
@@ -49,7 +56,8 @@ MADE_BY = {
     "miniature_base.safetensors": ("pictures", "vae", "latents", "text", "base", "pack"),
     "miniature_hypernet.safetensors": (
         *("diffusers", "people", "latents_of_people", "pretrain"),
-        *("fitted", "precompute", "regression", "hypernet", "pack_hypernet"),
+        *("fitted", "precompute", "regression", "attention", "latents_for_all_layers", "hypernet", "evaluate"),
+        "pack_hypernet",
     ),
     "judge_a.safetensors": ("pictures", "judge_a"),
     "judge_b.safetensors": ("pictures", "judge_b"),
