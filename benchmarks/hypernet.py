@@ -12,7 +12,8 @@
   any LoRA is;
 * ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
 * ``dreambooth@N``, ``dreambooth_described@N``, ``textual_inversion@N``: checkpoints; without a number the one with the
-  best joint score; ``dreambooth_adapted_described@N`` (by ``--rows`` only): of no layers but those that a LiDB adapts;
+  best joint score; ``_base_negative``: the negative prompt encoded as before the training;
+  ``dreambooth_adapted_described@N`` (by ``--rows`` only): of no layers but those that a LiDB adapts;
 * ``stranger``: the next person's prediction; ``photo``: the given photo itself; ``render``: true pictures of the prompts.
 """
 
@@ -78,7 +79,7 @@ def all_methods(
         *(FastFinetuning(f"lidb_{n}", {"steps": n}) for n in COLD_STEPS),
         FastFinetuning(f"lidb_{COLD_STEPS[0]}_described", {"steps": COLD_STEPS[0]}, described=True),
         *(LoRA(f"lora{rank}", {**LORA, "rank": rank}, guidances=(1,)) for rank in RANKS),
-        DreamBooth(dreambooth), DreamBooth(dreambooth, "dreambooth_described", described=True),
+        DreamBooth(dreambooth), DreamBooth(dreambooth, "dreambooth_described", True, base_negative=True),
         TextualInversion(inversion), Stranger(predicted), RealPictures(),
     ]  # fmt: skip
 

@@ -60,13 +60,14 @@ def swept(
     hypernet: Path,
     described: bool = False,
     guidances: tuple[float, ...] = (GUIDANCE,),
+    base_negative: bool = False,
 ) -> list[Method]:
     """A method for each combination of settings; references with their own checkpoints unless some are given."""
     if method in REFERENCES:
         of, base = REFERENCES[method]
         base = replace(base, checkpoints=tuple(checkpoints)) if checkpoints else base
         chosen = combinations(parsed_settings(pairs, type(base)))
-        return [of(replace(base, **settings), row_name(settings), described) for settings in chosen]
+        return [of(replace(base, **own), row_name(own), described, base_negative) for own in chosen]
     chosen = combinations(parsed_settings(pairs, NodeConfig))
     if method == "lora":
         return [LoRA(row_name(own), {**LORA, **own}, None, described, (1.0,)) for own in chosen]
@@ -85,13 +86,17 @@ def main() -> None:
     options.add_argument("--hypernet", type=Path, default=HYPERNET, help="its file, for --method hyper")
     options.add_argument("--described", action="store_true", help="told what the photo shows besides the person")
     options.add_argument("--guidance", type=float, nargs="+", default=[GUIDANCE], help="that a LiDB is applied with")
+    options.add_argument(
+        "--base-negative", action="store_true", help="a reference with the base's negative prompt, too"
+    )
     options.add_argument("--saved", action="store_true", help="each person after Save LiDB and Load LiDB, too")
     options.add_argument("--full", action="store_true", help="11 prompts instead of 6")
     add_options(options, grid_people=2)
     args = options.parse_args()
     guidances = tuple(args.guidance)
     hypernet = args.hypernet.resolve()
-    methods = [Base(), *swept(args.method, args.set, args.checkpoints, hypernet, args.described, guidances)]
+    arguments = (args.method, args.set, args.checkpoints, hypernet, args.described, guidances, args.base_negative)
+    methods = [Base(), *swept(*arguments)]
     rows = [row for method in methods for row in method.rows if args.saved or not row.endswith("_saved")]
     bench, subjects = open_bench(args, not args.full), chosen_subjects(args, not args.full)
     make_and_report(args, Table(bench, methods, rows, subjects), reference_people=len(subjects), keep=False)

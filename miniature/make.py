@@ -24,7 +24,9 @@ _PEOPLE = f"{_TRAIN} --photos .runs/people"
 _ATTENTION = f"{_PEOPLE} --folder .runs/attention"
 _ALL_LAYERS = f"{_PEOPLE} --folder .runs/hypernet --convolutions"
 # Of both trainings through the base model.
-_DIFFUSION = "--regression-weight 0 --learning-rate 1e-3 --warmup 20 --depth 2 --down-rate 3 --max-photos 2 --min-timestep 0.05"
+_DIFFUSION = (
+    "--regression-weight 0 --learning-rate 1e-3 --warmup 20 --depth 2 --down-rate 3 --max-photos 2 --min-timestep 0.05"
+)
 STAGES = {
     "pictures": "miniature.pictures",
     "vae": "miniature.vae",
@@ -47,7 +49,7 @@ STAGES = {
     "--steps 230 --encoder-rate 0.1",
     "latents_for_all_layers": f"hdb_core.train precompute {_ALL_LAYERS} --fit-steps 0",
     "hypernet": f"hdb_core.train train {_ALL_LAYERS} --begin-with .runs/attention/hypernet.safetensors {_DIFFUSION} "
-    "--steps 1000 --encoder-rate 0.2 --sample-every 0",
+    "--steps 800 --encoder-rate 0.2 --sample-every 0",
     "evaluate": f"hdb_core.train evaluate {_ALL_LAYERS} --max-photos 3",
     "pack_hypernet": "miniature.checkpoint pack",
 }

@@ -283,11 +283,13 @@ class Reference:
         config: settings.
         name: of the rows, before "@".
         described: the training is told what the photo shows besides the person.
+        base_negative: further rows, "<name>_base_negative@", encode the negative prompt as before the training.
     """
 
     config: Any  # ReferenceConfig
     name: str
     described: bool = False
+    base_negative: bool = False
     kind: ClassVar[str]  # of the settings, in a row's key
 
     @property
@@ -295,19 +297,25 @@ class Reference:
         # The constant rate makes a checkpoint independent of those after it.
         settings = {k: v for k, v in asdict(self.config).items() if k != "checkpoints"}
         resolved = {self.kind: settings} | ({"described": True} if self.described else {})
-        return {f"{self.name}@{steps}": {**resolved, "steps": steps} for steps in self.config.checkpoints}
+        rows = {f"{self.name}@{steps}": {**resolved, "steps": steps} for steps in self.config.checkpoints}
+        named = {row.replace("@", "_base_negative@"): {**own, "negative": "base"} for row, own in rows.items()}
+        return rows | (named if self.base_negative else {})
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
-        last = max(i for i, row in enumerate(self.rows, 1) if row in wanted)
+        own = {row: settings for row, settings in self.rows.items() if row in wanted}
+        last = max(settings["steps"] for settings in own.values())
         prompt = caption(self.config.prompt, photo_words(subject.context) if self.described else "")
-        config = replace(self.config, prompt=prompt, checkpoints=self.config.checkpoints[:last])
-        run = self.training(bench, subject, config)
+        checkpoints = tuple(steps for steps in self.config.checkpoints if steps <= last)
+        base = bench.studio.base
+        as_before = base._replace(negative=bench.studio.negative(base.clip))
+        run = self.training(bench, subject, replace(self.config, prompt=prompt, checkpoints=checkpoints))
         # Closed here, not when it is collected: the base must be back whatever happens.
         with closing(run):
-            for row, (steps, seconds, flops, parameters) in zip(self.rows, run, strict=False):
+            for steps, seconds, flops, parameters in run:
                 facts = {"steps": steps, "seconds": seconds, "flops": flops, "bytes": parameters * BYTES_PER_WEIGHT}
-                if row in wanted:
-                    yield row, sampled(bench, bench.studio.base, subject, **facts)
+                for row, settings in own.items():
+                    if settings["steps"] == steps:
+                        yield row, sampled(bench, as_before if "negative" in settings else base, subject, **facts)
 
     def training(self, bench: Bench, subject: Subject, config: Any) -> Generator[Checkpoint]:
         """The checkpoints of one person, each while it is in the base model."""

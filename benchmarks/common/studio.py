@@ -44,12 +44,12 @@ class Sampling:
 
 
 class Models(NamedTuple):
-    """What the stock loader returns: ModelPatcher, CLIP, VAE; and the CLIP of the negative prompt, if it is another one."""
+    """What the stock loader returns: ModelPatcher, CLIP, VAE; and the conditioning of the negative prompt, if not by them."""
 
     model: Any
     clip: Any
     vae: Any
-    negative_clip: Any = None
+    negative: Any = None
 
 
 class Made(NamedTuple):
@@ -98,8 +98,8 @@ class Studio:
     def pictures(self, models: Models, prompt: str, seed: int, count: int, width: int = SIZE) -> np.ndarray:
         """Samples a prompt as one batch, which a seed makes the same for every model: uint8 (count, 128, width, 3)."""
         run, sampling = self.host.run, self.sampling
-        texts = ((models.clip, prompt), (models.negative_clip or models.clip, ""))
-        positive, negative = (run("CLIPTextEncode", clip=clip, text=text)[0] for clip, text in texts)
+        positive = run("CLIPTextEncode", clip=models.clip, text=prompt)[0]
+        negative = models.negative or self.negative(models.clip)
         latents = run("EmptyLatentImage", width=width, height=SIZE, batch_size=count)[0]
         with torch.autocast("cpu", torch.bfloat16, enabled=sampling.bf16):
             samples = run(
@@ -109,6 +109,11 @@ class Studio:
             )[0]  # fmt: skip
         image = run("VAEDecode", vae=models.vae, samples=samples)[0]
         return (image * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+    @torch.inference_mode()
+    def negative(self, clip: Any) -> Any:
+        """The conditioning of the empty prompt."""
+        return self.host.run("CLIPTextEncode", clip=clip, text="")[0]
 
     @torch.inference_mode()
     def predict(self, hypernet: Path, photos: np.ndarray, iterations: int = 0) -> Made:
@@ -172,7 +177,7 @@ class Studio:
         """
         inputs = {"model": self.base.model, "clip": self.base.clip, "lidb": lidb}
         model, clip = self.host.run("ApplyLiDBToModel", **inputs, person_guidance=guidance)
-        return Models(model, clip, self.base.vae, clip if guidance == 1 else self.base.clip)
+        return Models(model, clip, self.base.vae, None if guidance == 1 else self.negative(self.base.clip))
 
     @torch.inference_mode()
     def saved(self, lidb: LiDB, name: str) -> tuple[LiDB, Path]:
