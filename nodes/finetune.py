@@ -56,7 +56,7 @@ class FastFinetune(io.ComfyNode):
                     default=DEFAULTS.steps,
                     min=1,
                     max=10000,
-                    tooltip="Training steps. More steps follow the photo more closely and leave less freedom to the prompt.",
+                    tooltip=f"Training steps; {RELAXED['steps']} are enough on going on from a predicted lidb. More steps follow the photo more closely and leave less freedom to the prompt.",
                 ),
                 io.Int.Input(
                     "rank",

@@ -27,7 +27,7 @@ def methods(tmp_path):
 def test_rows(methods):
     assert chosen_rows(methods(), None, "_saved") == [
         "base", "caption", "hyper_k1", "hyper", "hyper_g1", "hyper_3photos", "hyper_5", "hyper_10", "hyper_20",
-        "hyper_40", "hyper_10_described", "hyper_20_described", "hyper_40_described", "hyper_40_described_g1", "lidb_40", "lidb_400", "lidb_40_described", "lora1", "lora4", "dreambooth@50", "dreambooth_described@50",
+        "hyper_40", "hyper_10_described", "hyper_40_described", "lidb_40", "lidb_400", "lidb_40_described", "lora1", "lora4", "dreambooth@50", "dreambooth_described@50",
         "dreambooth_described_base_negative@50",
         "textual_inversion@10", "textual_inversion@20", "stranger", "photo", "render",
     ]  # fmt: skip
@@ -49,8 +49,7 @@ def test_settings_are_those_of_the_steps_after_the_prediction(methods):
     differing = {row.removesuffix("_saved") for row in plain if plain[row] != changed[row]}
     assert differing == {
         *(f"hyper_{n}" for n in hypernet.STEPS),
-        *(f"hyper_{n}_described" for n in hypernet.DESCRIBED_STEPS),
-        f"hyper_{hypernet.DESCRIBED_STEPS[-1]}_described_g1",
+        *(f"hyper_{n}_described" for n in hypernet.DESCRIBED),
     }
     assert hypernet.single_settings(["learning_rate=0.005", "rank=2"]) == {"learning_rate": 0.005, "rank": 2}
     for wrong in ("learning_rate=0.1,0.2", "steps=3"):
