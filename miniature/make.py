@@ -50,7 +50,7 @@ STAGES = {
     "latents_for_all_layers": f"hdb_core.train precompute {_ALL_LAYERS} --fit-steps 0",
     "hypernet": f"hdb_core.train train {_ALL_LAYERS} --begin-with .runs/attention/hypernet.safetensors {_DIFFUSION} "
     "--steps 800 --encoder-rate 0.2 --sample-every 0",
-    "evaluate": f"hdb_core.train evaluate {_ALL_LAYERS} --max-photos 3",
+    "evaluate": f"hdb_core.train evaluate {_ALL_LAYERS}",
     "pack_hypernet": "miniature.checkpoint pack",
 }
 MADE_BY = {
