@@ -23,7 +23,7 @@ def apply(run, loaded):
 def passes(loaded, sample):
     """What a MODEL predicts in the first step: ``positive`` and ``negative``, on the same noise for every MODEL."""
 
-    def execute(model, control=None):
+    def execute(model, size=64):
         seen = []
 
         def watch(arguments):
@@ -32,7 +32,7 @@ def passes(loaded, sample):
 
         clone = model.clone()
         clone.set_model_sampler_cfg_function(watch)
-        sample(clone, loaded.clip, control=control)
+        sample(clone, loaded.clip, size=size)
         return seen[0]
 
     return execute
@@ -93,13 +93,14 @@ def test_pictures_cut_into_tiles(apply, host, person, passes):
     from comfy_extras.nodes_hypertile import HyperTile
 
     def tiled(model):
-        patched = HyperTile.execute(model, tile_size=32, swap_size=1, max_depth=0, scale_depth=False)
-        return getattr(patched, "args", patched)[0]
+        patched = HyperTile.execute(model, tile_size=32, swap_size=1, max_depth=1, scale_depth=False)
+        return passes(getattr(patched, "args", patched)[0], size=128)
 
     lidb = person(1)
-    guided, plain = passes(tiled(apply(lidb, CFG))), passes(tiled(apply(lidb, 1.0)))
+    guided, plain = tiled(apply(lidb, CFG)), tiled(apply(lidb, 1.0))
     assert torch.equal(guided.positive, plain.positive)
-    close(passes(tiled(apply(lidb, 1.0, strength=0.0))).negative, guided.negative)
+    assert not torch.equal(plain.positive, passes(apply(lidb, 1.0), size=128).positive)  # it does cut
+    close(tiled(apply(lidb, 1.0, strength=0.0)).negative, guided.negative)
     far(plain.negative, guided.negative)
 
 
