@@ -49,8 +49,7 @@ from .common.textual_inversion import TextualInversionConfig
 
 HYPERNET = environment.BASE / "models" / "hyperdreambooth" / environment.HYPERNET
 STEPS = (5, 10, 20, 40)  # from the prediction
-# From the prediction, told what the photo shows: steps and their rate.
-DESCRIBED = {RELAXED["steps"]: RELAXED["learning_rate"], 40: 0.15}
+DESCRIBED_STEPS = (RELAXED["steps"], 40)  # from the prediction, told what the photo shows
 COLD_STEPS = (40, 400)
 RANKS = (1, 4)  # of LoRA
 BOTH = (GUIDANCE, 1.0)
@@ -75,8 +74,8 @@ def all_methods(
         Base(), Caption(),
         Predicted("hyper_k1", hypernet, iterations=1), predicted, Predicted("hyper_3photos", hypernet, photos=3),
         *(FastFinetuning(f"hyper_{n}", {"rank": RELAXED["rank"], **settings, "steps": n}, predicted) for n in STEPS),
-        *(FastFinetuning(f"hyper_{n}_described", {**RELAXED, "learning_rate": rate, **settings, "steps": n}, predicted, True)
-          for n, rate in DESCRIBED.items()),
+        *(FastFinetuning(f"hyper_{n}_described", {**RELAXED, **settings, "steps": n}, predicted, True)
+          for n in DESCRIBED_STEPS),
         *(FastFinetuning(f"lidb_{n}", {"steps": n}) for n in COLD_STEPS),
         FastFinetuning(f"lidb_{COLD_STEPS[0]}_described", {"steps": COLD_STEPS[0]}, described=True),
         *(LoRA(f"lora{rank}", {**LORA, "rank": rank}, guidances=(1,)) for rank in RANKS),

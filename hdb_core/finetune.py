@@ -37,10 +37,9 @@ _GRAD_SCALE = 1024.0
 _EXPLODED_LOSS = 10.0
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 # The settings to choose when going on from a prediction with `photo_words` (the paper's rank relaxation). The defaults
-# suit a cold start. Without words so much freedom would learn the photo's clothes and background. With four times as
-# many steps, half the rate.
+# suit a cold start. Without words so much freedom would learn the photo's clothes and background.
 RELAXED: Mapping[str, Any] = {
-    "steps": 10, "rank": 4, "learning_rate": 0.3, "freeze_down": False, "convolutions": True
+    "steps": 10, "rank": 4, "learning_rate": 0.15, "freeze_down": False, "convolutions": True
 }  # fmt: skip
 # How noise levels count. native: by the error of what the model predicts, which for ε says little about a person where
 # there is much noise. v: by the error of v, whatever the model predicts; the levels that decide on colours and shapes

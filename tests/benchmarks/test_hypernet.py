@@ -49,7 +49,7 @@ def test_settings_are_those_of_the_steps_after_the_prediction(methods):
     differing = {row.removesuffix("_saved") for row in plain if plain[row] != changed[row]}
     assert differing == {
         *(f"hyper_{n}" for n in hypernet.STEPS),
-        *(f"hyper_{n}_described" for n in hypernet.DESCRIBED),
+        *(f"hyper_{n}_described" for n in hypernet.DESCRIBED_STEPS),
     }
     assert hypernet.single_settings(["learning_rate=0.005", "rank=2"]) == {"learning_rate": 0.005, "rank": 2}
     for wrong in ("learning_rate=0.1,0.2", "steps=3"):
