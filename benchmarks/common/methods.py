@@ -248,16 +248,13 @@ class LoRA(FastFinetuning):
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
-        rows = super().rows
-        return {row: rows[row] for row in rows if not row.endswith("_saved")}
+        return {self.name: super().rows[self.name]}
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb, seconds, flops = self.made(bench, subject)
         size = bench.studio.lora_size(lidb, f"bench{os.getpid()}")
         facts = {"steps": self.config["steps"], "seconds": seconds, "bytes": size, "flops": flops}
-        for row, settings in self.rows.items():
-            if row in wanted:
-                yield row, sampled(bench, applied(bench, lidb, settings), subject, **facts)
+        yield self.name, sampled(bench, applied(bench, lidb, self.rows[self.name]), subject, **facts)
 
 
 @dataclass(frozen=True)
