@@ -8,8 +8,8 @@
 * ``hyper``: Predict LiDB; ``hyper_k1``: in one iteration; ``hyper_3photos``: from two more photos of the person;
 * ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` from nothing; ``_described``: it is
   told what the photo shows besides the person, and from a prediction learns with the freedom that this allows;
-  ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB; ``_g1``: applied without the person's own guidance, as
-  any LoRA is;
+  ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB; ``_as_lora``: applied as any LoRA
+  is, at full strength and without guidance of its own;
 * ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
 * ``dreambooth@N``, ``dreambooth_described@N``, ``textual_inversion@N``: checkpoints; without a number the one with the
   best joint score; ``_base_negative``: the negative prompt encoded as before the training;
@@ -25,7 +25,7 @@ from typing import Any
 
 from devtools import environment
 from hdb_core.finetune import RELAXED
-from hdb_core.lidb import GUIDANCE
+from hdb_core.lidb import AS_LORA, STRENGTHS
 
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
@@ -52,7 +52,7 @@ STEPS = (5, 10, 20, 40)  # from the prediction
 DESCRIBED_STEPS = (RELAXED["steps"], 40)  # from the prediction, told what the photo shows
 COLD_STEPS = (40, 400)
 RANKS = (1, 4)  # of LoRA
-BOTH = (GUIDANCE, 1.0)
+BOTH = (STRENGTHS, AS_LORA)
 
 
 def all_methods(
@@ -69,7 +69,7 @@ def all_methods(
         dreambooth: of full DreamBooth.
         inversion: of Textual Inversion.
     """
-    predicted = Predicted("hyper", hypernet, guidances=BOTH)
+    predicted = Predicted("hyper", hypernet, strengths=BOTH)
     return [
         Base(), Caption(),
         Predicted("hyper_k1", hypernet, iterations=1), predicted, Predicted("hyper_3photos", hypernet, photos=3),
@@ -78,7 +78,7 @@ def all_methods(
           for n in DESCRIBED_STEPS),
         *(FastFinetuning(f"lidb_{n}", {"steps": n}) for n in COLD_STEPS),
         FastFinetuning(f"lidb_{COLD_STEPS[0]}_described", {"steps": COLD_STEPS[0]}, described=True),
-        *(LoRA(f"lora{rank}", {**LORA, "rank": rank}, guidances=(1,)) for rank in RANKS),
+        *(LoRA(f"lora{rank}", {**LORA, "rank": rank}, strengths=(AS_LORA,)) for rank in RANKS),
         DreamBooth(dreambooth), DreamBooth(dreambooth, "dreambooth_described", True, base_negative=True),
         TextualInversion(inversion), Stranger(predicted), RealPictures(),
     ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 ``python dev.py bench tune --set learning_rate=0.01,0.02 rank=1,4`` tries every combination; every other setting has its
 default. ``--method hyper`` goes on from a prediction, ``--method predict`` is that alone, ``--method lora`` is
-LoRA-DreamBooth; ``--guidance 1 2`` applies each person with both. ``--method dreambooth --set rate=1e-5,3e-5``,
+LoRA-DreamBooth; ``--strengths 0.8,0.5,2 1,1,1`` applies each person both ways. ``--method dreambooth --set rate=1e-5,3e-5``,
 ``dreambooth_adapted`` (only the layers that a LiDB adapts) and ``textual_inversion`` do the same for these references,
 at each of their checkpoints.
 Finished cells stay in ``.runs/bench/cells``: earlier sweeps can be repeated at no cost.
@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hdb_core.lidb import GUIDANCE
+from hdb_core.lidb import AS_LORA, STRENGTHS, Strengths
 
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
@@ -53,13 +53,20 @@ def row_name(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in settings.items()) or "defaults"
 
 
+def parsed_strengths(text: str) -> Strengths:
+    """ "0.8,0.5,2" as the strengths of the UNet, of the text encoder, and of guidance."""
+    model, clip, guidance = map(float, text.split(","))
+    return Strengths(model, clip, guidance)
+
+
 def swept(
     method: str,
     pairs: Sequence[str],
-    checkpoints: Sequence[int] | None,
     hypernet: Path,
+    *,
+    checkpoints: Sequence[int] | None = None,
     described: bool = False,
-    guidances: tuple[float, ...] = (GUIDANCE,),
+    strengths: tuple[Strengths, ...] = (STRENGTHS,),
     base_negative: bool = False,
 ) -> list[Method]:
     """A method for each combination of settings; references with their own checkpoints unless some are given."""
@@ -70,12 +77,12 @@ def swept(
         return [of(replace(base, **own), row_name(own), described, base_negative) for own in chosen]
     chosen = combinations(parsed_settings(pairs, NodeConfig))
     if method == "lora":
-        return [LoRA(row_name(own), {**LORA, **own}, None, described, (1.0,)) for own in chosen]
-    predicted = Predicted("hyper", hypernet, guidances=guidances)
+        return [LoRA(row_name(own), {**LORA, **own}, None, described, (AS_LORA,)) for own in chosen]
+    predicted = Predicted("hyper", hypernet, strengths=strengths)
     if method == "predict":
         return [predicted]
     start = predicted if method == "hyper" else None
-    return [FastFinetuning(row_name(own), own, start, described, guidances) for own in chosen]
+    return [FastFinetuning(row_name(own), own, start, described, strengths) for own in chosen]
 
 
 def main() -> None:
@@ -85,7 +92,10 @@ def main() -> None:
     options.add_argument("--checkpoints", type=int, nargs="+", help="of a reference (default: its own)")
     options.add_argument("--hypernet", type=Path, default=HYPERNET, help="its file, for --method hyper")
     options.add_argument("--described", action="store_true", help="told what the photo shows besides the person")
-    options.add_argument("--guidance", type=float, nargs="+", default=[GUIDANCE], help="that a LiDB is applied with")
+    options.add_argument(
+        "--strengths", type=parsed_strengths, nargs="+", default=[STRENGTHS], metavar="MODEL,CLIP,GUIDANCE",
+        help="that a LiDB is applied with",
+    )  # fmt: skip
     options.add_argument(
         "--base-negative", action="store_true", help="a reference with the base's negative prompt, too"
     )
@@ -93,10 +103,11 @@ def main() -> None:
     options.add_argument("--full", action="store_true", help="11 prompts instead of 6")
     add_options(options, grid_people=2)
     args = options.parse_args()
-    guidances = tuple(args.guidance)
-    hypernet = args.hypernet.resolve()
-    arguments = (args.method, args.set, args.checkpoints, hypernet, args.described, guidances, args.base_negative)
-    methods = [Base(), *swept(*arguments)]
+    chosen = swept(
+        args.method, args.set, args.hypernet.resolve(), checkpoints=args.checkpoints, described=args.described,
+        strengths=tuple(args.strengths), base_negative=args.base_negative,
+    )  # fmt: skip
+    methods = [Base(), *chosen]
     rows = [row for method in methods for row in method.rows if args.saved or not row.endswith("_saved")]
     bench, subjects = open_bench(args, not args.full), chosen_subjects(args, not args.full)
     make_and_report(args, Table(bench, methods, rows, subjects), reference_people=len(subjects), keep=False)

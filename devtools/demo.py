@@ -130,8 +130,8 @@ class Session:
 
     def pictures(self, text: str, column: str) -> list[Image]:
         """The pictures of a prompt, one for each seed; ``column`` is one of `COLUMNS`."""
-        strength = 0.0 if column == "before" else 1.0
-        apply = {"lidb": self._person[column], "strength_model": strength, "strength_clip": strength}
+        nobody = {"strength_model": 0.0, "strength_clip": 0.0} if column == "before" else {}
+        apply = {"lidb": self._person[column], **nobody}
         prompt = workflow.edited(self._prompt, {self._text: {"text": text}, self._apply: apply})
         label = f"“{text}” {LABELS[column]}"
         since = time.monotonic()

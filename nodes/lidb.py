@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..hdb_core import lidb_file
 from ..hdb_core.errors import LiDBFileError
-from ..hdb_core.lidb import GUIDANCE, LiDB, weighted_sum
+from ..hdb_core.lidb import STRENGTHS, LiDB, Strengths, weighted_sum
 from .host.folders import find_lidb, save_to_output, saved_lidbs
 from .host.progress import send_text
 from .host.targets import apply_lidb
@@ -34,7 +34,7 @@ class ApplyLiDBToModel(io.ComfyNode):
                 LIDB.Input("lidb", tooltip="The person, from Fast Finetune or Load LiDB."),
                 io.Float.Input(
                     "strength_model",
-                    default=1.0,
+                    default=STRENGTHS.model,
                     min=-10.0,
                     max=10.0,
                     step=0.01,
@@ -42,7 +42,7 @@ class ApplyLiDBToModel(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "strength_clip",
-                    default=1.0,
+                    default=STRENGTHS.clip,
                     min=-10.0,
                     max=10.0,
                     step=0.01,
@@ -50,10 +50,11 @@ class ApplyLiDBToModel(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "person_guidance",
-                    default=GUIDANCE,
+                    default=STRENGTHS.guidance,
                     min=1.0,
                     max=10.0,
                     step=0.1,
+                    optional=True,  # prompts that were written without it still run
                     tooltip="How far guidance leads to the person: 1 as far as an ordinary LoRA does, 2 twice as far. More shows more of the person, and in the end less of the prompt. Works up to the cfg of the sampler, and not at a cfg of 1.",
                 ),
             ],
@@ -71,9 +72,9 @@ class ApplyLiDBToModel(io.ComfyNode):
         lidb: LiDB,
         strength_model: float,
         strength_clip: float,
-        person_guidance: float = GUIDANCE,
+        person_guidance: float = STRENGTHS.guidance,
     ) -> io.NodeOutput:
-        return io.NodeOutput(*apply_lidb(model, clip, lidb, strength_model, strength_clip, person_guidance))
+        return io.NodeOutput(*apply_lidb(model, clip, lidb, Strengths(strength_model, strength_clip, person_guidance)))
 
 
 class SaveLiDB(io.ComfyNode):

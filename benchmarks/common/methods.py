@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from hdb_core.finetune import FinetuneConfig
-from hdb_core.lidb import GUIDANCE
+from hdb_core.lidb import AS_LORA, STRENGTHS, Strengths
 from hdb_core.lidb_file import DEFAULT_RANK
 from hdb_core.prompt import caption
 from miniature.captions import photo_words
@@ -100,18 +100,18 @@ class RealPictures:
         yield "render", Cell(subject.renders[:, None], texts)
 
 
-def guided_rows(name: str, settings: Mapping[str, Any], guidances: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """A row for each guidance that a person is applied with; the first has the name alone."""
-    names = [name, *(f"{name}_g{guidance:g}" for guidance in guidances[1:])]
+def applied_rows(name: str, settings: Mapping[str, Any], strengths: Sequence[Strengths]) -> dict[str, dict[str, Any]]:
+    """A row for each way to apply a person; the first has the name alone, `AS_LORA` is "<name>_as_lora"."""
+    others = ("as_lora" if own == AS_LORA else f"{own.model:g},{own.clip:g},{own.guidance:g}" for own in strengths[1:])
     return {
-        row: {**settings, **({} if guidance == 1 else {"person_guidance": guidance})}
-        for row, guidance in zip(names, guidances, strict=True)
+        row: {**settings, **({} if own == AS_LORA else {"strengths": own._asdict()})}
+        for row, own in zip([name, *(f"{name}_{other}" for other in others)], strengths, strict=True)
     }
 
 
 def applied(bench: Bench, lidb: LiDB, row: Mapping[str, Any]) -> Models:
-    """The base with a person, guided as a row's settings say."""
-    return bench.studio.apply(lidb, row.get("person_guidance", 1.0))
+    """The base with a person, as a row's settings say."""
+    return bench.studio.apply(lidb, Strengths(**row["strengths"]) if "strengths" in row else AS_LORA)
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,14 @@ class Predicted:
         hypernet: the hypernetwork's file.
         iterations: k; 0 is the file's own.
         photos: how many of the person it sees.
-        guidances: that the person is applied with; the rows after the first are "<name>_g<guidance>".
+        strengths: that the person is applied with, each a row; see `applied_rows`.
     """
 
     name: str
     hypernet: Path
     iterations: int = 0
     photos: int = 1
-    guidances: tuple[float, ...] = (GUIDANCE,)
+    strengths: tuple[Strengths, ...] = (STRENGTHS,)
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
@@ -139,7 +139,7 @@ class Predicted:
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
-        return guided_rows(self.name, self.settings, self.guidances)
+        return applied_rows(self.name, self.settings, self.strengths)
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb, seconds, flops = self.made(bench, subject)
@@ -166,14 +166,14 @@ class FastFinetuning:
         settings: fields of FinetuneConfig that are not at their default; a basis as a dict.
         start: the prediction that it goes on from, which brings its basis; None starts from nothing.
         described: the training is told what the photo shows besides the person.
-        guidances: that the person is applied with; the rows after the first are "<name>_g<guidance>".
+        strengths: that the person is applied with, each a row; see `applied_rows`.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     start: Predicted | None = None
     described: bool = False
-    guidances: tuple[float, ...] = (GUIDANCE,)
+    strengths: tuple[Strengths, ...] = (STRENGTHS,)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class FastFinetuning:
             resolved["described"] = True
         if self.config["prior_weight"] > 0:
             resolved["class_pictures"] = CLASS_PICTURES
-        rows = guided_rows(self.name, resolved, self.guidances)
+        rows = applied_rows(self.name, resolved, self.strengths)
         return {**rows, f"{self.name}_saved": {**rows[self.name], "file_rank": DEFAULT_RANK}}
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from devtools.environment import Host
 from devtools.inprocess import InProcessHost, boot
+from hdb_core.lidb import AS_LORA, Strengths
 
 if TYPE_CHECKING:
     from hdb_core.lidb import LiDB
@@ -170,14 +171,15 @@ class Studio:
         return self._step_flops[key]
 
     @torch.inference_mode()
-    def apply(self, lidb: LiDB, guidance: float = 1.0) -> Models:
+    def apply(self, lidb: LiDB, strengths: Strengths = AS_LORA) -> Models:
         """The base with a person, as the example workflows do it: the negative prompt goes through the base's CLIP.
 
-        A guidance of 1 is a LoRA as it is commonly used, both prompts going through its CLIP.
+        `AS_LORA` is a LoRA as it is commonly used, both prompts going through its CLIP.
         """
         inputs = {"model": self.base.model, "clip": self.base.clip, "lidb": lidb}
-        model, clip = self.host.run("ApplyLiDBToModel", **inputs, person_guidance=guidance)
-        return Models(model, clip, self.base.vae, None if guidance == 1 else self.negative(self.base.clip))
+        inputs |= {"strength_model": strengths.model, "strength_clip": strengths.clip}
+        model, clip = self.host.run("ApplyLiDBToModel", **inputs, person_guidance=strengths.guidance)
+        return Models(model, clip, self.base.vae, None if strengths == AS_LORA else self.negative(self.base.clip))
 
     @torch.inference_mode()
     def saved(self, lidb: LiDB, name: str) -> tuple[LiDB, Path]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...hdb_core.errors import LayoutError
 from ...hdb_core.layout import Layout, find_targets, host_keys, layout_of, require_layers
-from ...hdb_core.lidb import LiDB, expand
+from ...hdb_core.lidb import LiDB, Strengths, expand
 from .guidance import guided
 
 Target = TypeVar("Target", ModelPatcher, CLIP)
@@ -79,12 +79,10 @@ def require_unet(model: ModelPatcher, layout: Layout, maker: str) -> None:
     require_layers(layout, Layout(own.family, own.layers + text), maker)
 
 
-def apply_lidb(
-    model: ModelPatcher, clip: CLIP, lidb: LiDB, strength_model: float, strength_clip: float, guidance: float = 1.0
-) -> tuple[ModelPatcher, CLIP]:
+def apply_lidb(model: ModelPatcher, clip: CLIP, lidb: LiDB, strengths: Strengths) -> tuple[ModelPatcher, CLIP]:
     """Clones of MODEL and CLIP that carry a LiDB as ordinary LoRA patches of the host.
 
-    A side with strength 0 is returned as it came. With a `guidance` other than 1 the MODEL is `guided`.
+    A side with strength 0 is returned as it came. With a guidance other than 1 the MODEL is `guided`.
 
     Raises:
         LayoutError: the LiDB was made for other layers, or the host took fewer patches than the LiDB has layers.
@@ -98,10 +96,10 @@ def apply_lidb(
     }
     unet = {key: patch for key, patch in patches.items() if key.startswith("diffusion_model.")}
     text = {key: patch for key, patch in patches.items() if key not in unet}
-    model, clip = patched(model, unet, strength_model), patched(clip, text, strength_clip)
-    if guidance != 1 and strength_model != 0:
-        own = {name: (strength_model * up, down) for name, (up, down) in factors.items() if keys[name] in unet}
-        model = guided(model, {name: modules[name] for name in own}, own, guidance)
+    model, clip = patched(model, unet, strengths.model), patched(clip, text, strengths.clip)
+    if strengths.guidance != 1 and strengths.model != 0:
+        own = {name: (strengths.model * up, down) for name, (up, down) in factors.items() if keys[name] in unet}
+        model = guided(model, {name: modules[name] for name in own}, own, strengths.guidance)
     return model, clip
 
 

@@ -26,7 +26,7 @@ def methods(tmp_path):
 
 def test_rows(methods):
     assert chosen_rows(methods(), None, "_saved") == [
-        "base", "caption", "hyper_k1", "hyper", "hyper_g1", "hyper_3photos", "hyper_5", "hyper_10", "hyper_20",
+        "base", "caption", "hyper_k1", "hyper", "hyper_as_lora", "hyper_3photos", "hyper_5", "hyper_10", "hyper_20",
         "hyper_40", "hyper_10_described", "hyper_40_described", "lidb_40", "lidb_400", "lidb_40_described", "lora1", "lora4", "dreambooth@50", "dreambooth_described@50",
         "dreambooth_described_base_negative@50",
         "textual_inversion@10", "textual_inversion@20", "stranger", "photo", "render",

@@ -14,7 +14,7 @@ from benchmarks.common.studio import Sampling
 from benchmarks.common.subjects import Subject
 from benchmarks.common.textual_inversion import TextualInversionConfig
 from hdb_core.finetune import FinetuneConfig
-from hdb_core.lidb import GUIDANCE
+from hdb_core.lidb import AS_LORA, STRENGTHS, Strengths
 from miniature.people import SPLITS
 
 DEV = SPLITS["dev"].start
@@ -90,16 +90,16 @@ def test_a_prediction_is_keyed_by_the_file_and_all_that_it_is_asked(bench, tmp_p
     assert Stranger(one).rows["stranger"] == one.rows["hyper"]
 
 
-def test_each_guidance_is_a_row_of_the_same_person(bench, tmp_path):
+def test_each_way_to_apply_a_person_is_a_row(bench, tmp_path):
     net = tmp_path / "net.safetensors"
     net.write_bytes(b"weights")
-    one, both = Predicted("hyper", net), Predicted("hyper", net, guidances=(GUIDANCE, 1.0))
-    assert list(both.rows) == ["hyper", "hyper_g1"]
-    assert both.rows["hyper"] == one.rows["hyper"] == {**both.rows["hyper_g1"], "person_guidance": GUIDANCE}
-    assert bench.cells.key(both.rows["hyper"]) != bench.cells.key(both.rows["hyper_g1"])
-    tuned = FastFinetuning("x", start=both, guidances=(1.0, 3.0))
-    assert list(tuned.rows) == ["x", "x_g3", "x_saved"]
-    assert FastFinetuning("x", start=one, guidances=(1.0,)).rows["x"] == tuned.rows["x"]
+    one, both = Predicted("hyper", net), Predicted("hyper", net, strengths=(STRENGTHS, AS_LORA))
+    assert list(both.rows) == ["hyper", "hyper_as_lora"]
+    assert both.rows["hyper"] == one.rows["hyper"] == {**both.rows["hyper_as_lora"], "strengths": STRENGTHS._asdict()}
+    assert bench.cells.key(both.rows["hyper"]) != bench.cells.key(both.rows["hyper_as_lora"])
+    tuned = FastFinetuning("x", start=both, strengths=(AS_LORA, Strengths(0.5, 1, 3)))
+    assert list(tuned.rows) == ["x", "x_0.5,1,3", "x_saved"]
+    assert FastFinetuning("x", start=one, strengths=(AS_LORA,)).rows["x"] == tuned.rows["x"]
 
 
 def test_other_photos_show_the_person_elsewhere():
@@ -143,17 +143,17 @@ def test_sweeps(tmp_path):
     net = tmp_path / "net.safetensors"
     net.write_bytes(b"weights")
     pairs = ["learning_rate=0.01,0.02", "freeze_down=true"]
-    cold, warm, lora = (tune.swept(method, pairs, None, net) for method in ("lidb", "hyper", "lora"))
+    cold, warm, lora = (tune.swept(method, pairs, net) for method in ("lidb", "hyper", "lora"))
     names = ["learning_rate=0.01 freeze_down=True", "learning_rate=0.02 freeze_down=True"]
     assert [m.name for m in cold] == [m.name for m in warm] == [m.name for m in lora] == names
     assert cold[1].settings == warm[1].settings == {"learning_rate": 0.02, "freeze_down": True}
     assert (cold[1].start, warm[1].start) == (None, Predicted("hyper", net))
     assert lora[1].settings == {**LORA, "learning_rate": 0.02, "freeze_down": True}
-    (reference,) = tune.swept("dreambooth", ["rate=1e-5"], [3, 5], net)
+    (reference,) = tune.swept("dreambooth", ["rate=1e-5"], net, checkpoints=[3, 5])
     assert list(reference.rows) == ["rate=1e-05@3", "rate=1e-05@5"]
-    (inversion,) = tune.swept("textual_inversion", [], None, net)
+    (inversion,) = tune.swept("textual_inversion", [], net)
     assert list(inversion.rows) == [f"defaults@{n}" for n in TextualInversionConfig().checkpoints]
-    assert [m.name for m in tune.swept("lidb", [], None, net)] == ["defaults"]
+    assert [m.name for m in tune.swept("lidb", [], net)] == ["defaults"]
 
 
 @pytest.mark.parametrize("pair", ["learning_rat=0.1", "rank=many", "basis=1", "freeze_down=perhaps"])

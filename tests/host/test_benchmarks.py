@@ -11,6 +11,7 @@ from benchmarks.common.methods import COMPLETE
 from benchmarks.common.studio import Sampling, Studio
 from benchmarks.common.subjects import Subject
 from benchmarks.common.textual_inversion import TextualInversionConfig, embeddings, textual_inversion, token_ids
+from hdb_core.lidb import AS_LORA
 from miniature.people import SPLITS
 
 
@@ -82,7 +83,8 @@ def test_a_predicted_person(studio, subject, hypernet):
 
 def test_a_person_with_guidance_of_their_own(studio, subject, hypernet):
     person = studio.predict(hypernet, subject.photo[None]).lidb
-    lora, guided, far = (studio.apply(person, guidance) for guidance in (1.0, 1.5, studio.sampling.cfg))
+    chosen = (AS_LORA, AS_LORA._replace(guidance=1.5), AS_LORA._replace(guidance=studio.sampling.cfg))
+    lora, guided, far = (studio.apply(person, strengths) for strengths in chosen)
     assert lora.negative is None and guided.negative is not None
     changes = [np.abs(one_picture(studio, models) - one_picture(studio)).mean() for models in (lora, guided, far)]
     assert 0 < changes[0] < changes[1] < changes[2]

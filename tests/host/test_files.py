@@ -142,7 +142,8 @@ def test_export_equals_the_lidb_in_the_stock_lora_loader(run, host, person, samp
     model, clip = host.stock["LoraLoader"]().load_lora(loaded.model, loaded.clip, Path(path).name, 1.0, 1.0)
     assert (len(model.patches), len(clip.patcher.patches)) == (count, 8)
     exported = sample(model, clip)
-    direct = sample(*run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=lidb, person_guidance=1.0))
+    as_lora = {"strength_model": 1.0, "strength_clip": 1.0, "person_guidance": 1.0}
+    direct = sample(*run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=lidb, **as_lora))
     moved = (direct - sample(loaded.model, loaded.clip)).abs().mean()
     assert (direct - exported).abs().mean() < 0.05 * moved
 
