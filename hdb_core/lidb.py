@@ -38,9 +38,9 @@ class Strengths(NamedTuple):
         guidance: how much of the UNet's change guidance makes; 1 is as much as of an ordinary LoRA.
     """
 
-    model: float = 0.8
+    model: float = 0.7
     clip: float = 0.5
-    guidance: float = 2.0
+    guidance: float = 2.5
 
 
 STRENGTHS = Strengths()

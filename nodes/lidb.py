@@ -38,7 +38,7 @@ class ApplyLiDBToModel(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="How strongly the person changes the MODEL. 0 leaves it as it is.",
+                    tooltip="How strongly the person changes the MODEL: 1 as learned, 0 not at all. Less leaves the prompt more of its words; person_guidance brings the person back.",
                 ),
                 io.Float.Input(
                     "strength_clip",
@@ -46,7 +46,7 @@ class ApplyLiDBToModel(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="How strongly the person changes the CLIP. 0 leaves it as it is.",
+                    tooltip="How strongly the person changes the CLIP: 1 as learned, 0 not at all. The sampler's cfg adds to it.",
                 ),
                 io.Float.Input(
                     "person_guidance",
