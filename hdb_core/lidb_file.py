@@ -7,6 +7,7 @@ layer's. Only the shared frozen down side (`start_down`) is not stored: a file t
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from .layout import Layout
 from .lidb import LiDB, start_down, strongest, truncate
 
 FORMAT_VERSION = 2
-DEFAULT_RANK = 4  # on SD 1.5 about 115 KB at int8, 150 KB with convolutions
+DEFAULT_RANK = 4  # on SD 1.5 about 115 KB at int8
 
 KIND = container.FileKind(
     key="lidb",
@@ -61,8 +62,8 @@ def save(lidb: LiDB, path: str | os.PathLike[str], rank: int | None = None, dtyp
     Args:
         lidb: the person. Its factors are balanced first (the same person), so that float16 cannot overflow.
         path: where; the folder must exist.
-        rank: of a person of a higher rank, keep only the strongest components, so many for each linear layer of the
-            layout, wherever they are; None keeps all.
+        rank: keep only the strongest components, so many for each linear layer of the layout, wherever they are,
+            convolutions included; None keeps all.
         dtype: of the stored numbers, int8 or a floating one; int8 changes each by at most 1/254 of its row's largest.
 
     Returns:
@@ -136,11 +137,11 @@ def _stored_factors(lidb: LiDB, rank: int | None) -> tuple[dict[str, Tensor], li
     """The factors of the file, and how many components of each layer they hold; none where down is not stored."""
     if not (lidb.up.isfinite().all() and lidb.down.isfinite().all()):
         return {"up": lidb.up}, []
-    rank = lidb.rank if rank is None else min(rank, lidb.rank)
-    if rank == lidb.rank and torch.equal(lidb.down.cpu(), start_down(lidb.basis, lidb.layout, rank)):
+    count = math.inf if rank is None else rank * len(lidb.layout.without_convolutions().layers)
+    fits = lidb.rank * len(lidb.layout.layers) <= count
+    if fits and torch.equal(lidb.down.cpu(), start_down(lidb.basis, lidb.layout, lidb.rank)):
         return {"up": lidb.up}, []
-    linear = lidb.layout.without_convolutions().layers
-    kept = truncate(lidb, rank) if rank == lidb.rank else strongest(lidb, rank * len(linear))
+    kept = truncate(lidb, lidb.rank) if fits else strongest(lidb, int(count))
     filled = (kept.down.abs().amax(2) > 0) & (kept.up.abs().amax(1) > 0)
     if not filled.any():  # a person that changes nothing
         filled[0, 0] = True

@@ -104,14 +104,15 @@ def test_truncates_on_request(tmp_path, make_lidb):
     assert (core(kept) - core(smaller)).norm() < (core(truncate(smaller, 2)) - core(smaller)).norm()
 
 
-def test_convolutions_share_the_numbers_of_the_attention(tmp_path, make_lidb):
+@pytest.mark.parametrize("rank", [2, 4])
+def test_convolutions_share_the_numbers_of_the_attention(tmp_path, make_lidb, rank):
     lidb = make_lidb(0, 4)
     extra = tuple(Layer(f"unet.up_blocks.{i}.resnets.0.conv1", 36, 8) for i in range(9))
     wider = extend(lidb, Layout("sd1", (*lidb.layout.layers, *extra)))
     wider = LiDB(
         wider.layout, wider.basis, wider.down, torch.randn(wider.up.shape, generator=torch.Generator().manual_seed(0))
     )
-    plain, more = (save(one, tmp_path / "p.safetensors", rank=2) for one in (lidb, wider))
+    plain, more = (save(one, tmp_path / "p.safetensors", rank=rank) for one in (lidb, wider))
     assert more - plain < 50 * len(extra)  # their names
     assert load(tmp_path / "p.safetensors").layout == wider.layout
 
