@@ -7,8 +7,7 @@
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
 * ``hyper``: Predict LiDB; ``hyper_k1``: in one iteration; ``hyper_3photos``: from two more photos of the person;
 * ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` from nothing; ``_described``: it is
-  told what the photo shows besides the person, and from a prediction learns with the freedom that this allows;
-  ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB; ``_as_lora``: applied as any LoRA
+  told what the photo shows besides the person; ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB; ``_as_lora``: applied as any LoRA
   is, at full strength and without guidance of its own;
 * ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
 * ``dreambooth@N``, ``dreambooth_described@N``, ``textual_inversion@N``: checkpoints; without a number the one with the
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from devtools import environment
-from hdb_core.finetune import RELAXED
 from hdb_core.lidb import AS_LORA, STRENGTHS
 
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
@@ -49,8 +47,8 @@ from .common.textual_inversion import TextualInversionConfig
 
 HYPERNET = environment.BASE / "models" / "hyperdreambooth" / environment.HYPERNET
 STEPS = (5, 10, 20, 40)  # from the prediction
-DESCRIBED_STEPS = (RELAXED["steps"], 40)  # from the prediction, told what the photo shows
 COLD_STEPS = (40, 400)
+UNTOLD = 40  # of both, without being told what the photo shows
 RANKS = (1, 4)  # of LoRA
 BOTH = (STRENGTHS, AS_LORA)
 
@@ -73,11 +71,10 @@ def all_methods(
     return [
         Base(), Caption(),
         Predicted("hyper_k1", hypernet, iterations=1), predicted, Predicted("hyper_3photos", hypernet, photos=3),
-        *(FastFinetuning(f"hyper_{n}", {"rank": RELAXED["rank"], **settings, "steps": n}, predicted) for n in STEPS),
-        *(FastFinetuning(f"hyper_{n}_described", {**RELAXED, **settings, "steps": n}, predicted, True)
-          for n in DESCRIBED_STEPS),
-        *(FastFinetuning(f"lidb_{n}", {"steps": n}) for n in COLD_STEPS),
-        FastFinetuning(f"lidb_{COLD_STEPS[0]}_described", {"steps": COLD_STEPS[0]}, described=True),
+        *(FastFinetuning(f"hyper_{n}_described", {**settings, "steps": n}, predicted, True) for n in STEPS),
+        FastFinetuning(f"hyper_{UNTOLD}", {**settings, "steps": UNTOLD}, predicted),
+        *(FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in COLD_STEPS),
+        FastFinetuning(f"lidb_{UNTOLD}", {"steps": UNTOLD}),
         *(LoRA(f"lora{rank}", {**LORA, "rank": rank}, strengths=(AS_LORA,)) for rank in RANKS),
         DreamBooth(dreambooth), DreamBooth(dreambooth, "dreambooth_described", True, base_negative=True),
         TextualInversion(inversion), Stranger(predicted), RealPictures(),

@@ -6,8 +6,8 @@ continues. Scores are kept in ``benchmarks/results/cells.jsonl``: once that is c
 
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
 * ``lidb_N``: FastFinetune from nothing with N steps; ``_saved``: after Save LiDB and Load LiDB;
-  ``_described``: told what the photo shows besides the person, for the smallest N; ``_narrow``: with a basis of
-  25 × 12, for the middle N;
+  ``_described``: told what the photo shows besides the person; without, for the smallest N; ``_narrow``: with a basis
+  of 25 × 12, for the smallest N;
 * ``dreambooth@N``: checkpoints of full DreamBooth; ``dreambooth``: the one with the best joint score, the reference;
 * ``stranger``: the next person's LiDB; ``photo``: the given photo itself; ``render``: true pictures of the prompts.
 """
@@ -26,18 +26,18 @@ NARROW = {"down_dim": 25, "up_dim": 12}
 
 def all_methods(steps: Sequence[int], reference: DreamBoothConfig) -> list[Method]:
     """Every method, in the order of the table."""
-    persons = [FastFinetuning(f"lidb_{n}", {"steps": n}) for n in steps]
-    middle = sorted(steps)[len(steps) // 2]
-    narrow = FastFinetuning(f"lidb_{middle}_narrow", {"steps": middle, "basis": NARROW})
-    described = FastFinetuning(f"lidb_{min(steps)}_described", {"steps": min(steps)}, described=True)
+    persons = [FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in steps]
+    fewest = {"steps": min(steps)}
+    narrow = FastFinetuning(f"lidb_{min(steps)}_described_narrow", {**fewest, "basis": NARROW}, described=True)
+    untold = FastFinetuning(f"lidb_{min(steps)}", fewest)
     return [
         Base(),
         Caption(),
         *persons,
-        described,
+        untold,
         narrow,
         DreamBooth(reference),
-        Stranger(persons[-1]),
+        Stranger(persons[0]),
         RealPictures(),
     ]
 

@@ -5,9 +5,9 @@ The loop knows nothing of its host. A `Denoiser` brings the frozen model; the fa
 Source: HyperDreamBooth, arXiv 2307.06949, section 4.3 (rank-relaxed fast fine-tuning); DreamBooth, arXiv 2208.12242
 (class-prior preservation).
 
-The defaults were chosen on people of the miniature: the most identity on prompts that contradict the photo, with the
-edits as good as the base's. Errors of v, which count colours and shapes, and a down side that is not trained decide
-there; a higher rank, or more steps at this rate, bring no more of the person and cost edits.
+The defaults were chosen on people of the miniature, from nothing and from a prediction alike: the most identity on
+prompts that contradict the photo, with the edits about as good as the base's. They count on `photo_words`: without, so
+much freedom learns the photo's clothes and background as well.
 """
 
 from __future__ import annotations
@@ -36,11 +36,6 @@ _GRAD_SCALE = 1024.0
 # ten times that is no training noise.
 _EXPLODED_LOSS = 10.0
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
-# The settings to choose when going on from a prediction with `photo_words` (the paper's rank relaxation). The defaults
-# suit a cold start. Without words so much freedom would learn the photo's clothes and background.
-RELAXED: Mapping[str, Any] = {
-    "steps": 10, "rank": 4, "learning_rate": 0.15, "freeze_down": False, "convolutions": True
-}  # fmt: skip
 # How noise levels count. native: by the error of what the model predicts, which for ε says little about a person where
 # there is much noise. v: by the error of v, whatever the model predicts; the levels that decide on colours and shapes
 # then have their part. Source of v: Salimans & Ho, Progressive Distillation, arXiv 2202.00512 (their SNR + 1 weighting).
@@ -89,7 +84,6 @@ class FinetuneConfig:
         rank: of the result, or that of the given LiDB if it is higher; columns beyond the given LiDB's rank start with
             no effect (relaxed rank).
         learning_rate: of the up side (Adam).
-        warm_lr_scale: of all rates when going on from a given LiDB, which the rate of a cold start would lead astray.
         freeze_down: keep the down side at its start; from a cold start it is then shared by all people.
         down_lr_scale: rate of a down side that is not frozen, relative to `learning_rate`.
         final_lr_scale: the rates fall linearly to this part of themselves.
@@ -112,10 +106,9 @@ class FinetuneConfig:
     """
 
     steps: int = 40
-    rank: int = 1
-    learning_rate: float = 0.05
-    warm_lr_scale: float = 0.2
-    freeze_down: bool = True
+    rank: int = 4
+    learning_rate: float = 0.03
+    freeze_down: bool = False
     down_lr_scale: float = 0.1
     final_lr_scale: float = 1.0
     max_grad_norm: float | None = None
@@ -136,7 +129,6 @@ class FinetuneConfig:
         _require(1 <= self.rank <= self.basis.max_rank, "rank", f"1 to {self.basis.max_rank}", self.rank)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         _require(0 < self.learning_rate < math.inf, "learning_rate", "a positive number", self.learning_rate)
-        _require(0 < self.warm_lr_scale < math.inf, "warm_lr_scale", "a positive number", self.warm_lr_scale)
         for name in ("down_lr_scale", "final_lr_scale", "prior_weight"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, "0 or a positive number", value)
@@ -255,7 +247,6 @@ class TrainableFactors(nn.Module):
         self.down = nn.Parameter(down.to(device), requires_grad=not config.freeze_down)
         self.up = nn.Parameter(up.to(device))
         self.bases = bases_of(recipe, layout, device)
-        self.rate_scale = config.warm_lr_scale if bool(up.any()) else 1.0
         self.info = _describe(config, init)
 
     def forward(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -458,7 +449,7 @@ def _backward(
 
 
 def _optimizer(factors: TrainableFactors, config: FinetuneConfig) -> torch.optim.Optimizer:
-    scales = {factors.up: factors.rate_scale, factors.down: factors.rate_scale * config.down_lr_scale}
+    scales = {factors.up: 1.0, factors.down: config.down_lr_scale}
     groups = [{"params": [p], "scale": scale} for p, scale in scales.items() if p.requires_grad]
     return torch.optim.Adam(groups, config.learning_rate)
 

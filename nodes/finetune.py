@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..hdb_core import lidb_file
 from ..hdb_core.errors import FinetuneDiverged
-from ..hdb_core.finetune import RELAXED, FinetuneConfig
+from ..hdb_core.finetune import FinetuneConfig
 from ..hdb_core.lidb import LiDB
 from .host.folders import save_to_output
 from .host.training import Photos, finetune_in_host
@@ -56,24 +56,24 @@ class FastFinetune(io.ComfyNode):
                     default=DEFAULTS.steps,
                     min=1,
                     max=10000,
-                    tooltip=f"Training steps; {RELAXED['steps']} are enough on going on from a predicted lidb. More steps follow the photo more closely and leave less freedom to the prompt.",
+                    tooltip="Training steps; 10 bring much on going on from a predicted lidb. More steps follow the photo more closely and leave less freedom to the prompt.",
                 ),
                 io.Int.Input(
                     "rank",
                     default=DEFAULTS.rank,
                     min=1,
                     max=DEFAULTS.basis.max_rank,
-                    tooltip=f"Rank of the LiDB: {DEFAULTS.rank} from nothing, {RELAXED['rank']} going on from a predicted lidb; one of a higher rank keeps its own. More follows the photo more closely and leaves less freedom to the prompt.",
+                    tooltip="Rank of the LiDB; a lidb of a higher rank keeps its own. More follows the photo more closely and leaves less freedom to the prompt.",
                 ),
                 io.Boolean.Input(
                     "freeze_down",
                     default=DEFAULTS.freeze_down,
-                    tooltip="Train only the up side, which a start from nothing needs. Off, going on from a predicted lidb with photo_words, the person follows the photo more closely.",
+                    tooltip="Train only the up side: less of the person, and less of the photo's clothes and background where no photo_words name them.",
                 ),
                 io.Boolean.Input(
                     "convolutions",
-                    default=False,
-                    tooltip="Train the UNet's convolutions besides its attention: they draw the shapes of a face, and of everything else in the photo. On going on from a predicted lidb with photo_words; otherwise off.",
+                    default=True,
+                    tooltip="Train the UNet's convolutions besides its attention: they draw the shapes of a face, and of everything else in the photo, so name that in photo_words.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -82,7 +82,7 @@ class FastFinetune(io.ComfyNode):
                     max=1.0,
                     step=1e-4,
                     round=1e-6,
-                    tooltip=f"Step size (Adam); {DEFAULTS.warm_lr_scale:g} times as much going on from a lidb. {RELAXED['learning_rate']:g} there if photo_words say what the photo shows. Lower it if training diverges.",
+                    tooltip="Step size (Adam). Lower it for many steps, or if training diverges.",
                 ),
                 io.Int.Input(
                     "batch_size",

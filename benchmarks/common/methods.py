@@ -36,7 +36,7 @@ CLASS_PICTURES = DreamBoothConfig().class_pictures
 # Dimensions of a basis that is complete on every layer of SD 1.x; narrower layers cut it to their size.
 COMPLETE = {"down_dim": 1280, "up_dim": 1280}
 # Steps and rate chosen on dev people.
-LORA = {"steps": 150, "learning_rate": 3e-4, "freeze_down": False, "down_lr_scale": 1.0, "weighting": "native",
+LORA = {"steps": 150, "learning_rate": 3e-4, "convolutions": False, "down_lr_scale": 1.0, "weighting": "native",
         "prior_weight": 1.0, "basis": COMPLETE}  # fmt: skip
 
 
@@ -44,7 +44,7 @@ LORA = {"steps": 150, "learning_rate": 3e-4, "freeze_down": False, "down_lr_scal
 class NodeConfig(FinetuneConfig):
     """All settings of FastFinetune: those of the training, and which layers the host gives it."""
 
-    convolutions: bool = False
+    convolutions: bool = True
 
 
 class Method(Protocol):

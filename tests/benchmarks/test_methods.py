@@ -125,8 +125,8 @@ def test_rows_of_the_people_benchmark():
     methods = people.all_methods([40, 400], DreamBoothConfig(checkpoints=(10, 20)))
     rows = chosen_rows(methods, None, "_narrow_saved")
     assert rows == [
-        "base", "caption", "lidb_40", "lidb_40_saved", "lidb_400", "lidb_400_saved", "lidb_40_described",
-        "lidb_40_described_saved", "lidb_400_narrow",
+        "base", "caption", "lidb_40_described", "lidb_40_described_saved", "lidb_400_described",
+        "lidb_400_described_saved", "lidb_40", "lidb_40_saved", "lidb_40_described_narrow",
         "dreambooth@10", "dreambooth@20", "stranger", "photo", "render",
     ]  # fmt: skip
     assert chosen_rows(methods, ["lidb_40", "dreambooth"], "") == [

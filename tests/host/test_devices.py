@@ -58,8 +58,8 @@ def test_the_host_keeps_its_models_there(gpu):
 @pytest.mark.parametrize(
     "inputs",
     [
-        {"rank": 2, "freeze_down": False, "photo_words": "smiling", "weighting": "v", "convolutions": True},
-        {"train_text_encoder": False, "mask": torch.ones(1, 128, 128)},
+        {"rank": 2, "photo_words": "smiling"},
+        {"freeze_down": True, "convolutions": False, "train_text_encoder": False, "mask": torch.ones(1, 128, 128)},
         {"prior_weight": 1.0, "class_images": torch.rand(2, 128, 128, 3)},
     ],
     ids=["free", "mask", "prior"],

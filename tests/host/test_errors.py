@@ -52,7 +52,7 @@ def test_rank_below_the_connected_lidb(train, person):
 
 
 def test_huge_photo_is_made_smaller(train):
-    assert train(image=image(4000, 6000), resolution=128, steps=1).rank == 1
+    assert train(image=image(4000, 6000), resolution=128, steps=1).up.isfinite().all()
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +89,7 @@ def sd2(host):
 
 def test_another_family_trains_too(train, sd2):
     lidb = train(model=sd2.model, clip=sd2.clip, steps=1)
-    assert lidb.layout.describe() == "SD 2.x, 32 UNet + 12 text layers"
+    assert lidb.layout.describe() == "SD 2.x, 52 UNet + 12 text layers"
     assert (lidb.up.flatten(1).norm(dim=1) > 0).sum() >= 32 + 4
 
 

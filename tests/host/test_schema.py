@@ -44,21 +44,17 @@ def test_widget_limits_are_those_of_the_settings(host):
 def test_example_workflows_use_the_defaults(host, path):
     """Training settings are decided in one place; a workflow that pins other ones would hide the change.
 
-    A training is told what the shipped photo shows besides the person, and is freer if it goes on from a prediction.
+    A training is told what the shipped photo shows besides the person.
     """
-    relaxed = host.module("hdb_core.finetune").RELAXED
     _, photo = evaluation_photo(PERSON_SEED)
     saved = [node for node in json.loads(path.read_text(encoding="utf-8"))["nodes"] if node["type"] in host.nodes]
     assert saved
     for node in saved:
         widgets = [i for i in host.nodes[node["type"]].GET_SCHEMA().inputs if getattr(i, "default", None) is not None]
-        goes_on = node["type"] == "FastFinetune" and any(i["name"] == "lidb" and i["link"] for i in node["inputs"])
         if widgets:  # the name of a file has no default
             expected = {widget.id: widget.default for widget in widgets}
             if node["type"] == "FastFinetune":
                 expected["photo_words"] = photo_words(photo)
-            if goes_on:
-                expected |= relaxed
             assert node["widgets_values"] == list(expected.values())
 
 
