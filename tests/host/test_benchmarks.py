@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.common.dreambooth import DreamBoothConfig, dreambooth
-from benchmarks.common.methods import COMPLETE
+from benchmarks.common.methods import COMPLETE, LORA
 from benchmarks.common.studio import Sampling, Studio
 from benchmarks.common.subjects import Subject
 from benchmarks.common.textual_inversion import TextualInversionConfig, embeddings, textual_inversion, token_ids
@@ -93,7 +93,8 @@ def test_a_person_with_guidance_of_their_own(studio, subject, hypernet):
 def test_a_lora_with_class_pictures(studio, subject, layout):
     assert all(layer.in_features <= COMPLETE["down_dim"] for layer in layout.layers)
     assert all(layer.out_features <= COMPLETE["up_dim"] for layer in layout.layers)
-    settings = {"steps": 1, "rank": 1, "batch_size": 1, "prior_weight": 1.0, "basis": {"down_dim": 40, "up_dim": 40}}
+    basis = {"down_dim": 40, "up_dim": 40}
+    settings = {**LORA, "steps": 1, "rank": 1, "batch_size": 1, "basis": basis}
     lora, _ = studio.finetune(subject.photo, class_pictures=subject.renders[:2], **settings)
     size = studio.lora_size(lora, "bench")
     numbers = sum(layer.in_features + layer.out_features for layer in layout.layers)
