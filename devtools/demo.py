@@ -177,16 +177,17 @@ def judged(
 
 
 def sizes(person: Path) -> dict[str, int]:
-    """Bytes of the person's file, and of the same person on SD 1.5: as many numbers a layer, the same header."""
+    """Bytes of the person's file, and of the same person on SD 1.5: as many components a layer, the same header."""
     from hdb_core.lidb_file import read_header
 
     header = read_header(person)
     component = header.component_bytes
-    layers = len(header.layout.layers)
-    components = sum(header.ranks) or header.rank * layers
+    components = sum(header.ranks) or header.rank * len(header.layout.layers)
+    linear = len(header.layout.without_convolutions().layers)  # the file's rank counts these
     sd15_layers = SD15_LAYERS + SD15_CONVOLUTIONS * header.layout.has_convolutions
     lidb_bytes = person.stat().st_size
-    there = lidb_bytes + round(component * components * (sd15_layers / layers - 1))
+    on_sd15 = min(header.rank * sd15_layers, round(components / linear * SD15_LAYERS))
+    there = lidb_bytes + component * (on_sd15 - components)
     return {"lidb_bytes": lidb_bytes, "lidb_bytes_sd15": there, "sd15_layers": sd15_layers, "rank": header.rank}
 
 
