@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..hdb_core import lidb_file
 from ..hdb_core.errors import FinetuneDiverged
-from ..hdb_core.finetune import FinetuneConfig
+from ..hdb_core.finetune import STEPS_FROM_A_PREDICTION, FinetuneConfig
 from ..hdb_core.lidb import LiDB
 from .host.folders import save_to_output
 from .host.training import Photos, finetune_in_host
@@ -56,7 +56,7 @@ class FastFinetune(io.ComfyNode):
                     default=DEFAULTS.steps,
                     min=1,
                     max=10000,
-                    tooltip="Training steps; 10 bring much on going on from a predicted lidb. More steps follow the photo more closely and leave less freedom to the prompt.",
+                    tooltip=f"Training steps; {STEPS_FROM_A_PREDICTION} are enough on going on from a predicted lidb. More steps follow the photo more closely and leave less freedom to the prompt.",
                 ),
                 io.Int.Input(
                     "rank",

@@ -44,8 +44,9 @@ def test_widget_limits_are_those_of_the_settings(host):
 def test_example_workflows_use_the_defaults(host, path):
     """Training settings are decided in one place; a workflow that pins other ones would hide the change.
 
-    A training is told what the shipped photo shows besides the person.
+    A training is told what the shipped photo shows besides the person, and is shorter if it goes on from a prediction.
     """
+    fewer = host.module("hdb_core.finetune").STEPS_FROM_A_PREDICTION
     _, photo = evaluation_photo(PERSON_SEED)
     saved = [node for node in json.loads(path.read_text(encoding="utf-8"))["nodes"] if node["type"] in host.nodes]
     assert saved
@@ -55,6 +56,8 @@ def test_example_workflows_use_the_defaults(host, path):
             expected = {widget.id: widget.default for widget in widgets}
             if node["type"] == "FastFinetune":
                 expected["photo_words"] = photo_words(photo)
+                if any(slot["name"] == "lidb" and slot["link"] for slot in node["inputs"]):
+                    expected["steps"] = fewer
             assert node["widgets_values"] == list(expected.values())
 
 
