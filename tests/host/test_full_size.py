@@ -63,17 +63,17 @@ def test_sd15_trains_saves_and_applies(full_size, run, host, photo, sample, caps
         (lidb, _) = run("FastFinetune", **inputs, vae=vae, image=photo, steps=3, batch_size=2)
         gigabytes, seconds = peak(), time.monotonic() - since
     assert digest(model.model, clip.cond_stage_model) == before
-    assert lidb.layout.describe() == "SD 1.x, 128 UNet + 48 text layers"
+    assert lidb.layout.describe() == "SD 1.x, 186 UNet + 48 text layers"
     assert torch.isfinite(lidb.up).all()
     assert (lidb.up.flatten(1).norm(dim=1) > 0).all()
 
-    (path,) = run("SaveLiDB", lidb=lidb, filename_prefix="lidb/full_size", rank=2)
+    (path,) = run("SaveLiDB", lidb=lidb, filename_prefix="lidb/full_size")
     size = Path(path).stat().st_size
     assert size <= 120_000
     person_model, person_clip = run(
         "ApplyLiDBToModel", **inputs, lidb=run("LoadLiDB", lidb_name="full_size_00001_.safetensors")[0]
     )
-    assert (len(person_model.patches), len(person_clip.patcher.patches)) == (128, 48)
+    assert (len(person_model.patches), len(person_clip.patcher.patches)) == (186, 48)
     person, base = sample(person_model, person_clip), sample(model, clip)
     assert torch.isfinite(person).all()
     assert not torch.equal(person, base)
