@@ -7,8 +7,8 @@
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
 * ``hyper``: Predict LiDB; ``hyper_k1``: in one iteration; ``hyper_3photos``: from two more photos of the person;
 * ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` from nothing; ``_described``: it is
-  told what the photo shows besides the person; ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB; ``_as_lora``: applied as any LoRA
-  is, at full strength and without guidance of its own;
+  told what the photo shows besides the person; ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB;
+  ``_as_lora``: applied as any LoRA is, at full strength and without guidance of its own;
 * ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
 * ``dreambooth@N``, ``dreambooth_described@N``, ``textual_inversion@N``: checkpoints; without a number the one with the
   best joint score; ``_base_negative``: the negative prompt encoded as before the training;

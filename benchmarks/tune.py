@@ -2,9 +2,9 @@
 
 ``python dev.py bench tune --set learning_rate=0.01,0.02 rank=1,4`` tries every combination; every other setting has its
 default. ``--method hyper`` goes on from a prediction, ``--method predict`` is that alone, ``--method lora`` is
-LoRA-DreamBooth; ``--strengths 0.8,0.5,2 1,1,1`` applies each person both ways. ``--method dreambooth --set rate=1e-5,3e-5``,
-``dreambooth_adapted`` (only the layers that a LiDB adapts) and ``textual_inversion`` do the same for these references,
-at each of their checkpoints.
+LoRA-DreamBooth; ``--strengths 0.8,0.5,2 1,1,1`` applies each person both ways. ``--method dreambooth --set
+rate=1e-5,3e-5``, ``dreambooth_adapted`` (only the layers that a LiDB adapts) and ``textual_inversion`` do the same for
+these references, at each of their checkpoints.
 Finished cells stay in ``.runs/bench/cells``: earlier sweeps can be repeated at no cost.
 """
 

@@ -97,7 +97,7 @@ class SaveLiDB(io.ComfyNode):
                     default=lidb_file.DEFAULT_RANK,
                     min=0,
                     max=50,
-                    tooltip="Size of the file: a person of a higher rank keeps only its strongest components, and loses some likeness. 0 keeps everything, in 16 bits a number instead of 8.",
+                    tooltip="Size of the file: a person that has more, convolutions included, keeps only its strongest components, and loses some likeness. 0 keeps everything, in 16 bits a number instead of 8.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],

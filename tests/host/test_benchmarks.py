@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.common.dreambooth import DreamBoothConfig, dreambooth
-from benchmarks.common.methods import COMPLETE, LORA
+from benchmarks.common.methods import COMPLETE, LORA, NodeConfig
 from benchmarks.common.studio import Sampling, Studio
 from benchmarks.common.subjects import Subject
 from benchmarks.common.textual_inversion import TextualInversionConfig, embeddings, textual_inversion, token_ids
@@ -88,6 +88,14 @@ def test_a_person_with_guidance_of_their_own(studio, subject, hypernet):
     assert lora.negative is None and guided.negative is not None
     changes = [np.abs(one_picture(studio, models) - one_picture(studio)).mean() for models in (lora, guided, far)]
     assert 0 < changes[0] < changes[1] < changes[2]
+
+
+def test_a_setting_that_is_not_given_is_the_widgets_default(host):
+    widgets = {
+        slot.id: slot.default for slot in host.nodes["FastFinetune"].GET_SCHEMA().inputs if hasattr(slot, "default")
+    }
+    settings = {name: value for name, value in vars(NodeConfig()).items() if name in widgets}
+    assert "convolutions" in settings and settings == {name: widgets[name] for name in settings}
 
 
 def test_a_lora_with_class_pictures(studio, subject, layout):
