@@ -183,11 +183,10 @@ def sizes(person: Path) -> dict[str, int]:
     header = read_header(person)
     component = header.component_bytes
     components = sum(header.ranks) or header.rank * len(header.layout.layers)
-    linear = len(header.layout.without_convolutions().layers)  # the file's rank counts these
     sd15_layers = SD15_LAYERS + SD15_CONVOLUTIONS * header.layout.has_convolutions
     lidb_bytes = person.stat().st_size
-    on_sd15 = min(header.rank * sd15_layers, round(components / linear * SD15_LAYERS))
-    there = lidb_bytes + component * (on_sd15 - components)
+    on_sd15 = components / len(header.layout.layers) * sd15_layers
+    there = round(lidb_bytes + component * (on_sd15 - components))
     return {"lidb_bytes": lidb_bytes, "lidb_bytes_sd15": there, "sd15_layers": sd15_layers, "rank": header.rank}
 
 

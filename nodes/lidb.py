@@ -6,7 +6,6 @@ import hashlib
 from dataclasses import replace
 
 import folder_paths
-import torch
 from comfy_api.latest import io, ui
 
 from ..hdb_core import lidb_file
@@ -97,7 +96,7 @@ class SaveLiDB(io.ComfyNode):
                     default=lidb_file.DEFAULT_RANK,
                     min=0,
                     max=50,
-                    tooltip="Size of the file: a person that has more, convolutions included, keeps only its strongest components, and loses some likeness. 0 keeps everything, in 16 bits a number instead of 8.",
+                    tooltip="Size of the file: a person of a higher rank keeps only its strongest components, and loses some likeness. 0 keeps everything, in 16 bits a number instead of 6.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
@@ -107,8 +106,8 @@ class SaveLiDB(io.ComfyNode):
 
     @classmethod
     def execute(cls, lidb: LiDB, filename_prefix: str, rank: int) -> io.NodeOutput:
-        dtype = torch.int8 if rank else torch.float16
-        path = save_to_output(filename_prefix, lambda path: lidb_file.save(lidb, path, rank or None, dtype))
+        bits = lidb_file.COMPACT if rank else lidb_file.HALF
+        path = save_to_output(filename_prefix, lambda path: lidb_file.save(lidb, path, rank or None, bits))
         name = path.relative_to(folder_paths.get_output_directory()).as_posix()
         send_text(f"saved {name}, {path.stat().st_size / 1000:.1f} KB", cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui=ui.PreviewText(name))

@@ -15,7 +15,7 @@ import numpy as np
 
 from hdb_core.finetune import FinetuneConfig
 from hdb_core.lidb import AS_LORA, STRENGTHS, Strengths
-from hdb_core.lidb_file import DEFAULT_RANK
+from hdb_core.lidb_file import COMPACT, DEFAULT_RANK
 from hdb_core.prompt import caption
 from miniature.captions import photo_words
 from miniature.prompts import describe
@@ -38,6 +38,8 @@ COMPLETE = {"down_dim": 1280, "up_dim": 1280}
 # Steps and rate chosen on dev people.
 LORA = {"steps": 150, "learning_rate": 3e-4, "convolutions": False, "down_lr_scale": 1.0, "weighting": "native",
         "prior_weight": 1.0, "basis": COMPLETE}  # fmt: skip
+
+FILE = {"rank": DEFAULT_RANK, "bits": COMPACT}  # as Save LiDB writes it
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ class FastFinetuning:
         if self.config["prior_weight"] > 0:
             resolved["class_pictures"] = CLASS_PICTURES
         rows = applied_rows(self.name, resolved, self.strengths)
-        return {**rows, f"{self.name}_saved": {**rows[self.name], "file_rank": DEFAULT_RANK}}
+        return {**rows, f"{self.name}_saved": {**rows[self.name], "file": FILE}}
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb, seconds, flops = self.made(bench, subject)
@@ -201,7 +203,7 @@ class FastFinetuning:
         facts = {"steps": self.config["steps"], "seconds": seconds, "bytes": size, "flops": flops}
         for row, settings in self.rows.items():
             if row in wanted:
-                person = loaded if "file_rank" in settings else lidb
+                person = loaded if "file" in settings else lidb
                 yield row, sampled(bench, applied(bench, person, settings), subject, **facts)
 
     def made(self, bench: Bench, subject: Subject) -> Made:
