@@ -102,7 +102,7 @@ class FastFinetune(io.ComfyNode):
                 io.Boolean.Input(
                     "train_text_encoder",
                     default=DEFAULTS.train_text_encoder,
-                    tooltip="Train the text encoder together with the UNet.",
+                    tooltip="Train the text encoder together with the UNet: slower, and hardly better. What a lidb has there stays in any case.",
                 ),
                 io.Float.Input(
                     "prior_weight",

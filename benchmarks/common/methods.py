@@ -37,7 +37,7 @@ CLASS_PICTURES = DreamBoothConfig().class_pictures
 COMPLETE = {"down_dim": 1280, "up_dim": 1280}
 # Steps and rate chosen on dev people.
 LORA = {"steps": 150, "learning_rate": 3e-4, "convolutions": False, "down_lr_scale": 1.0, "weighting": "native",
-        "prior_weight": 1.0, "basis": COMPLETE}  # fmt: skip
+        "max_timestep": 1.0, "train_text_encoder": True, "prior_weight": 1.0, "basis": COMPLETE}  # fmt: skip
 
 FILE = {"rank": DEFAULT_RANK, "bits": COMPACT}  # as Save LiDB writes it
 

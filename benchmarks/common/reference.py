@@ -75,7 +75,7 @@ def train(
     modules, family = studio.host.module("nodes.host.targets").target_modules(model, clip)
     settings = core.FinetuneConfig(
         prompt=config.prompt, class_prompt=config.class_prompt, prior_weight=prior.weight if prior else 0.0,
-        batch_size=config.batch_size, seed=seed,
+        batch_size=config.batch_size, seed=seed, max_timestep=1.0,
     )  # fmt: skip
     latents = encoded(studio, photo[None])
     prior_latents = encoded(studio, prior.pictures) if prior else None

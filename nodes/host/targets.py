@@ -92,7 +92,9 @@ def apply_lidb(model: ModelPatcher, clip: CLIP, lidb: LiDB, strengths: Strengths
     keys = host_keys(lidb.layout)
     factors = expand(lidb)
     patches = {
-        keys[name]: LoRAAdapter(set(), (up, down, None, None, None, None)) for name, (up, down) in factors.items()
+        keys[name]: LoRAAdapter(set(), (up, down, None, None, None, None))
+        for name, (up, down) in factors.items()
+        if up.any() and down.any()  # a text encoder that was not trained is no work for the host
     }
     unet = {key: patch for key, patch in patches.items() if key.startswith("diffusion_model.")}
     text = {key: patch for key, patch in patches.items() if key not in unet}

@@ -24,7 +24,7 @@ from hdb_core.layout import Layout
 from hdb_core.lidb import LiDB, core, expand, norm, start_down
 
 close = torch.testing.assert_close
-CONFIG = FinetuneConfig(steps=3, rank=2, batch_size=3)
+CONFIG = FinetuneConfig(steps=3, rank=2, batch_size=3, max_timestep=1.0, train_text_encoder=True)
 
 
 @pytest.fixture

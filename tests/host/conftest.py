@@ -104,7 +104,7 @@ def run(host):
 
 @pytest.fixture
 def train(run, loaded, photo):
-    """A short Fast Finetune of the photo on the miniature; returns the LIDB."""
+    """A short Fast Finetune of the photo on the miniature, text encoder included; returns the LIDB."""
 
     def execute(**inputs):
         given = {
@@ -114,6 +114,7 @@ def train(run, loaded, photo):
             "image": photo,
             "steps": 2,
             "batch_size": 1,
+            "train_text_encoder": True,
         }
         return run("FastFinetune", **{**given, **inputs})[0]
 

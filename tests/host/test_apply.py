@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,15 @@ def test_every_layer_is_patched(apply, person):
     assert len(model.patches) == 32
     assert len(clip.patcher.patches) == 8
     assert all(len(patches) == 1 for patches in (*model.patches.values(), *clip.patcher.patches.values()))
+
+
+@pytest.mark.parametrize("changed", ["unet", "nothing"])
+def test_layers_that_a_person_leaves_as_they_are_get_no_patch(apply, person, loaded, sample, changed):
+    lidb = person(1)
+    text = torch.tensor([layer.is_text for layer in lidb.layout.layers])
+    model, clip = apply(replace(lidb, up=lidb.up * (~text & (changed == "unet"))[:, None, None]))
+    assert (len(model.patches), len(clip.patcher.patches)) == (32 * (changed == "unet"), 0)
+    assert torch.equal(sample(model, clip), sample(loaded.model, loaded.clip)) == (changed == "nothing")
 
 
 def test_merged_weights_are_exact(apply, host, person, loaded):

@@ -30,7 +30,7 @@ def gpu(host, checkpoint, loaded):
 @pytest.fixture
 def train(run, gpu, photo):
     def execute(**inputs):
-        inputs = {"steps": 1, "batch_size": 1, "resolution": 64} | inputs
+        inputs = {"steps": 1, "batch_size": 1, "resolution": 64, "train_text_encoder": True} | inputs
         return run("FastFinetune", model=gpu.model, clip=gpu.clip, vae=gpu.vae, image=photo, **inputs)[0]
 
     return execute

@@ -17,7 +17,8 @@ def face_mask(height: int = 128, width: int = 128) -> torch.Tensor:
 
 
 def test_every_layer_learns(run, loaded, photo):
-    lidb, plot = run("FastFinetune", model=loaded.model, clip=loaded.clip, vae=loaded.vae, image=photo, steps=2)
+    inputs = {"model": loaded.model, "clip": loaded.clip, "vae": loaded.vae, "image": photo}
+    lidb, plot = run("FastFinetune", **inputs, steps=2, train_text_encoder=True)
     assert lidb.layout.describe() == "SD 1.x, 52 UNet + 8 text layers"
     assert (lidb.up.flatten(1).norm(dim=1) > 0).all()
     assert not (lidb.up.is_inference() or lidb.up.requires_grad)
