@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from devtools import environment
+from hdb_core.finetune import STEPS_FROM_A_PREDICTION, FinetuneConfig
 from hdb_core.lidb import AS_LORA, STRENGTHS
 
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
@@ -46,9 +47,8 @@ from .common.results import Table, add_options, make_and_report
 from .common.textual_inversion import TextualInversionConfig
 
 HYPERNET = environment.BASE / "models" / "hyperdreambooth" / environment.HYPERNET
-STEPS = (5, 10, 20, 40)  # from the prediction
-COLD_STEPS = (40, 400)
-UNTOLD = 40  # of both, without being told what the photo shows
+STEPS = (5, 10, STEPS_FROM_A_PREDICTION, 20, 40)
+COLD_STEPS = (FinetuneConfig().steps, 40, 400)
 RANKS = (1, 4)  # of LoRA
 BOTH = (STRENGTHS, AS_LORA)
 
@@ -72,9 +72,9 @@ def all_methods(
         Base(), Caption(),
         Predicted("hyper_k1", hypernet, iterations=1), predicted, Predicted("hyper_3photos", hypernet, photos=3),
         *(FastFinetuning(f"hyper_{n}_described", {**settings, "steps": n}, predicted, True) for n in STEPS),
-        FastFinetuning(f"hyper_{UNTOLD}", {**settings, "steps": UNTOLD}, predicted),
+        FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}", {**settings, "steps": STEPS_FROM_A_PREDICTION}, predicted),
         *(FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in COLD_STEPS),
-        FastFinetuning(f"lidb_{UNTOLD}", {"steps": UNTOLD}),
+        FastFinetuning(f"lidb_{COLD_STEPS[0]}", {"steps": COLD_STEPS[0]}),
         *(LoRA(f"lora{rank}", {**LORA, "rank": rank}, strengths=(AS_LORA,)) for rank in RANKS),
         DreamBooth(dreambooth), DreamBooth(dreambooth, "dreambooth_described", True, base_negative=True),
         TextualInversion(inversion), Stranger(predicted), RealPictures(),

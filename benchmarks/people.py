@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hdb_core.finetune import FinetuneConfig
+
 from .common.bench import chosen_subjects, open_bench, parser
 from .common.dreambooth import DreamBoothConfig
 from .common.methods import Base, Caption, DreamBooth, FastFinetuning, Method, RealPictures, Stranger, chosen_rows
@@ -46,7 +48,9 @@ def main() -> None:
     options = parser(__doc__, people=50, name="people")
     reference = DreamBoothConfig()
     options.add_argument("--rows", nargs="+", help="only these rows (default: all)")
-    options.add_argument("--steps", type=int, nargs="+", default=[40, 150, 400], help="of FastFinetune")
+    options.add_argument(
+        "--steps", type=int, nargs="+", default=[FinetuneConfig().steps, 40, 150, 400], help="of FastFinetune"
+    )
     options.add_argument("--reference-people", type=int, default=16, help="how many get full DreamBooth")
     options.add_argument("--reference-rate", type=float, default=reference.rate)
     options.add_argument("--reference-steps", type=int, nargs="+", default=list(reference.checkpoints))
