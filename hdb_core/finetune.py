@@ -220,6 +220,11 @@ def finetune(
         return _train(denoiser, factors, sampler, config, callback)
 
 
+def between(sigmas: Tensor, min_timestep: float, max_timestep: float) -> Tensor:
+    """The noise levels of a schedule table (T,) between two fractions of it, at least one."""
+    return sigmas[math.floor(min_timestep * len(sigmas)) : math.ceil(max_timestep * len(sigmas))]
+
+
 def weighted(denoiser: Denoiser, batch: Batch, weighting: str) -> Batch:
     """A batch whose noise levels count as a weighting of `WEIGHTINGS` says."""
     if weighting == "native":
@@ -308,8 +313,8 @@ class BatchSampler:
         self.latents = latents.detach().clone().float()
         self.mask = latent_mask(mask, latents)
         self.prior = _checked_prior(prior_latents, latents, config)
-        low, high = math.floor(config.min_timestep * len(sigmas)), math.ceil(config.max_timestep * len(sigmas))
-        self.sigmas = sigmas[low:high].detach().clone().to(latents.device, torch.float32)
+        levels = between(sigmas, config.min_timestep, config.max_timestep)
+        self.sigmas = levels.detach().clone().to(latents.device, torch.float32)
         self.size, self.prior_weight = config.batch_size, config.prior_weight
         self.captions, self.class_prompt = photo_captions(config, len(latents)), config.class_prompt
         # On the CPU, so that a seed means the same on every device.

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
-    config = FitConfig(basis=_basis(args), prompt=args.prompt, rank=args.rank, steps=args.fit_steps, learning_rate=args.fit_rate, weighting=args.weighting, min_timestep=args.min_timestep)  # fmt: skip
+    config = FitConfig(basis=_basis(args), prompt=args.prompt, rank=args.rank, steps=args.fit_steps, learning_rate=args.fit_rate, weighting=args.weighting, min_timestep=args.min_timestep, max_timestep=args.max_timestep)  # fmt: skip
     _faces(args, accelerator)
     people = find_people(args.photos)
     size = args.image_size
@@ -165,7 +165,8 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
     encoder = net.net.config.encoder
     frozen = encoder.kind == "clip_vision"
     faces = PhotoTokens(run.tokens, [p.person for p in people], encoder) if frozen else PhotoPixels(encoder)
-    config = TrainConfig(draws=args.draws, weighting=args.weighting, min_timestep=args.min_timestep)
+    span = {"min_timestep": args.min_timestep, "max_timestep": args.max_timestep}
+    config = TrainConfig(draws=args.draws, weighting=args.weighting, **span)
     loss_of = PersonLoss(base.denoiser, people, net.net.config, config, faces)
     combinations = [(photos, k) for photos in range(1, args.max_photos + 1) for k in range(1, args.max_iterations + 1)]
     rows = [{"photos": p, "iterations": k, **loss_of.evaluate(net, p, k, args.seed)} for p, k in combinations]

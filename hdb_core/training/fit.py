@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adapters import attach
 from ..basis import BasisRecipe, bases_of
 from ..errors import FinetuneError
-from ..finetune import Batch, Denoiser, diffusion_loss, weighted
+from ..finetune import Batch, Denoiser, between, diffusion_loss, weighted
 from ..lidb import expand_factors, start_down
 from ..prompt import caption
 
@@ -26,6 +26,7 @@ class FitConfig:
         learning_rate: of the up side (Adam).
         weighting: of the noise levels, one of `finetune.WEIGHTINGS`.
         min_timestep: lower end of the noise levels, as a fraction of the schedule.
+        max_timestep: upper end.
         prompt: of everybody, with the rare token; a photo's own words follow it.
         basis: of the people.
     """
@@ -35,6 +36,7 @@ class FitConfig:
     learning_rate: float = 0.05
     weighting: str = "v"
     min_timestep: float = 0.1
+    max_timestep: float = 1.0
     prompt: str = "a [v] face"
     basis: BasisRecipe = field(default_factory=BasisRecipe)
 
@@ -79,7 +81,8 @@ def fit_people(
         for step in range(config.steps):
             turns = [step % len(photos) for photos in latents]
             chosen, mask = (torch.stack([p[t] for p, t in zip(own, turns, strict=True)]) for own in (latents, masks))
-            batch = draw(denoiser, chosen, weight, config.min_timestep, generator)._replace(mask=mask)
+            levels = between(denoiser.sigmas(), config.min_timestep, config.max_timestep)
+            batch = draw(levels, chosen, weight, generator)._replace(mask=mask)
             batch = weighted(denoiser, batch, config.weighting)
             live.update(expand_factors(bases, down, up))
             prompts = [caption(config.prompt, own[turn]) for own, turn in zip(words, turns, strict=True)]
@@ -94,11 +97,10 @@ def fit_people(
     return up.detach().cpu()
 
 
-def draw(denoiser: Denoiser, latents: Tensor, weight: Tensor, min_timestep: float, generator: torch.Generator) -> Batch:
-    """One stratified noise level and one noise for each of the latents (B, C, h, w), all of which counts."""
-    sigmas, count = denoiser.sigmas(), len(latents)
+def draw(sigmas: Tensor, latents: Tensor, weight: Tensor, generator: torch.Generator) -> Batch:
+    """One stratified noise level (T,) and one noise for each of the latents (B, C, h, w), all of which counts."""
+    count = len(latents)
     strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-    low = int(min_timestep * len(sigmas))
-    index = (low + strata / count * (len(sigmas) - low)).long().clamp(max=len(sigmas) - 1)
+    index = (strata / count * len(sigmas)).long().clamp(max=len(sigmas) - 1)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     return Batch(latents, noise, sigmas[index.to(sigmas.device)], torch.ones_like(latents[:, :1]), weight)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..adapters import attach
 from ..basis import bases_of
 from ..errors import HyperNetError
-from ..finetune import WEIGHTINGS, Batch, Denoiser, diffusion_loss, weighted
+from ..finetune import WEIGHTINGS, Batch, Denoiser, between, diffusion_loss, weighted
 from ..hypernet import HyperNet, HyperNetConfig
 from ..lidb import Factors, expand_factors, start_down
 from ..prompt import caption
@@ -44,6 +44,7 @@ class TrainConfig:
         diffusion_start: step from which the diffusion loss counts; before it, it is not computed.
         weighting: of its noise levels, one of `finetune.WEIGHTINGS`.
         min_timestep: lower end of its noise levels, as a fraction of the schedule.
+        max_timestep: upper end.
         max_photos: a person is predicted from 1 to so many photos.
         max_iterations: and with k from 1 to so many refinements.
         same_photo: denoise the photo that the person was predicted from, even if there are others.
@@ -65,6 +66,7 @@ class TrainConfig:
     diffusion_start: int = 0
     weighting: str = "v"
     min_timestep: float = 0.1
+    max_timestep: float = 1.0
     max_photos: int = 1
     max_iterations: int = 2
     same_photo: bool = False
@@ -76,6 +78,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.weighting not in WEIGHTINGS:
             raise HyperNetError(f"Expected --weighting {' or '.join(WEIGHTINGS)}, got {self.weighting!r}.")
+        if not 0 <= self.min_timestep < self.max_timestep <= 1:
+            span = f"{self.min_timestep} and {self.max_timestep}"
+            raise HyperNetError(f"Expected 0 ≤ --min-timestep < --max-timestep ≤ 1, got {span}.")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -188,12 +193,15 @@ class PersonLoss:
         latents = torch.stack([self.people[person].latents[photo].float() for person, photo in denoised]).to(self.down)
         rows = [d * len(turns) + i for d in range(self.config.draws) for i in range(len(turns))[part]]
         weight = torch.full((len(denoised),), 1 / len(rows), device=self.down.device)
-        batch = draw(self.denoiser, latents, weight, self.config.min_timestep, generator)
+        batch = draw(self._levels(), latents, weight, generator)
         own = [denoised[row] for row in rows]
         batch = Batch(*(tensor[rows] for tensor in batch))._replace(mask=self._masks(own))
         words = [self.people[person].person.photos[photo].words for person, photo in own]
         repeated = Factors(*(factor.repeat(self.config.draws, 1, 1, 1) for factor in predicted))
         return self.denoising(repeated, batch, words)
+
+    def _levels(self) -> Tensor:
+        return between(self.denoiser.sigmas(), self.config.min_timestep, self.config.max_timestep)
 
     def denoising(self, factors: Factors, batch: Batch, words: Sequence[str]) -> Tensor:
         """The diffusion loss of a batch whose samples carry these people."""
@@ -229,7 +237,7 @@ class PersonLoss:
                 own = self.people[rows]
                 latents = torch.stack([person.latents[-1] for person in own]).to(self.down)
                 weight = torch.full((len(own),), 1 / len(turns) / self.config.draws, device=self.down.device)
-                batch = draw(self.denoiser, latents, weight, self.config.min_timestep, generator)
+                batch = draw(self._levels(), latents, weight, generator)
                 batch = batch._replace(mask=self._masks([(i, -1) for i in range(len(self.people))[rows]]))
                 words = [person.person.photos[-1].words for person in own]
                 for name, factors in chosen.items():

@@ -58,6 +58,14 @@ def test_parts_add_up_to_the_whole(loss_of, accelerator, accumulate):
     assert (parts[1] - whole[1]).norm() < 1e-5 * whole[1].norm()
 
 
+@pytest.mark.parametrize(
+    "settings", [{"weighting": "x0"}, {"min_timestep": 0.8, "max_timestep": 0.8}, {"max_timestep": 1.1}]
+)
+def test_settings_that_make_no_sense_are_refused(settings):
+    with pytest.raises(HyperNetError, match="Expected"):
+        TrainConfig(**settings)
+
+
 @pytest.mark.parametrize("accumulate", [0, 4])
 def test_parts_must_be_even(accelerator, accumulate):
     with pytest.raises(HyperNetError, match="--people 6 must be a multiple of 1 processes"):
