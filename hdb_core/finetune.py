@@ -37,7 +37,7 @@ _GRAD_SCALE = 1024.0
 _EXPLODED_LOSS = 10.0
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 # Enough on going on from a prediction: more steps bring more identity, and from here on cost more edits.
-STEPS_FROM_A_PREDICTION = 16
+STEPS_FROM_A_PREDICTION = 12
 # How noise levels count. native: by the error of what the model predicts, which for ε says little about a person where
 # there is much noise. v: by the error of v, whatever the model predicts; the levels that decide on colours and shapes
 # then have their part. Source of v: Salimans & Ho, Progressive Distillation, arXiv 2202.00512 (their SNR + 1 weighting).
@@ -109,7 +109,7 @@ class FinetuneConfig:
         FinetuneError: if a setting makes no sense.
     """
 
-    steps: int = 32
+    steps: int = 24
     rank: int = 4
     learning_rate: float = 0.03
     freeze_down: bool = False

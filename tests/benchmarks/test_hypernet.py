@@ -27,8 +27,8 @@ def methods(tmp_path):
 def test_rows(methods):
     assert chosen_rows(methods(), None, "_saved") == [
         "base", "caption", "hyper_k1", "hyper", "hyper_as_lora", "hyper_3photos",
-        "hyper_5_described", "hyper_10_described", "hyper_16_described", "hyper_20_described", "hyper_40_described",
-        "hyper_16", "lidb_32_described", "lidb_40_described", "lidb_400_described", "lidb_32", "lora1", "lora4",
+        "hyper_5_described", "hyper_10_described", "hyper_12_described", "hyper_20_described", "hyper_40_described",
+        "hyper_12", "lidb_24_described", "lidb_40_described", "lidb_400_described", "lidb_24", "lora1", "lora4",
         "dreambooth@50", "dreambooth_described@50", "dreambooth_described_base_negative@50",
         "textual_inversion@10", "textual_inversion@20", "stranger", "photo", "render",
     ]  # fmt: skip
@@ -39,12 +39,12 @@ def test_rows(methods):
 
 def test_rows_of_both_benchmarks_have_the_same_settings(methods):
     here = settings_of(methods())
-    there = settings_of(people.all_methods([32, 40, 150, 400], DreamBoothConfig(checkpoints=(50,))))
+    there = settings_of(people.all_methods([24, 40, 150, 400], DreamBoothConfig(checkpoints=(50,))))
     shared = {
         "base",
         "caption",
-        "lidb_32",
-        "lidb_32_described",
+        "lidb_24",
+        "lidb_24_described",
         "lidb_40_described",
         "lidb_400_described",
         "dreambooth@50",
@@ -58,7 +58,7 @@ def test_rows_of_both_benchmarks_have_the_same_settings(methods):
 def test_settings_are_those_of_the_steps_after_the_prediction(methods):
     plain, changed = settings_of(methods()), settings_of(methods(learning_rate=0.005))
     differing = {row.removesuffix("_saved") for row in plain if plain[row] != changed[row]}
-    assert differing == {"hyper_16", *(f"hyper_{n}_described" for n in hypernet.STEPS)}
+    assert differing == {"hyper_12", *(f"hyper_{n}_described" for n in hypernet.STEPS)}
     assert hypernet.single_settings(["learning_rate=0.005", "rank=2"]) == {"learning_rate": 0.005, "rank": 2}
     for wrong in ("learning_rate=0.1,0.2", "steps=3"):
         with pytest.raises(SystemExit, match="one value"):
