@@ -68,6 +68,7 @@ def swept(
     described: bool = False,
     strengths: tuple[Strengths, ...] = (STRENGTHS,),
     base_negative: bool = False,
+    masked: bool = False,
 ) -> list[Method]:
     """A method for each combination of settings; references with their own checkpoints unless some are given."""
     if method in REFERENCES:
@@ -82,7 +83,7 @@ def swept(
     if method == "predict":
         return [predicted]
     start = predicted if method == "hyper" else None
-    return [FastFinetuning(row_name(own), own, start, described, strengths) for own in chosen]
+    return [FastFinetuning(row_name(own), own, start, described, strengths, masked) for own in chosen]
 
 
 def main() -> None:
@@ -99,13 +100,14 @@ def main() -> None:
     options.add_argument(
         "--base-negative", action="store_true", help="a reference with the base's negative prompt, too"
     )
+    options.add_argument("--masked", action="store_true", help="only the head of the photo is learned")
     options.add_argument("--saved", action="store_true", help="each person after Save LiDB and Load LiDB, too")
     options.add_argument("--full", action="store_true", help="11 prompts instead of 6")
     add_options(options, grid_people=2)
     args = options.parse_args()
     chosen = swept(
         args.method, args.set, args.hypernet.resolve(), checkpoints=args.checkpoints, described=args.described,
-        strengths=tuple(args.strengths), base_negative=args.base_negative,
+        strengths=tuple(args.strengths), base_negative=args.base_negative, masked=args.masked,
     )  # fmt: skip
     methods = [Base(), *chosen]
     rows = [row for method in methods for row in method.rows if args.saved or not row.endswith("_saved")]

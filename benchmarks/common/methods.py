@@ -18,6 +18,7 @@ from hdb_core.lidb import AS_LORA, STRENGTHS, Strengths
 from hdb_core.lidb_file import COMPACT, DEFAULT_RANK
 from hdb_core.prompt import caption
 from miniature.captions import photo_words
+from miniature.drawing import head_mask
 from miniature.prompts import describe
 
 from .bench import Bench
@@ -169,6 +170,7 @@ class FastFinetuning:
         start: the prediction that it goes on from, which brings its basis; None starts from nothing.
         described: the training is told what the photo shows besides the person.
         strengths: that the person is applied with, each a row; see `applied_rows`.
+        masked: only the head of the photo is learned.
     """
 
     name: str
@@ -176,6 +178,7 @@ class FastFinetuning:
     start: Predicted | None = None
     described: bool = False
     strengths: tuple[Strengths, ...] = (STRENGTHS,)
+    masked: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -192,6 +195,8 @@ class FastFinetuning:
             resolved["start"] = self.start.settings
         if self.described:
             resolved["described"] = True
+        if self.masked:
+            resolved["masked"] = True
         if self.config["prior_weight"] > 0:
             resolved["class_pictures"] = CLASS_PICTURES
         rows = applied_rows(self.name, resolved, self.strengths)
@@ -212,9 +217,10 @@ class FastFinetuning:
         inputs: dict[str, Any] = {"lidb": start.lidb} if start else {}
         if self.config["prior_weight"] > 0:
             inputs["class_pictures"] = class_pictures(bench, self.config["class_prompt"], CLASS_PICTURES)
+        mask = head_mask(subject.person, subject.context) if self.masked else None
         words = photo_words(subject.context) if self.described else ""
         settings = {"seed": subject.seed, "photo_words": words, **self.settings}
-        lidb, seconds = bench.studio.finetune(subject.photo, **inputs, **settings)
+        lidb, seconds = bench.studio.finetune(subject.photo, **inputs, mask=mask, **settings)
         step = bench.studio.finetune_step_flops(subject.photo, self.settings, **inputs)
         made = Made(lidb, seconds, self.config["steps"] * step)
         return Made(lidb, made.seconds + start.seconds, made.flops + start.flops) if start else made

@@ -136,7 +136,12 @@ class Studio:
 
     @torch.inference_mode()
     def finetune(
-        self, photo: np.ndarray, lidb: LiDB | None = None, class_pictures: np.ndarray | None = None, **settings: Any
+        self,
+        photo: np.ndarray,
+        lidb: LiDB | None = None,
+        class_pictures: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        **settings: Any,
     ) -> tuple[LiDB, float]:
         """FastFinetune on a photo, and its seconds.
 
@@ -144,6 +149,7 @@ class Studio:
             photo: uint8 (128, 128, 3).
             lidb: goes on from this person.
             class_pictures: uint8 (N, 128, 128, 3), for a prior_weight above 0.
+            mask: uint8 (128, 128), 255 where the photo is learned; None learns all of it.
             **settings: fields of FinetuneConfig, a basis as a dict of its fields.
         """
         if "basis" in settings:
@@ -151,6 +157,7 @@ class Studio:
         class_images = None if class_pictures is None else as_image(class_pictures)
         base = {"model": self.base.model, "clip": self.base.clip, "vae": self.base.vae}
         inputs = {**base, "image": as_image(photo[None]), "lidb": lidb, "class_images": class_images}
+        inputs["mask"] = None if mask is None else as_image(mask[None])
         start = time.perf_counter()
         made = self.host.run("FastFinetune", **inputs, **settings)[0]
         return made, time.perf_counter() - start
@@ -203,7 +210,7 @@ class Studio:
 
 
 def as_image(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 (N, H, W, 3) as the host's IMAGE, float32 in 0..1."""
+    """uint8 (N, H, W, 3) or (N, H, W) as the host's IMAGE or MASK, float32 in 0..1."""
     return torch.from_numpy(pictures.astype(np.float32) / 255)
 
 
