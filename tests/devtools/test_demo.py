@@ -39,13 +39,13 @@ def test_the_size_on_sd15_is_counted(tmp_path):
     assert counted["lidb_bytes_sd15"] - size == (176 - 3) * 150 * 2 * 2  # rank 2, float16
 
 
-def test_convolutions_share_the_size_on_sd15(tmp_path):
+def test_a_person_has_as_many_components_a_layer_on_sd15(tmp_path):
     linear = Layer("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", 320, 320)
     layout = Layout("sd1", (linear, Layer("unet.mid_block.resnets.0.conv1", 2880, 320)))
-    strength = torch.tensor([100.0, 1.0])[:, None, None]  # the linear layer keeps all four
+    strength = torch.tensor([100.0, 1.0])[:, None, None]  # the linear layer keeps all four, the convolution two
     person = LiDB(layout, BasisRecipe(), torch.randn(2, 4, 100) * strength, torch.randn(2, 50, 4), {})
-    size = save(person, tmp_path / "person.safetensors", rank=4)
-    assert demo.sizes(tmp_path / "person.safetensors")["lidb_bytes_sd15"] - size == (4 * 176 - 4) * 150 * 2
+    size = save(person, tmp_path / "person.safetensors", rank=3)
+    assert demo.sizes(tmp_path / "person.safetensors")["lidb_bytes_sd15"] - size == (3 * 234 - 6) * 150 * 2
 
 
 def test_the_sheet_holds_every_picture_and_label():
