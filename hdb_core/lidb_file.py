@@ -84,7 +84,9 @@ def save(lidb: LiDB, path: str | os.PathLike[str], rank: int | None = None, bits
     """
     path = Path(path)
     factors, ranks = _stored_factors(lidb, rank)
-    tensors = _compact(factors) if ranks and bits == COMPACT else _floating(factors, max(bits, HALF))
+    if not ranks:
+        bits = max(bits, HALF)
+    tensors = _compact(factors) if bits == COMPACT else _floating(factors, bits)
     if not all(bool(t.isfinite().all()) for t in tensors.values()):
         raise LiDBFileError(
             f"Expected finite numbers, got NaN or infinity in the LiDB for {path.name!r}; nothing was written. "
@@ -93,7 +95,7 @@ def save(lidb: LiDB, path: str | os.PathLike[str], rank: int | None = None, bits
     fields = container.space_fields(lidb.layout, lidb.basis) | {
         "rank": max(ranks) if ranks else lidb.rank,
         "down": "stored" if ranks else "shared",
-        "dtype": _DTYPES[bits if ranks else max(bits, HALF)],
+        "dtype": _DTYPES[bits],
         "info": dict(lidb.info),
     }
     return container.write(KIND, path, fields | ({"ranks": ranks} if ranks else {}), tensors)
@@ -189,7 +191,7 @@ def _unpacked(data: Tensor, count: int) -> Tensor:
     """The first ``count`` numbers of `_packed`, float32."""
     low, middle, high = data.int().view(-1, 3).unbind(1)
     words = low | middle << 8 | high << 16
-    return ((words[:, None] >> _SHIFTS & 63) - _LARGEST - 1).flatten()[:count].float()
+    return ((words[:, None] >> _SHIFTS & 2 * _LARGEST + 1) - _LARGEST - 1).flatten()[:count].float()
 
 
 def _as_float(tensors: Mapping[str, Tensor], name: str, size: int) -> Tensor:

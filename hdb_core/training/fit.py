@@ -76,12 +76,12 @@ def fit_people(
     bases = bases_of(config.basis, denoiser.layout, device)
     optimizer = torch.optim.Adam([up], lr=config.learning_rate)
     weight = torch.ones(count, device=device)  # a sum over people: each is its own problem
+    levels = between(denoiser.sigmas(), config.min_timestep, config.max_timestep)
     live: dict[str, tuple[Tensor, Tensor]] = {}
     with attach(denoiser.modules, live):
         for step in range(config.steps):
             turns = [step % len(photos) for photos in latents]
             chosen, mask = (torch.stack([p[t] for p, t in zip(own, turns, strict=True)]) for own in (latents, masks))
-            levels = between(denoiser.sigmas(), config.min_timestep, config.max_timestep)
             batch = draw(levels, chosen, weight, generator)._replace(mask=mask)
             batch = weighted(denoiser, batch, config.weighting)
             live.update(expand_factors(bases, down, up))
