@@ -138,9 +138,7 @@ class FinetuneConfig:
             _require(0 <= value < math.inf, name, "0 or a positive number", value)
         clip = self.max_grad_norm
         _require(clip is None or 0 < clip < math.inf, "max_grad_norm", "a positive number or none", clip)
-        _require(self.weighting in WEIGHTINGS, "weighting", " or ".join(WEIGHTINGS), self.weighting)
-        span = (self.min_timestep, self.max_timestep)
-        _require(0 <= span[0] < span[1] <= 1, "min_timestep, max_timestep", "0 ≤ min < max ≤ 1", span)
+        require_noise_levels(self.weighting, self.min_timestep, self.max_timestep)
         _require(bool(self.prompt.strip()), "prompt", "some words such as 'a [v] face'", self.prompt)
         needs_class = self.prior_weight > 0
         _require(not needs_class or bool(self.class_prompt.strip()), "class_prompt", "some words", self.class_prompt)
@@ -218,6 +216,17 @@ def finetune(
         factors = TrainableFactors(denoiser.layout, config, latents.device, init)
         sampler = BatchSampler(denoiser.sigmas(), latents, config, mask, prior_latents)
         return _train(denoiser, factors, sampler, config, callback)
+
+
+def require_noise_levels(weighting: str, min_timestep: float, max_timestep: float) -> None:
+    """Checks how a training draws noise levels.
+
+    Raises:
+        FinetuneError: no such weighting, or no part of the schedule is between the two fractions.
+    """
+    _require(weighting in WEIGHTINGS, "weighting", " or ".join(WEIGHTINGS), weighting)
+    span = (min_timestep, max_timestep)
+    _require(0 <= min_timestep < max_timestep <= 1, "min_timestep, max_timestep", "0 ≤ min < max ≤ 1", span)
 
 
 def between(sigmas: Tensor, min_timestep: float, max_timestep: float) -> Tensor:
@@ -517,4 +526,4 @@ def _check_latents(what: str, latents: Tensor) -> None:
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
-        raise FinetuneError(f"Expected {name}: {expected}, got {got!r}. Change it in the fine-tune node.")
+        raise FinetuneError(f"Expected {name}: {expected}, got {got!r}.")

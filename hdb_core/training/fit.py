@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adapters import attach
 from ..basis import BasisRecipe, bases_of
 from ..errors import FinetuneError
-from ..finetune import Batch, Denoiser, between, diffusion_loss, weighted
+from ..finetune import Batch, Denoiser, between, diffusion_loss, require_noise_levels, weighted
 from ..lidb import expand_factors, start_down
 from ..prompt import caption
 
@@ -39,6 +39,9 @@ class FitConfig:
     max_timestep: float = 1.0
     prompt: str = "a [v] face"
     basis: BasisRecipe = field(default_factory=BasisRecipe)
+
+    def __post_init__(self) -> None:
+        require_noise_levels(self.weighting, self.min_timestep, self.max_timestep)
 
 
 def fit_people(

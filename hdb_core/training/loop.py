@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..adapters import attach
 from ..basis import bases_of
 from ..errors import HyperNetError
-from ..finetune import WEIGHTINGS, Batch, Denoiser, between, diffusion_loss, weighted
+from ..finetune import Batch, Denoiser, between, diffusion_loss, require_noise_levels, weighted
 from ..hypernet import HyperNet, HyperNetConfig
 from ..lidb import Factors, expand_factors, start_down
 from ..prompt import caption
@@ -76,11 +76,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.weighting not in WEIGHTINGS:
-            raise HyperNetError(f"Expected --weighting {' or '.join(WEIGHTINGS)}, got {self.weighting!r}.")
-        if not 0 <= self.min_timestep < self.max_timestep <= 1:
-            span = f"{self.min_timestep} and {self.max_timestep}"
-            raise HyperNetError(f"Expected 0 ≤ --min-timestep < --max-timestep ≤ 1, got {span}.")
+        require_noise_levels(self.weighting, self.min_timestep, self.max_timestep)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -7,9 +7,10 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from hdb_core.errors import HyperNetError
+from hdb_core.errors import FinetuneError, HyperNetError
 from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig
 from hdb_core.training.faces import PhotoPixels
+from hdb_core.training.fit import FitConfig
 from hdb_core.training.loop import FromFaces, PersonLoss, TrainConfig
 from hdb_core.training.people import FittedPerson
 from hdb_core.training.photos import find_people
@@ -58,12 +59,13 @@ def test_parts_add_up_to_the_whole(loss_of, accelerator, accumulate):
     assert (parts[1] - whole[1]).norm() < 1e-5 * whole[1].norm()
 
 
+@pytest.mark.parametrize("config", [TrainConfig, FitConfig])
 @pytest.mark.parametrize(
     "settings", [{"weighting": "x0"}, {"min_timestep": 0.8, "max_timestep": 0.8}, {"max_timestep": 1.1}]
 )
-def test_settings_that_make_no_sense_are_refused(settings):
-    with pytest.raises(HyperNetError, match="Expected"):
-        TrainConfig(**settings)
+def test_settings_that_make_no_sense_are_refused(config, settings):
+    with pytest.raises(FinetuneError, match=next(iter(settings))):
+        config(**settings)
 
 
 @pytest.mark.parametrize("accumulate", [0, 4])
