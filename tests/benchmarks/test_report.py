@@ -173,13 +173,14 @@ def test_the_readme_shows_the_report():
     rows = {row["row"]: row for row in json.loads((RESULTS / "hypernet.json").read_text())}
     lines = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| row of the report |"))
-    scores = [name.strip() for name in lines[start].split("|")[2:-2]]
+    scores = [name.strip() for name in lines[start].split("|")[3:-2]]
     shown = 0
     for line in lines[start + 2 :]:
         if not line.startswith("|"):
             break
         name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         row = rows[name.strip("`")]
-        assert cells == [*(percent(row[s], row["errors"].get(s)) for s in scores), number(row["seconds"])]
+        values = (percent(row[s], row["errors"].get(s)) for s in scores)
+        assert cells == [str(row["people"]), *values, number(row["seconds"])]
         shown += 1
     assert shown > 5
