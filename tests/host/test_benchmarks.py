@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.common.dreambooth import DreamBoothConfig, dreambooth
-from benchmarks.common.methods import COMPLETE, LORA, NodeConfig
+from benchmarks.common.methods import COMPLETE, FILE, LORA, NodeConfig
 from benchmarks.common.studio import Sampling, Studio
 from benchmarks.common.subjects import Subject
 from benchmarks.common.textual_inversion import TextualInversionConfig, embeddings, textual_inversion, token_ids
@@ -51,6 +51,13 @@ def test_pictures_depend_on_the_seed_alone(studio):
     np.testing.assert_array_equal(first, one_picture(studio))
     assert (first != one_picture(studio, seed=6)).any()
     assert studio.pictures(studio.base, "two people", 5, 2, width=256).shape == (2, 128, 256, 3)
+
+
+def test_saved_rows_are_of_files_as_the_node_writes_them(studio, host, person, tmp_path):
+    lidb = person(1, rank=6)
+    _, path = studio.saved(lidb, "default")
+    host.module("hdb_core.lidb_file").save(lidb, tmp_path / "same.safetensors", **FILE)
+    assert path.read_bytes() == (tmp_path / "same.safetensors").read_bytes()
 
 
 def test_bfloat16_pictures_are_those_of_float32(studio, host, checkpoint, base_directory):
