@@ -1,17 +1,22 @@
 """The frozen orthonormal bases of a LiDB, and the recipe that makes them again anywhere.
 
 Every layer has two: ``down_aux`` (a, in) with orthonormal rows and ``up_aux`` (out, b) with orthonormal columns.
-They are never stored. Normals come from NumPy's ``RandomState``, whose values NumPy has frozen, seeded by the
+
+Random ones are never stored. Normals come from NumPy's ``RandomState``, whose values NumPy has frozen, seeded by the
 layer's name. QR is not bit-identical across libraries, so a file carries the hash of the *recipe* and a few
 projections of the basis it was made with: last-bit differences pass, another basis does not.
+
+Learned ones (`training.basis`) have a file of their own (`basis_file`); its recipe is the hash of that file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,12 +39,14 @@ class BasisRecipe:
         down_dim: a, the dimension of the input side; layers with fewer inputs use all of them.
         up_dim: b, the dimension of the output side; layers with fewer outputs use all of them.
         version: of the construction in this module.
+        learned: hash of the file of a learned basis, which `register_learned` has made known; empty is a random one.
     """
 
     seed: int = 0
     down_dim: int = 100
     up_dim: int = 50
     version: int = 1
+    learned: str = ""
 
     def __post_init__(self) -> None:
         if self.version != 1:
@@ -52,13 +59,31 @@ class BasisRecipe:
         """The highest rank that a LiDB in this basis can have."""
         return min(self.down_dim, self.up_dim)
 
+    def fields(self) -> dict[str, Any]:
+        """As JSON takes it. Of a random basis, what there was before there were learned ones: its hash stays the same."""
+        return {name: value for name, value in asdict(self).items() if name != "learned" or value}
+
     def hash(self, layout: Layout) -> str:
         """SHA-256 over the stream, the recipe and the layers' names and sizes, as hex digits."""
-        return hashlib.sha256(json.dumps([STREAM, asdict(self), layout.hash]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([STREAM, self.fields(), layout.hash]).encode()).hexdigest()
 
     def dims(self, layer: Layer) -> tuple[int, int]:
         """(a', b'): the dimensions of a layer's bases, cut to its sizes."""
         return min(self.down_dim, layer.in_features), min(self.up_dim, layer.out_features)
+
+
+# Learned bases by the hash of their file: what a hash names never changes.
+_LEARNED: dict[str, Mapping[str, tuple[Tensor, Tensor]]] = {}
+
+
+def register_learned(digest: str, bases: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Make a learned basis known: layer name → (down_aux, up_aux) as `layer_basis` returns them."""
+    _LEARNED.setdefault(digest, bases)
+
+
+def is_known(recipe: BasisRecipe) -> bool:
+    """Whether the basis can be made here: a random one always, a learned one once its file was read."""
+    return not recipe.learned or recipe.learned in _LEARNED
 
 
 @lru_cache(maxsize=1024)
@@ -68,11 +93,16 @@ def layer_basis(recipe: BasisRecipe, layer: Layer) -> tuple[Tensor, Tensor]:
     Returns:
         down_aux (a', in) float32 with orthonormal rows, up_aux (out, b') float32 with orthonormal columns.
 
+    Raises:
+        BasisError: the basis is a learned one whose file was not read, or that has no such layer.
+
     Source: HyperDreamBooth, arXiv 2307.06949, section 4.1 (random orthogonal auxiliary layers).
     """
+    if recipe.learned:
+        return _learned(recipe, layer)
     a, b = recipe.dims(layer)
-    down = _orthonormal_columns(recipe.seed, layer.name, "down", layer.in_features, a)
-    up = _orthonormal_columns(recipe.seed, layer.name, "up", layer.out_features, b)
+    down = orthonormal_columns(recipe.seed, layer.name, "down", layer.in_features, a)
+    up = orthonormal_columns(recipe.seed, layer.name, "up", layer.out_features, b)
     # A cached inference tensor (a node runs in inference mode) could never take part in training later.
     with torch.inference_mode(False):
         return torch.from_numpy(np.ascontiguousarray(down.T)), torch.from_numpy(up)
@@ -103,13 +133,29 @@ def same_basis(probe_a: list[float], probe_b: list[float]) -> bool:
     return len(probe_a) == len(probe_b) and bool(np.allclose(probe_a, probe_b, rtol=0, atol=PROBE_TOLERANCE))
 
 
+def _learned(recipe: BasisRecipe, layer: Layer) -> tuple[Tensor, Tensor]:
+    if not is_known(recipe):
+        raise BasisError(
+            f"This needs the learned basis {recipe.learned[:12]}…, which is not there. Put its file, which came with the "
+            "hypernetwork or the person, into models/lidb_basis."
+        )
+    a, b = recipe.dims(layer)
+    down_aux, up_aux = _LEARNED[recipe.learned].get(layer.name, (torch.empty(0, 0), torch.empty(0, 0)))
+    if down_aux.shape != (a, layer.in_features) or up_aux.shape != (layer.out_features, b):
+        raise BasisError(
+            f"The learned basis {recipe.learned[:12]}… is of another model: it does not fit the layer {layer.name}. "
+            "Use one that was learned for this base model."
+        )
+    return down_aux, up_aux
+
+
 def _probe_vector(size: int) -> Tensor:
     vector = (torch.arange(size, dtype=torch.float64) * 37 % 101) - 50
     return vector / vector.norm()
 
 
-def _orthonormal_columns(seed: int, name: str, side: str, size: int, dim: int) -> np.ndarray:
-    """(size, dim) float32 with orthonormal columns, computed in float64."""
+def orthonormal_columns(seed: int, name: str, side: str, size: int, dim: int) -> np.ndarray:
+    """(size, dim) float32 with orthonormal columns, random and frozen, computed in float64."""
     digest = hashlib.sha256(f"{seed}/{name}/{side}".encode()).digest()
     normals = np.random.RandomState(np.frombuffer(digest, "<u4")).standard_normal((size, dim))
     q, r = np.linalg.qr(normals)

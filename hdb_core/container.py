@@ -12,7 +12,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,37 @@ class FileKind:
         return self.error(f"{path.name!r} is a safetensors file but not a {self.name}. {self.choose}")
 
 
-def space_fields(layout: Layout, basis: BasisRecipe) -> dict[str, Any]:
-    """The header fields that say for which layers and in which bases a file was made."""
+def layout_fields(layout: Layout) -> dict[str, Any]:
+    """The header fields that say for which layers a file was made."""
     layers = json.dumps([[layer.name, layer.in_features, layer.out_features] for layer in layout.layers])
     return {
         "family": layout.family,
         "layers": base64.b64encode(zlib.compress(layers.encode(), 9)).decode(),
         "layout_hash": layout.hash,
-        "basis": {"stream": STREAM, **asdict(basis)},
+    }
+
+
+def read_layout(kind: FileKind, fields: Mapping[str, Any], path: Path) -> Layout:
+    """The opposite of `layout_fields`.
+
+    Raises:
+        HDBError: of the kind's class, if a field is missing, garbled or contradicts another.
+    """
+    try:
+        layers = json.loads(zlib.decompress(base64.b64decode(fields["layers"])))
+        layout = Layout(str(fields["family"]), tuple(Layer(str(n), int(i), int(o)) for n, i, o in layers))
+        intact = layout.hash == fields["layout_hash"]
+    except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
+        raise kind.damaged(path, f"its header lacks or garbles a field ({error})") from error
+    if not intact:
+        raise kind.damaged(path, "its layer list does not match its hash")
+    return layout
+
+
+def space_fields(layout: Layout, basis: BasisRecipe) -> dict[str, Any]:
+    """The header fields that say for which layers and in which bases a file was made."""
+    return layout_fields(layout) | {
+        "basis": {"stream": STREAM, **basis.fields()},
         "basis_hash": basis.hash(layout),
         "basis_probe": [round(value, 8) for value in probe(basis, layout)],
     }
@@ -86,20 +109,16 @@ def read_space(kind: FileKind, fields: Mapping[str, Any], path: Path) -> tuple[L
     Raises:
         HDBError: of the kind's class, if a field is missing, garbled or contradicts another.
     """
+    layout = read_layout(kind, fields, path)
     try:
-        layers = json.loads(zlib.decompress(base64.b64decode(fields["layers"])))
-        layout = Layout(str(fields["family"]), tuple(Layer(str(n), int(i), int(o)) for n, i, o in layers))
         recipe = dict(fields["basis"])
         stream = recipe.pop("stream")
         basis = BasisRecipe(**recipe)
-        intact = layout.hash == fields["layout_hash"]
         same_recipe = stream == STREAM and basis.hash(layout) == fields["basis_hash"]
     except BasisError as error:
         raise kind.error(f"{path.name!r}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise kind.damaged(path, f"its header lacks or garbles a field ({error})") from error
-    if not intact:
-        raise kind.damaged(path, "its layer list does not match its hash")
     if not same_recipe:
         raise kind.other_basis(path)
     return layout, basis
@@ -118,14 +137,18 @@ def check_basis(kind: FileKind, fields: Mapping[str, Any], path: Path) -> None:
     """Compare a file's probe with the basis as this installation makes it.
 
     Raises:
-        HDBError: of the kind's class, if they differ.
+        HDBError: of the kind's class, if they differ, or the file of a learned basis was not read.
     """
     layout, basis = read_space(kind, fields, path)
     try:
         stored = [float(value) for value in fields["basis_probe"]]
     except (KeyError, TypeError, ValueError) as error:
         raise kind.damaged(path, f"its header lacks or garbles a field ({error})") from error
-    if not same_basis(stored, probe(basis, layout)):
+    try:
+        made = probe(basis, layout)
+    except BasisError as error:
+        raise kind.error(f"{path.name!r}: {error}") from error
+    if not same_basis(stored, made):
         raise kind.other_basis(path)
 
 

@@ -20,6 +20,10 @@ class BasisError(HDBError, ValueError):
     """A basis cannot be made, or is another one than expected."""
 
 
+class BasisFileError(HDBError, RuntimeError):
+    """The file of a learned basis cannot be read or written."""
+
+
 class LiDBError(HDBError, ValueError):
     """A LiDB is malformed, or two of them do not belong together."""
 

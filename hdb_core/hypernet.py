@@ -31,6 +31,7 @@ from .prompt import rare_token
 
 _MIN_SIDE = 16  # pixels
 _SUMMED_WIDTH = 32  # of each place in a summary
+_IN_COORDINATES = ("weights_in.", "readout", "offset", "down_start", "scale")  # of the basis
 _FIRST_STEP = 0.02  # of the read-out: small predictions at first, but no dead gradient anywhere
 
 
@@ -334,6 +335,19 @@ def extend(net: HyperNet, layout: Layout) -> HyperNet:
     for name, weight in net.state_dict().items():
         weights[name][: len(weight)] = weight  # what there is a row of for every layer, and all else as a whole
     return extended
+
+
+def rebase(net: HyperNet, basis: BasisRecipe, rank: int | None = None) -> HyperNet:
+    """The same network for people in another basis, or of another rank, of whom it predicts little at first.
+
+    What it knows of photos and layers stays; all that is in the coordinates of the basis begins anew.
+    """
+    rebased = HyperNet.create(replace(net.config, basis=basis, rank=rank or net.config.rank))
+    weights = rebased.state_dict()
+    for name, weight in net.state_dict().items():
+        if not name.startswith(_IN_COORDINATES):
+            weights[name].copy_(weight)
+    return rebased
 
 
 def predict(net: HyperNet, tokens: Tensor, iterations: int | None = None) -> LiDB:

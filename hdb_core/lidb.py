@@ -143,6 +143,12 @@ def start_down(basis: BasisRecipe, layout: Layout, rank: int) -> Tensor:
     return torch.eye(rank, basis.down_dim) * (torch.arange(basis.down_dim) < live)
 
 
+def nobody(layout: Layout, basis: BasisRecipe) -> LiDB:
+    """A person of rank 1 that changes nothing; a fine-tune that goes on from there is a cold start in its basis."""
+    up = torch.zeros(len(layout.layers), basis.up_dim, 1)
+    return LiDB(layout, basis, start_down(basis, layout, 1), up, {"made_by": "nothing"})
+
+
 def delta_weight(lidb: LiDB, index: int) -> Tensor:
     """The full change (out, in) of layer number `index`; differentiable. Only for export and tests: it is large."""
     layer = lidb.layout.layers[index]

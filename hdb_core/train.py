@@ -4,6 +4,7 @@ On several processes: ``accelerate launch -m`` or ``torchrun --nproc-per-node N 
 
 Stages, each of which goes on where it was stopped:
 
+* ``basis``: the directions of weight changes that people differ in, from some of them; without it, a random basis;
 * ``precompute``: the photos of all people as latents, and a LiDB fitted to each; behind a frozen image encoder
   (``--clip-vision``), also the tokens of the photos;
 * ``pretrain``: the image encoder, unless it is a frozen one; may be left out;
@@ -20,7 +21,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -30,18 +31,19 @@ from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
 
-from . import hypernet_file
+from . import basis_file, hypernet_file
 from .basis import BasisRecipe
 from .errors import HDBError, HyperNetError
-from .hypernet import EncoderConfig, HyperNet, HyperNetConfig, extend, initialised
+from .hypernet import EncoderConfig, HyperNet, HyperNetConfig, extend, initialised, rebase
 from .layout import Layout
 from .prompt import CLASS_PROMPT
 from .training.base_model import BaseModel, load_base_model
+from .training.basis import BasisConfig, Photos, learn_basis
 from .training.faces import AUGMENTATIONS, Faces, PhotoPixels
 from .training.fit import FitConfig
 from .training.loop import FromFaces, PersonLoss, TrainConfig
 from .training.losses import mean_predictor_loss
-from .training.people import FittedPerson, precompute, read_people, stacked
+from .training.people import FittedPerson, encode, precompute, read_people, regions, stacked
 from .training.photos import find_people
 from .training.pretrain import PhotoLoss, PhotoPredictor
 from .training.samples import SampleConfig, SampleGrid
@@ -49,7 +51,16 @@ from .training.tokens import PhotoTokens, precompute_tokens
 from .training.trainer import Trainer, parts_of
 from .training.vision import load_vision_encoder
 
-_PATHS = ("model", "photos", "folder", "begin_with", "clip_vision", "encoder", "tokenizer")  # of a machine, in no file
+_PATHS = (
+    "model",
+    "photos",
+    "folder",
+    "begin_with",
+    "clip_vision",
+    "encoder",
+    "tokenizer",
+    "basis",
+)  # of a machine, in no file
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -61,6 +72,7 @@ class Run:
         self.people, self.tokens, self.samples = folder / "people", folder / "tokens", folder / "samples"
         self.state, self.log = folder / "state.pt", folder / "log.csv"
         self.encoder, self.file = folder / "encoder.safetensors", folder / "hypernet.safetensors"
+        self.basis = folder / "basis.safetensors"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,8 +98,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _basis(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
+    run = Run(args.folder)
+    if run.basis.exists():
+        accelerator.print(f"{run.basis} is there.")
+        return
+    if not accelerator.is_main_process:
+        return
+    config = BasisConfig(down_dim=args.down_dim, up_dim=args.up_dim, prompt=args.prompt, draws=args.draws, weighting=args.weighting, min_timestep=args.min_timestep, max_timestep=args.max_timestep, seed=args.seed)  # fmt: skip
+    people = []
+    for person in find_people(args.photos)[: args.basis_people]:
+        latents = encode(base, person, args.image_size)
+        people.append(Photos(latents, [photo.words for photo in person.photos], regions(person, latents)))
+    with tqdm(total=config.passes * len(people), unit="person") as bar:
+        bases = learn_basis(base.denoiser, people, config, lambda: bar.update() and None)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    info = {**{name: str(value) for name, value in asdict(config).items()}, "people": str(len(people))}
+    basis_file.save(base.denoiser.layout, bases, (config.down_dim, config.up_dim), run.basis, info)
+
+
 def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
-    config = FitConfig(basis=_basis(args), prompt=args.prompt, rank=args.rank, steps=args.fit_steps, learning_rate=args.fit_rate, weighting=args.weighting, min_timestep=args.min_timestep, max_timestep=args.max_timestep)  # fmt: skip
+    config = FitConfig(basis=_recipe(args), prompt=args.prompt, rank=args.rank, steps=args.fit_steps, learning_rate=args.fit_rate, weighting=args.weighting, min_timestep=args.min_timestep, max_timestep=args.max_timestep)  # fmt: skip
     _faces(args, accelerator)
     people = find_people(args.photos)
     size = args.image_size
@@ -187,7 +218,7 @@ def held_out(people: Sequence[FittedPerson], share: float) -> tuple[list[FittedP
 
 
 def _fitted(args: argparse.Namespace, run: Run) -> list[FittedPerson]:
-    return list(read_people(run.people, find_people(args.photos)))
+    return list(read_people(run.people, find_people(args.photos), _recipe(args)))
 
 
 def _faces(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Faces, EncoderConfig]:
@@ -242,12 +273,16 @@ def _load_encoder(encoder: Module, path: Path) -> None:
 def _beginning(path: Path, config: HyperNetConfig) -> HyperNet:
     """The hypernetwork that a training begins with, extended by convolutions if those are trained and it has none.
 
+    In another basis, or of another rank, its read-outs begin anew.
+
     Raises:
-        HyperNetError: if its sizes, layers or basis are others than those of the training.
+        HyperNetError: if its sizes or layers are others than those of the training.
     """
     net = hypernet_file.load(path)
     if net.config.layout == config.layout.without_convolutions() != config.layout:
         net = extend(net, config.layout)
+    if (net.config.basis, net.config.rank) != (config.basis, config.rank):
+        net = rebase(net, config.basis, config.rank)
     own, other = ({**c.fields(), "iterations": 0, "layout": c.layout, "basis": c.basis} for c in (config, net.config))
     if different := sorted(name for name in own if own[name] != other[name]):
         raise HyperNetError(
@@ -259,12 +294,14 @@ def _beginning(path: Path, config: HyperNetConfig) -> HyperNet:
 
 def _net_config(args: argparse.Namespace, base: BaseModel, encoder: EncoderConfig) -> HyperNetConfig:
     return HyperNetConfig(
-        base.denoiser.layout, _basis(args), encoder, width=args.width, depth=args.depth, rank=args.rank,
+        base.denoiser.layout, _recipe(args), encoder, width=args.width, depth=args.depth, rank=args.rank,
         iterations=args.max_iterations, free_down=args.free_down, prompt=args.prompt,
     )  # fmt: skip
 
 
-def _basis(args: argparse.Namespace) -> BasisRecipe:
+def _recipe(args: argparse.Namespace) -> BasisRecipe:
+    if args.basis is not None:
+        return basis_file.load(args.basis)[1]
     return BasisRecipe(args.basis_seed, args.down_dim, args.up_dim)
 
 
@@ -275,7 +312,7 @@ def _averaged(config: HyperNetConfig, average: dict[str, Tensor]) -> HyperNet:
     return averaged.eval()
 
 
-_STAGES = {"precompute": _precompute, "pretrain": _pretrain, "train": _train, "evaluate": _evaluate}
+_STAGES = {"basis": _basis, "precompute": _precompute, "pretrain": _pretrain, "train": _train, "evaluate": _evaluate}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -301,6 +338,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="what `pretrain` wrote into another folder, for `train`, or for another `pretrain` to go on with",
     )
+    parser.add_argument(
+        "--basis", type=Path, help="what `basis` wrote, for `precompute` and `train`; else a random one"
+    )
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     parser.add_argument("--mixed-precision", choices=tuple(_DTYPES), default="bf16")
     parser.add_argument(
@@ -312,7 +352,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out", type=float, default=0.02, help="share of the people kept for evaluate")
     fit, basis, encoder, basic = FitConfig(), BasisRecipe(), EncoderConfig(), HyperNetConfig(Layout("sd1", ()))
     numbers = {
-        "group": 32, "fit_steps": fit.steps, "fit_rate": fit.learning_rate, "image_size": 512, "basis_seed": basis.seed,
+        "basis_people": 64, "group": 32, "fit_steps": fit.steps, "fit_rate": fit.learning_rate, "image_size": 512, "basis_seed": basis.seed,
         "down_dim": basis.down_dim, "up_dim": basis.up_dim, "encoder_size": encoder.image_size,
         "encoder_width": encoder.token_width, "encoder_depth": encoder.depth, "patch_size": encoder.patch_size,
         "summary": encoder.summary,

@@ -7,11 +7,11 @@ from comfy_api.latest import ComfyExtension, io
 from .finetune import FastFinetune
 from .host.folders import register_folders
 from .hypernet import LoadHyperNet, PredictLiDB
-from .lidb import ApplyLiDBToModel, BlendLiDB, LoadLiDB, SaveLiDB
+from .lidb import ApplyLiDBToModel, BlendLiDB, EmptyLiDB, LoadLiDB, SaveLiDB
 from .lora import SaveLiDBAsLoRA
 
 NODES: list[type[io.ComfyNode]] = [
-    LoadHyperNet, PredictLiDB, FastFinetune, ApplyLiDBToModel, SaveLiDB, LoadLiDB, BlendLiDB, SaveLiDBAsLoRA,
+    LoadHyperNet, PredictLiDB, EmptyLiDB, FastFinetune, ApplyLiDBToModel, SaveLiDB, LoadLiDB, BlendLiDB, SaveLiDBAsLoRA,
 ]  # fmt: skip
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..hdb_core import lidb_file
-from ..hdb_core.errors import LiDBFileError
-from ..hdb_core.lidb import STRENGTHS, LiDB, Strengths, weighted_sum
-from .host.folders import find_lidb, save_to_output, saved_lidbs
+from ..hdb_core import basis_file, lidb_file
+from ..hdb_core.errors import BasisFileError, LiDBFileError
+from ..hdb_core.lidb import STRENGTHS, LiDB, Strengths, nobody, weighted_sum
+from .host.folders import find_basis, find_lidb, provide_basis, save_to_output, saved_bases, saved_lidbs
 from .host.progress import send_text
 from .host.targets import apply_lidb
 from .types import CATEGORY, LIDB
@@ -147,8 +147,46 @@ class LoadLiDB(io.ComfyNode):
 
     @classmethod
     def execute(cls, lidb_name: str) -> io.NodeOutput:
-        lidb = lidb_file.load(find_lidb(lidb_name))
+        path = find_lidb(lidb_name)
+        provide_basis(lidb_file.read_header(path).basis)
+        lidb = lidb_file.load(path)
         return io.NodeOutput(lidb, lidb.info.get("prompt", ""))
+
+
+class EmptyLiDB(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EmptyLiDB",
+            display_name="Empty LiDB",
+            category=CATEGORY,
+            description="Nobody yet, in a basis that was learned from people: Fast Finetune learns a person sooner from there.",
+            inputs=[
+                io.Combo.Input(
+                    "basis_name",
+                    options=saved_bases(),
+                    tooltip="Files in models/lidb_basis and the lidb_basis paths of extra_model_paths.yaml, each for one base model. Press R to refresh.",
+                ),
+            ],
+            outputs=[
+                LIDB.Output(display_name="lidb", tooltip="Connect the lidb of Fast Finetune. Changes nothing itself.")
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, basis_name: str | None) -> bool | str:
+        try:
+            return basis_name is None or bool(find_basis(basis_name))
+        except BasisFileError as error:
+            return str(error)
+
+    @classmethod
+    def fingerprint_inputs(cls, basis_name: str) -> str:
+        return basis_file.read_digest(find_basis(basis_name))
+
+    @classmethod
+    def execute(cls, basis_name: str) -> io.NodeOutput:
+        return io.NodeOutput(nobody(*basis_file.load(find_basis(basis_name))))
 
 
 class BlendLiDB(io.ComfyNode):

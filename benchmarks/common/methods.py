@@ -183,7 +183,7 @@ class FastFinetuning:
     @property
     def config(self) -> dict[str, Any]:
         """Every field of FinetuneConfig, but what the photo shows: `described` says whether it is told."""
-        basis = asdict(FinetuneConfig().basis) | self.settings.get("basis", {})
+        basis = FinetuneConfig().basis.fields() | self.settings.get("basis", {})
         config = {**asdict(FinetuneConfig()), **self.settings, "basis": basis}
         del config["photo_words"]
         return config

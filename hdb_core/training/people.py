@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..basis import BasisRecipe
 from ..errors import HyperNetError
 from ..lidb import Factors
 from .base_model import BaseModel
@@ -59,9 +60,10 @@ def precompute(
     Raises:
         HyperNetError: if a photo cannot be read, or the folder holds groups of other settings.
     """
-    settings = {**asdict(config), "image_size": image_size, "group": group, "layout": base.denoiser.layout.hash}
+    settings = asdict(config) | {"basis": config.basis.fields(), "image_size": image_size, "group": group}
+    settings["layout"] = base.denoiser.layout.hash
     for missing in missing_groups(folder, people, settings, group, share, report):
-        latents = [_encode(base, person, image_size) for person in missing.people]
+        latents = [encode(base, person, image_size) for person in missing.people]
         words = [[photo.words for photo in person.photos] for person in missing.people]
         masks = [regions(person, own) for person, own in zip(missing.people, latents, strict=True)]
         generator = torch.Generator().manual_seed(missing.number)
@@ -70,11 +72,11 @@ def precompute(
         missing.write({"up": up, "latents": torch.cat(latents).half().cpu(), "counts": counts})
 
 
-def read_people(folder: Path, people: Sequence[Person]) -> Iterator[FittedPerson]:
+def read_people(folder: Path, people: Sequence[Person], basis: BasisRecipe) -> Iterator[FittedPerson]:
     """All that `precompute` wrote, in the order of the groups.
 
     Raises:
-        HyperNetError: if nothing is there, or somebody is no longer among ``people``.
+        HyperNetError: if nothing is there, somebody is no longer among ``people``, or they were fitted in another basis.
     """
     known = {person.name: person for person in people}
     paths = group_paths(folder)
@@ -82,8 +84,13 @@ def read_people(folder: Path, people: Sequence[Person]) -> Iterator[FittedPerson
         raise HyperNetError(f"{folder} holds no fitted people. Run precompute first.")
     for path in paths:
         with safe_open(path, "pt") as file:
-            names = json.loads(file.metadata()["names"])
+            names, settings = (json.loads(file.metadata()[name]) for name in ("names", "settings"))
             up, latents, counts = (file.get_tensor(name) for name in ("up", "latents", "counts"))
+        if settings["basis"] != basis.fields() and bool(up.any()):
+            raise HyperNetError(
+                f"The people of {folder} were fitted in another basis. Give the stages the same --basis and its options, "
+                "or run precompute in a new folder."
+            )
         for name, own_up, own in zip(names, up, latents.split(counts.tolist()), strict=True):
             if name not in known or len(known[name].photos) != len(own):
                 raise HyperNetError(
@@ -102,6 +109,7 @@ def regions(person: Person, latents: Tensor) -> Tensor:
     return torch.stack([photo.region(*latents.shape[-2:]) for photo in person.photos]).to(latents.device)
 
 
-def _encode(base: BaseModel, person: Person, image_size: int) -> Tensor:
+def encode(base: BaseModel, person: Person, image_size: int) -> Tensor:
+    """Somebody's photos as model-space latents (N, C, h, w) float32 on the model's device."""
     pixels = torch.stack([photo.pixels(image_size) for photo in person.photos])
     return base.encode(pixels.movedim(-1, 1)).to(base.denoiser.device)

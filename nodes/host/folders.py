@@ -1,16 +1,20 @@
-"""Where our files live: models/lidb, the output folder's lidb, models/hyperdreambooth, and extra_model_paths.yaml."""
+"""Where our files live: models/lidb, the output folder's lidb, models/hyperdreambooth, models/lidb_basis, and
+extra_model_paths.yaml."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
 
-from ...hdb_core.errors import HDBError, HyperNetFileError, LiDBFileError
+from ...hdb_core import basis_file
+from ...hdb_core.basis import BasisRecipe, is_known
+from ...hdb_core.errors import BasisFileError, HDBError, HyperNetFileError, LiDBFileError
 
-LIDBS, HYPERNETS = "lidb", "hyperdreambooth"
+LIDBS, HYPERNETS, BASES = "lidb", "hyperdreambooth", "lidb_basis"
 EXTENSION = ".safetensors"
 
 
@@ -20,6 +24,7 @@ def register_folders() -> None:
         LIDBS, os.path.join(folder_paths.models_dir, LIDBS), os.path.join(folder_paths.get_output_directory(), LIDBS)
     )
     _register(HYPERNETS, os.path.join(folder_paths.models_dir, HYPERNETS))
+    _register(BASES, os.path.join(folder_paths.models_dir, BASES))
 
 
 def _register(category: str, *ours: str) -> None:
@@ -34,6 +39,10 @@ def saved_lidbs() -> list[str]:
 
 def saved_hypernets() -> list[str]:
     return folder_paths.get_filename_list(HYPERNETS)
+
+
+def saved_bases() -> list[str]:
+    return folder_paths.get_filename_list(BASES)
 
 
 def find_lidb(name: str) -> Path:
@@ -52,6 +61,26 @@ def find_hypernet(name: str) -> Path:
         HyperNetFileError: as `find_lidb`.
     """
     return _find(HYPERNETS, name, "HyperNet", HyperNetFileError)
+
+
+def find_basis(name: str) -> Path:
+    """The file of a name from `saved_bases`.
+
+    Raises:
+        BasisFileError: as `find_lidb`.
+    """
+    return _find(BASES, name, "basis", BasisFileError)
+
+
+def provide_basis(recipe: BasisRecipe) -> None:
+    """Read the file of a learned basis, if one of `saved_bases` is it; whoever needs it says so if none is."""
+    if is_known(recipe):
+        return
+    for name in saved_bases():
+        with suppress(BasisFileError, OSError):
+            if basis_file.read_digest(path := find_basis(name)) == recipe.learned:
+                basis_file.load(path)
+                return
 
 
 def _find(category: str, name: str, what: str, error: type[HDBError]) -> Path:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from benchmarks import training as comparison
-from hdb_core import hypernet_file, train
+from hdb_core import basis_file, hypernet_file, train
 from hdb_core.errors import HyperNetError
 from hdb_core.training import trainer, vision
 from hdb_core.training.faces import PhotoPixels
@@ -210,8 +210,30 @@ def test_training_begins_with_another_hypernetwork(model, photos, fitted, tmp_pa
     assert run("train", model, photos, second, "--steps", "1", "--learning-rate", "1e-9", *start) == 0
     for name, weight in hypernet_file.load(first / "hypernet.safetensors").state_dict().items():
         torch.testing.assert_close(weights(second)[f"net.{name}"], weight, atol=1e-6, rtol=1e-6)
-    assert run("train", model, photos, other, "--steps", "1", "--basis-seed", "1", *start) == 1
-    assert "differs from the hypernetwork to be trained in: basis" in capsys.readouterr().err
+    assert run("train", model, photos, other, "--steps", "1", "--prompt", "a [w] face", *start) == 1
+    assert "differs from the hypernetwork to be trained in: prompt" in capsys.readouterr().err
+
+
+def test_everything_in_a_learned_basis(model, photos, fitted, tmp_path, capsys):
+    """Learned, fitted and predicted in it; a hypernetwork of another basis lends all but its read-outs."""
+    folder, first = tmp_path / "run", copied(fitted, tmp_path / "first")
+    assert run("basis", model, photos, folder, "--basis-people", "4") == 0
+    made = (folder / "basis.safetensors").stat().st_mtime_ns
+    assert run("basis", model, photos, folder) == 0 and (folder / "basis.safetensors").stat().st_mtime_ns == made
+    basis = ["--basis", str(folder / "basis.safetensors")]
+    assert run("train", model, photos, first, "--steps", "1", *basis) == 1
+    assert "fitted in another basis" in capsys.readouterr().err
+    assert run("train", model, photos, first, "--steps", "2") == 0
+    start = ["--begin-with", str(first / "hypernet.safetensors"), "--learning-rate", "1e-9", "--steps", "1"]
+    assert run("precompute", model, photos, folder, *basis) == 0
+    assert run("train", model, photos, folder, *basis, *start) == 0
+    before, after = (hypernet_file.load(path / "hypernet.safetensors") for path in (first, folder))
+    _, recipe = basis_file.load(folder / "basis.safetensors")
+    assert after.config.basis == recipe != before.config.basis
+    assert run("evaluate", model, photos, folder, *basis) == 0
+    for name, weight in before.state_dict().items():
+        same = torch.allclose(after.state_dict()[name], weight, atol=1e-6)
+        assert same != name.startswith(("weights_in.", "readout", "offset", "scale")) or name == "down_start"
 
 
 def test_training_goes_on_with_the_convolutions(model, photos, fitted, tmp_path, capsys):

@@ -1,0 +1,204 @@
+"""A basis learned from people: the directions of weight changes that the photos of one person agree in.
+
+At the base model, the gradient of the diffusion loss with respect to a layer's weight says what a photo asks of it.
+Of two halves of somebody's photos, what both ask for is the person; clothes, background and noise differ. Summed over
+people, the products of the two are therefore the covariance of what persons ask for, and its principal directions, on
+the input side and on the output side, are the basis. They are found by subspace iteration: the covariance is only ever
+multiplied by a few vectors, and one pass over the people makes one iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..basis import orthonormal_columns
+from ..errors import BasisError
+from ..finetune import Batch, Denoiser, between, diffusion_loss, require_noise_levels, weighted
+from ..layout import Layer
+from ..prompt import caption
+from .fit import draw
+
+_OVERSAMPLING = 1.5  # vectors that are iterated, for each one that is kept
+
+
+@dataclass(frozen=True)
+class BasisConfig:
+    """How a basis is learned.
+
+    Attributes:
+        down_dim: a.
+        up_dim: b.
+        draws: noise levels for each photo.
+        passes: over the people, one iteration each.
+        weighting: of the noise levels, one of `finetune.WEIGHTINGS`.
+        min_timestep: lower end of the noise levels, as a fraction of the schedule.
+        max_timestep: upper end.
+        prompt: of everybody, with the rare token; a photo's own words follow it.
+        seed: of the noise.
+    """
+
+    down_dim: int = 100
+    up_dim: int = 50
+    draws: int = 4
+    passes: int = 2
+    weighting: str = "v"
+    min_timestep: float = 0.0
+    max_timestep: float = 0.8
+    prompt: str = "a [v] face"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_noise_levels(self.weighting, self.min_timestep, self.max_timestep)
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Of one person.
+
+    Attributes:
+        latents: (N, C, h, w) float32 in the model's latent space.
+        words: what each shows besides the person.
+        masks: (N, 1, h, w), how much each place of a photo counts; of mean 1.
+    """
+
+    latents: Tensor
+    words: Sequence[str]
+    masks: Tensor
+
+    def halves(self) -> tuple[Photos, Photos]:
+        """Every other photo, and the rest; a single one twice."""
+        even, odd = slice(0, None, 2), slice(1, None, 2)
+        return self._some(even), self._some(odd if len(self.latents) > 1 else even)
+
+    def _some(self, part: slice) -> Photos:
+        return Photos(self.latents[part], self.words[part], self.masks[part])
+
+
+def learn_basis(
+    denoiser: Denoiser, people: Sequence[Photos], config: BasisConfig, callback: Callable[[], None] | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The principal directions of what people ask of every layer; see the module's text.
+
+    The directions of a side are mixed by a frozen rotation: they span the same, but Adam, which moves every coordinate
+    by about as much, then does not move the weakest direction as far as the strongest.
+
+    Args:
+        denoiser: the frozen model; encodes each prompt for its own sample.
+        people: two photos of each, or more; of a single one the two halves differ only in their noise.
+        config: settings.
+        callback: called after every person of every pass.
+
+    Returns:
+        Layer name → (down_aux (a', in), up_aux (out, b')), orthonormal float32 on the CPU.
+
+    Raises:
+        BasisError: if there is nobody, or a gradient is not finite.
+    """
+    if not people:
+        raise BasisError("A basis cannot be learned from nobody. Give --photos a folder with people.")
+    layers = denoiser.layout.layers
+    device = people[0].latents.device
+    inputs = {layer.name: Directions(layer.in_features, config.down_dim, device) for layer in layers}
+    outputs = {layer.name: Directions(layer.out_features, config.up_dim, device) for layer in layers}
+    with trainable_weights(denoiser):
+        for number in range(config.passes):
+            for index, person in enumerate(people):
+                one, other = (
+                    _gradients(denoiser, half, config, 2 * index + i) for i, half in enumerate(person.halves())
+                )
+                for name, gradient in one.items():
+                    inputs[name].add(gradient, other[name])
+                    outputs[name].add(gradient.mT, other[name].mT)
+                if callback is not None:
+                    callback()
+            if number + 1 < config.passes:
+                for side in (*inputs.values(), *outputs.values()):
+                    side.iterate()
+    return {
+        layer.name: (
+            _mixed(inputs[layer.name], layer, "down").mT.contiguous(),
+            _mixed(outputs[layer.name], layer, "up"),
+        )
+        for layer in layers
+    }
+
+
+class Directions:
+    """The principal directions of one side of a layer, by subspace iteration.
+
+    Args:
+        size: of the side.
+        dim: how many are wanted; of a smaller side all.
+        device: of the gradients.
+    """
+
+    def __init__(self, size: int, dim: int, device: torch.device) -> None:
+        self.dim = min(size, dim)
+        count = min(size, round(_OVERSAMPLING * dim))
+        generator = torch.Generator().manual_seed(0)
+        self.vectors = torch.linalg.qr(torch.randn(size, count, generator=generator))[0].to(device)
+        self.product = torch.zeros_like(self.vectors)
+
+    def add(self, one: Tensor, other: Tensor) -> None:
+        """Add a person's part of the covariance times the vectors: of the gradients (…, size) of two halves."""
+        self.product += one.mT @ (other @ self.vectors) + other.mT @ (one @ self.vectors)
+
+    def iterate(self) -> None:
+        """Go on with what the covariance made of the vectors."""
+        if not bool(self.product.isfinite().all()):
+            raise BasisError("A gradient is NaN or infinite. Check the photos and the model, or use float32.")
+        self.vectors = torch.linalg.qr(self.product)[0]
+        self.product = torch.zeros_like(self.vectors)
+
+    def principal(self) -> Tensor:
+        """(size, dim) float64 on the CPU, orthonormal, the strongest first (Rayleigh-Ritz)."""
+        vectors, product = self.vectors.double().cpu(), self.product.double().cpu()
+        small = vectors.mT @ product
+        return vectors @ torch.linalg.eigh(small + small.mT)[1][:, -self.dim :].flip(1)
+
+
+def adapted_weights(denoiser: Denoiser) -> dict[str, nn.Parameter]:
+    """Layer name → its weight, of a linear layer or a convolution."""
+    return {name: cast(nn.Parameter, module.weight) for name, module in denoiser.modules.items()}
+
+
+@contextmanager
+def trainable_weights(denoiser: Denoiser) -> Iterator[None]:
+    """The adapted layers' weights get gradients within, and have none afterwards."""
+    weights = adapted_weights(denoiser).values()
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+            weight.grad = None
+
+
+def _gradients(denoiser: Denoiser, photos: Photos, config: BasisConfig, seed: int) -> Mapping[str, Tensor]:
+    """Layer name → the gradient (out, in) float32 of the mean loss of some photos."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + seed)
+    latents, masks = (t.repeat(config.draws, 1, 1, 1) for t in (photos.latents, photos.masks))
+    weight = torch.full((len(latents),), 1 / len(latents), device=latents.device)
+    levels = between(denoiser.sigmas(), config.min_timestep, config.max_timestep)
+    batch: Batch = draw(levels, latents, weight, generator)._replace(mask=masks)
+    prompts = [caption(config.prompt, words) for words in photos.words] * config.draws
+    weights = adapted_weights(denoiser)
+    for own in weights.values():
+        own.grad = None
+    batch = weighted(denoiser, batch, config.weighting)
+    diffusion_loss(denoiser, batch, denoiser.encode_prompts(prompts)).backward()
+    return {name: own.grad.flatten(1).float() for name, own in weights.items() if own.grad is not None}
+
+
+def _mixed(directions: Directions, layer: Layer, side: str) -> Tensor:
+    """(size, dim) float32: the principal directions, rotated among themselves."""
+    rotation = orthonormal_columns(0, layer.name, f"mix {side}", directions.dim, directions.dim)
+    return (directions.principal() @ torch.from_numpy(rotation).double()).float()

@@ -1,0 +1,199 @@
+"""A basis learned from people: what it finds, and its file."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from hdb_core import basis, basis_file, lidb_file
+from hdb_core.basis import BasisRecipe, bases_of, is_known, layer_basis
+from hdb_core.errors import BasisError, BasisFileError, LiDBFileError
+from hdb_core.layout import Layer, Layout
+from hdb_core.lidb import LiDB, core, delta_weight, nobody, norm, start_down
+from hdb_core.training.basis import BasisConfig, Directions, Photos, _gradients, learn_basis, trainable_weights
+
+DIMS = {"down_dim": 6, "up_dim": 4}
+FILE = "basis.safetensors"
+
+
+def people(count, first=0, photos=2):
+    """Everybody's photos share a picture of their own."""
+    generator = torch.Generator().manual_seed(first)
+    shared = torch.randn(count, 1, 4, 6, 6, generator=generator)
+    latents = shared + 0.3 * torch.randn(count, photos, 4, 6, 6, generator=generator)
+    words = ["smiling", "at the beach", "", "at night"][:photos]
+    return [Photos(own, words, torch.ones_like(own[:, :1])) for own in latents]
+
+
+@pytest.fixture
+def learned(toy):
+    return learn_basis(toy, people(6), BasisConfig(**DIMS))
+
+
+@pytest.fixture
+def path(toy, learned, tmp_path):
+    basis_file.save(toy.layout, learned, (6, 4), tmp_path / FILE, {"people": "6"})
+    return tmp_path / FILE
+
+
+@pytest.fixture
+def forgotten(monkeypatch):
+    """As in a process that has read no basis yet."""
+
+    def forget():
+        monkeypatch.setattr(basis, "_LEARNED", {})
+        layer_basis.cache_clear()
+
+    yield forget
+    layer_basis.cache_clear()
+
+
+def test_finds_what_two_halves_agree_in_beneath_larger_differences():
+    """The context of a photo asks for more than the person, and differs from photo to photo."""
+    generator = torch.Generator().manual_seed(0)
+    identity, context = torch.linalg.qr(torch.randn(20, 2, generator=generator))[0].T
+    directions = Directions(20, 1, torch.device("cpu"))
+    for _ in range(3):
+        directions.iterate()
+        for _ in range(400):
+            person = torch.randn(3, 1, generator=generator) * identity
+            directions.add(*(person + 3 * torch.randn(3, 1, generator=generator) * context for _ in range(2)))
+    found = directions.principal()[:, 0].float()
+    assert (found @ identity).abs() > 0.95 and (found @ context).abs() < 0.3
+
+
+def test_orthonormal_and_cut_to_the_layers(toy, learned):
+    for layer in toy.layout.layers:
+        down_aux, up_aux = learned[layer.name]
+        assert down_aux.shape == (6, layer.in_features) and up_aux.shape == (layer.out_features, 4)
+        torch.testing.assert_close(down_aux @ down_aux.T, torch.eye(6), atol=1e-5, rtol=0)
+        torch.testing.assert_close(up_aux.T @ up_aux, torch.eye(4), atol=1e-5, rtol=0)
+    wide = learn_basis(toy, people(2), BasisConfig(100, 50))
+    assert all(down.shape[0] == down.shape[1] and up.shape[0] == up.shape[1] for down, up in wide.values())
+
+
+def test_holds_more_of_an_unseen_person_than_a_random_basis(toy, learned):
+    random = bases_of(BasisRecipe(0, **DIMS), toy.layout)
+    with trainable_weights(toy):
+        asked = _gradients(toy, people(1, first=99)[0], BasisConfig(), 0)
+
+    def share(bases):
+        held = sum((bases[n][1].T @ g @ bases[n][0].T).square().sum() for n, g in asked.items())
+        return float(held / sum(g.square().sum() for g in asked.values()))
+
+    assert share(learned) > 3 * share(random)
+
+
+def test_repeatable_and_leaves_model_and_generator_alone(toy, learned):
+    before, state = [w.clone() for w in toy.net.parameters()], torch.random.get_rng_state()
+    again = learn_basis(toy, people(6), BasisConfig(**DIMS))
+    assert all(torch.equal(a, b) for name in learned for a, b in zip(learned[name], again[name], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, toy.net.parameters(), strict=True))
+    assert all(w.grad is None and not w.requires_grad for w in toy.net.parameters())
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_single_photo_is_seen_under_two_noises(toy):
+    (person,) = people(1, photos=1)
+    assert [len(half.latents) for half in person.halves()] == [1, 1]
+    with trainable_weights(toy):
+        one, other = (_gradients(toy, half, BasisConfig(), i) for i, half in enumerate(person.halves()))
+    assert all(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_nobody_to_learn_from_and_broken_photos(toy):
+    with pytest.raises(BasisError, match="nobody"):
+        learn_basis(toy, [], BasisConfig())
+    (person,) = people(1)
+    person.latents.fill_(torch.nan)
+    with pytest.raises(BasisError, match="NaN"):
+        learn_basis(toy, [person], BasisConfig(**DIMS))
+
+
+def test_the_file_brings_the_basis_back_orthonormal(toy, learned, path):
+    layout, recipe = basis_file.load(path)
+    assert layout == toy.layout and recipe.learned == basis_file.read_digest(path) and is_known(recipe)
+    for name, (down_aux, up_aux) in bases_of(recipe, layout).items():
+        torch.testing.assert_close(down_aux @ down_aux.T, torch.eye(6), atol=1e-6, rtol=0)
+        torch.testing.assert_close(down_aux, learned[name][0], atol=1e-3, rtol=0)
+        torch.testing.assert_close(up_aux, learned[name][1], atol=1e-3, rtol=0)
+
+
+def test_the_algebra_on_the_core_is_that_of_the_full_matrices(path):
+    layout, recipe = basis_file.load(path)
+    generator = torch.Generator().manual_seed(1)
+    down, up = (torch.randn(len(layout.layers), *shape, generator=generator) for shape in ((2, 6), (4, 2)))
+    person = LiDB(layout, recipe, down, up)
+    full = sum(delta_weight(person, i).square().sum() for i in range(len(layout.layers))).sqrt()
+    torch.testing.assert_close(norm(person), full, atol=0, rtol=1e-5)
+
+
+def test_a_person_in_it_needs_its_file(path, tmp_path, forgotten):
+    layout, recipe = basis_file.load(path)
+    up = torch.randn(len(layout.layers), 4, 1, generator=torch.Generator().manual_seed(1))
+    person = LiDB(layout, recipe, start_down(recipe, layout, 1), up)
+    lidb_file.save(person, tmp_path / "person.safetensors")
+    forgotten()
+    assert lidb_file.read_header(tmp_path / "person.safetensors").basis == recipe
+    with pytest.raises(LiDBFileError, match=r"learned basis .* is not there"):
+        lidb_file.load(tmp_path / "person.safetensors")
+    basis_file.load(path)
+    loaded = lidb_file.load(tmp_path / "person.safetensors")
+    assert loaded.basis == recipe and (core(loaded) - core(person)).norm() < 1e-3 * norm(person)
+
+
+def test_of_another_model_it_is_refused(path):
+    _, recipe = basis_file.load(path)
+    for layer in (Layer("unet.other", 32, 32), Layer(next(iter(basis._LEARNED[recipe.learned])), 33, 32)):
+        with pytest.raises(BasisError, match="another model"):
+            layer_basis(recipe, layer)
+
+
+def test_nobody_changes_nothing(path):
+    person = nobody(*basis_file.load(path))
+    assert person.rank == 1 and norm(person) == 0
+    assert torch.equal(person.down, start_down(person.basis, person.layout, 1))
+
+
+@pytest.mark.parametrize("size", [20, -10])
+def test_a_cut_file_is_refused(path, size):
+    os.truncate(path, size if size > 0 else path.stat().st_size + size)
+    with pytest.raises(BasisFileError):
+        basis_file.load(path)
+
+
+def test_other_sizes_than_the_header_says_are_refused(toy, learned, tmp_path):
+    for dims in ((7, 4), (6, 3)):
+        basis_file.save(toy.layout, learned, dims, tmp_path / FILE, {})
+        with pytest.raises(BasisFileError, match="disagree"):
+            basis_file.load(tmp_path / FILE)
+
+
+def test_vectors_that_are_not_orthonormal_are_refused(toy, learned, tmp_path):
+    doubled = {name: (2 * down, up) for name, (down, up) in learned.items()}
+    basis_file.save(toy.layout, doubled, (6, 4), tmp_path / FILE, {})
+    with pytest.raises(BasisFileError, match="not orthonormal"):
+        basis_file.load(tmp_path / FILE)
+
+
+def test_infinite_numbers_are_not_written(toy, learned, tmp_path):
+    broken = {name: (torch.full_like(down, torch.nan), up) for name, (down, up) in learned.items()}
+    with pytest.raises(BasisFileError, match="nothing was written"):
+        basis_file.save(toy.layout, broken, (6, 4), tmp_path / FILE, {})
+    assert not (tmp_path / FILE).exists()
+
+
+def test_another_file_has_another_name(toy, learned, path, tmp_path):
+    basis_file.save(toy.layout, learned, (6, 4), tmp_path / "again.safetensors", {"people": "6"})
+    assert basis_file.read_digest(tmp_path / "again.safetensors") == basis_file.read_digest(path)
+    other = learn_basis(toy, people(6, first=1), BasisConfig(**DIMS))
+    basis_file.save(toy.layout, other, (6, 4), tmp_path / "other.safetensors", {"people": "6"})
+    assert basis_file.load(tmp_path / "other.safetensors")[1] != basis_file.load(path)[1]
+
+
+def test_random_bases_keep_their_hash():
+    """Files that were written before there were learned bases stay readable."""
+    layout = Layout("sd1", (Layer("unet.x", 40, 30),))
+    assert BasisRecipe().hash(layout) == "c407860631014442cfc7eb39e353d0f5211984c3dda26d583ed158056d60b1b7"
