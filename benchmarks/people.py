@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from devtools import environment
 from hdb_core.finetune import FinetuneConfig
 
 from .common.bench import chosen_subjects, open_bench, parser
@@ -23,6 +24,7 @@ from .common.dreambooth import DreamBoothConfig
 from .common.methods import Base, Caption, DreamBooth, FastFinetuning, Method, RealPictures, Stranger, chosen_rows
 from .common.results import Table, add_options, make_and_report
 
+BASIS = environment.BASE / "models" / "lidb_basis" / environment.BASIS
 NARROW = {"down_dim": 25, "up_dim": 12}
 
 

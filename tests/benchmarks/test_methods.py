@@ -8,7 +8,17 @@ from benchmarks.common.bench import Bench, parsed_settings
 from benchmarks.common.cells import Cell
 from benchmarks.common.dreambooth import DreamBoothConfig
 from benchmarks.common.kept import KeptScores, Place
-from benchmarks.common.methods import LORA, DreamBooth, FastFinetuning, LoRA, Predicted, Stranger, chosen_rows, fill
+from benchmarks.common.methods import (
+    LORA,
+    DreamBooth,
+    FastFinetuning,
+    LearnedBasis,
+    LoRA,
+    Predicted,
+    Stranger,
+    chosen_rows,
+    fill,
+)
 from benchmarks.common.results import share
 from benchmarks.common.studio import Sampling
 from benchmarks.common.subjects import Subject
@@ -149,6 +159,8 @@ def test_sweeps(tmp_path):
     assert [m.name for m in cold] == [m.name for m in warm] == [m.name for m in lora] == names
     assert cold[1].settings == warm[1].settings == {"learning_rate": 0.02, "freeze_down": True}
     assert (cold[1].start, warm[1].start) == (None, Predicted("hyper", net))
+    (learned,) = tune.swept("learned", [], net, basis=net)
+    assert learned.start == LearnedBasis(net) and learned.start.settings != cold[0].config
     assert lora[1].settings == {**LORA, "learning_rate": 0.02, "freeze_down": True}
     (reference,) = tune.swept("dreambooth", ["rate=1e-5"], net, checkpoints=[3, 5])
     assert list(reference.rows) == ["rate=1e-05@3", "rate=1e-05@5"]

@@ -49,6 +49,7 @@ def host(base_directory: Path):
 NODE_IDS = (
     "LoadHyperNet",
     "PredictLiDB",
+    "EmptyLiDB",
     "FastFinetune",
     "ApplyLiDBToModel",
     "SaveLiDB",
