@@ -23,6 +23,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -32,19 +33,19 @@ from torch.nn import Module
 from tqdm import tqdm
 
 from . import basis_file, hypernet_file
-from .basis import BasisRecipe
+from .basis import BasisRecipe, bases_of
 from .errors import HDBError, HyperNetError
 from .hypernet import EncoderConfig, HyperNet, HyperNetConfig, extend, initialised, rebase
 from .layout import Layout
 from .prompt import CLASS_PROMPT
 from .training.base_model import BaseModel, load_base_model
-from .training.basis import BasisConfig, Photos, learn_basis
+from .training.basis import BasisConfig, Photos, held_share, learn_basis
 from .training.faces import AUGMENTATIONS, Faces, PhotoPixels
 from .training.fit import FitConfig
 from .training.loop import FromFaces, PersonLoss, TrainConfig
 from .training.losses import mean_predictor_loss
 from .training.people import FittedPerson, encode, precompute, read_people, regions, stacked
-from .training.photos import find_people
+from .training.photos import Person, find_people
 from .training.pretrain import PhotoLoss, PhotoPredictor
 from .training.samples import SampleConfig, SampleGrid
 from .training.tokens import PhotoTokens, precompute_tokens
@@ -62,6 +63,9 @@ _PATHS = (
     "basis",
 )  # of a machine, in no file
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+Someone = TypeVar("Someone")
 
 
 class Run:
@@ -99,22 +103,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _basis(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
-    run = Run(args.folder)
-    if run.basis.exists():
-        accelerator.print(f"{run.basis} is there.")
-        return
+    """One process learns it; how much it holds of people who are kept from training is measured beside a random one."""
     if not accelerator.is_main_process:
         return
+    run, denoiser = Run(args.folder), base.denoiser
     config = BasisConfig(down_dim=args.down_dim, up_dim=args.up_dim, prompt=args.prompt, draws=args.draws, weighting=args.weighting, min_timestep=args.min_timestep, max_timestep=args.max_timestep, seed=args.seed)  # fmt: skip
-    people = []
-    for person in find_people(args.photos)[: args.basis_people]:
-        latents = encode(base, person, args.image_size)
-        people.append(Photos(latents, [photo.words for photo in person.photos], regions(person, latents)))
-    with tqdm(total=config.passes * len(people), unit="person") as bar:
-        bases = learn_basis(base.denoiser, people, config, lambda: bar.update() and None)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    info = {**{name: str(value) for name, value in asdict(config).items()}, "people": str(len(people))}
-    basis_file.save(base.denoiser.layout, bases, (config.down_dim, config.up_dim), run.basis, info)
+    people, kept = held_out(find_people(args.photos), args.held_out)
+    people, kept = people[: args.basis_people], kept[: args.basis_people]
+    if not run.basis.exists():
+        with tqdm(total=config.passes * len(people), unit="person") as bar:
+            shown = [_photos_of(base, person, args.image_size) for person in people]
+            bases = learn_basis(denoiser, shown, config, lambda: bar.update() and None)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        info = {**{name: str(value) for name, value in asdict(config).items()}, "people": str(len(people))}
+        basis_file.save(denoiser.layout, bases, (config.down_dim, config.up_dim), run.basis, info)
+    _, recipe = basis_file.load(run.basis)
+    both = [bases_of(one, denoiser.layout, denoiser.device) for one in (recipe, replace(recipe, learned=""))]
+    shares = held_share(denoiser, [_photos_of(base, person, args.image_size) for person in kept], both, config)
+    found = {"unseen_people": len(kept), **dict(zip(("held", "held_by_a_random_basis"), shares, strict=True))}
+    accelerator.print(
+        f"Of what {len(kept)} unseen people ask for, the basis holds {shares[0]:.1%}, a random one {shares[1]:.1%}."
+    )
+    (run.folder / "basis.json").write_text(json.dumps(found) + "\n")
+
+
+def _photos_of(base: BaseModel, person: Person, image_size: int) -> Photos:
+    latents = encode(base, person, image_size)
+    return Photos(latents, [photo.words for photo in person.photos], regions(person, latents))
 
 
 def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
@@ -207,7 +222,7 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
         (run.folder / "evaluation.json").write_text(text)
 
 
-def held_out(people: Sequence[FittedPerson], share: float) -> tuple[list[FittedPerson], list[FittedPerson]]:
+def held_out(people: Sequence[Someone], share: float) -> tuple[list[Someone], list[Someone]]:
     """Those to train on, and those kept for ``evaluate``: the last ones, at least one."""
     count = max(1, round(share * len(people)))
     if count >= len(people):

@@ -129,6 +129,32 @@ def learn_basis(
     }
 
 
+def held_share(
+    denoiser: Denoiser,
+    people: Sequence[Photos],
+    bases: Sequence[Mapping[str, tuple[Tensor, Tensor]]],
+    config: BasisConfig,
+) -> list[float]:
+    """How much of what people ask for each of some bases can give: 1 is all, of the layers together.
+
+    Args:
+        denoiser: as for `learn_basis`.
+        people: of whom none was learned from.
+        bases: each layer name → (down_aux, up_aux).
+        config: settings of the noise.
+    """
+    held, total = [0.0] * len(bases), 0.0
+    with trainable_weights(denoiser):
+        for index, person in enumerate(people):
+            one, other = (_gradients(denoiser, half, config, 2 * index + i) for i, half in enumerate(person.halves()))
+            total += sum(float((one[name] * other[name]).sum()) for name in one)
+            for i, basis in enumerate(bases):
+                for name, (down_aux, up_aux) in basis.items():
+                    first, second = (up_aux.T @ gradients[name] @ down_aux.T for gradients in (one, other))
+                    held[i] += float((first * second).sum())
+    return [value / total for value in held]
+
+
 class Directions:
     """The principal directions of one side of a layer, by subspace iteration.
 

@@ -12,7 +12,15 @@ from hdb_core.basis import BasisRecipe, bases_of, is_known, layer_basis
 from hdb_core.errors import BasisError, BasisFileError, LiDBFileError
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import LiDB, core, delta_weight, nobody, norm, start_down
-from hdb_core.training.basis import BasisConfig, Directions, Photos, _gradients, learn_basis, trainable_weights
+from hdb_core.training.basis import (
+    BasisConfig,
+    Directions,
+    Photos,
+    _gradients,
+    held_share,
+    learn_basis,
+    trainable_weights,
+)
 
 DIMS = {"down_dim": 6, "up_dim": 4}
 FILE = "basis.safetensors"
@@ -75,15 +83,11 @@ def test_orthonormal_and_cut_to_the_layers(toy, learned):
 
 
 def test_holds_more_of_an_unseen_person_than_a_random_basis(toy, learned):
-    random = bases_of(BasisRecipe(0, **DIMS), toy.layout)
-    with trainable_weights(toy):
-        asked = _gradients(toy, people(1, first=99)[0], BasisConfig(), 0)
-
-    def share(bases):
-        held = sum((bases[n][1].T @ g @ bases[n][0].T).square().sum() for n, g in asked.items())
-        return float(held / sum(g.square().sum() for g in asked.values()))
-
-    assert share(learned) > 3 * share(random)
+    unseen = people(3, first=99)
+    bases = [learned, bases_of(BasisRecipe(0, **DIMS), toy.layout), bases_of(BasisRecipe(0, 100, 100), toy.layout)]
+    held, held_by_random, complete = held_share(toy, unseen, bases, BasisConfig())
+    assert held > 3 * held_by_random
+    assert complete == pytest.approx(1, abs=1e-4)
 
 
 def test_repeatable_and_leaves_model_and_generator_alone(toy, learned):

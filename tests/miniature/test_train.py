@@ -220,6 +220,8 @@ def test_everything_in_a_learned_basis(model, photos, fitted, tmp_path, capsys):
     assert run("basis", model, photos, folder, "--basis-people", "4") == 0
     made = (folder / "basis.safetensors").stat().st_mtime_ns
     assert run("basis", model, photos, folder) == 0 and (folder / "basis.safetensors").stat().st_mtime_ns == made
+    measured = json.loads((folder / "basis.json").read_text())
+    assert measured["unseen_people"] == 2 and measured["held"] > measured["held_by_a_random_basis"]
     basis = ["--basis", str(folder / "basis.safetensors")]
     assert run("train", model, photos, first, "--steps", "1", *basis) == 1
     assert "fitted in another basis" in capsys.readouterr().err
