@@ -315,8 +315,10 @@ def _net_config(args: argparse.Namespace, base: BaseModel, encoder: EncoderConfi
 
 
 def _recipe(args: argparse.Namespace) -> BasisRecipe:
-    if args.basis is not None:
-        return basis_file.load(args.basis)[1]
+    """The basis of --basis, or what `basis` wrote into the folder, or a random one."""
+    path = args.basis or Run(args.folder).basis
+    if args.basis is not None or path.exists():
+        return basis_file.load(path)[1]
     return BasisRecipe(args.basis_seed, args.down_dim, args.up_dim)
 
 
@@ -353,9 +355,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="what `pretrain` wrote into another folder, for `train`, or for another `pretrain` to go on with",
     )
-    parser.add_argument(
-        "--basis", type=Path, help="what `basis` wrote, for `precompute` and `train`; else a random one"
-    )
+    parser.add_argument("--basis", type=Path, help="what `basis` wrote, if it was not into --folder")
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     parser.add_argument("--mixed-precision", choices=tuple(_DTYPES), default="bf16")
     parser.add_argument(

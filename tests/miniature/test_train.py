@@ -227,12 +227,12 @@ def test_everything_in_a_learned_basis(model, photos, fitted, tmp_path, capsys):
     assert "fitted in another basis" in capsys.readouterr().err
     assert run("train", model, photos, first, "--steps", "2") == 0
     start = ["--begin-with", str(first / "hypernet.safetensors"), "--learning-rate", "1e-9", "--steps", "1"]
-    assert run("precompute", model, photos, folder, *basis) == 0
-    assert run("train", model, photos, folder, *basis, *start) == 0
+    assert run("precompute", model, photos, folder) == 0  # finds what is in its folder
+    assert run("train", model, photos, folder, *start) == 0
     before, after = (hypernet_file.load(path / "hypernet.safetensors") for path in (first, folder))
     _, recipe = basis_file.load(folder / "basis.safetensors")
     assert after.config.basis == recipe != before.config.basis
-    assert run("evaluate", model, photos, folder, *basis) == 0
+    assert run("evaluate", model, photos, folder) == 0
     for name, weight in before.state_dict().items():
         same = torch.allclose(after.state_dict()[name], weight, atol=1e-6)
         assert same != name.startswith(("weights_in.", "readout", "offset", "scale")) or name == "down_start"
