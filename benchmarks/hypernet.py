@@ -47,7 +47,7 @@ from .common.results import Table, add_options, make_and_report
 from .common.textual_inversion import TextualInversionConfig
 
 HYPERNET = environment.BASE / "models" / "hyperdreambooth" / environment.HYPERNET
-STEPS = (5, 10, STEPS_FROM_A_PREDICTION, 20, 40)
+STEPS = sorted({5, 10, 20, 40, STEPS_FROM_A_PREDICTION})
 COLD_STEPS = (FinetuneConfig().steps, 40, 400)
 RANKS = (1, 4)  # of LoRA
 BOTH = (STRENGTHS, AS_LORA)

@@ -7,7 +7,7 @@ continues. Scores are kept in ``benchmarks/results/cells.jsonl``: once that is c
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
 * ``lidb_N``: FastFinetune from nothing with N steps; ``_saved``: after Save LiDB and Load LiDB;
   ``_described``: told what the photo shows besides the person; without, for the smallest N; ``_narrow``: with a basis
-  of 25 × 12, for the smallest N;
+  of 25 × 12, for the smallest N; ``_learned``: in the shipped basis that was learned from people, with a third of it;
 * ``dreambooth@N``: checkpoints of full DreamBooth; ``dreambooth``: the one with the best joint score, the reference;
 * ``stranger``: the next person's LiDB; ``photo``: the given photo itself; ``render``: true pictures of the prompts.
 """
@@ -15,31 +15,51 @@ continues. Scores are kept in ``benchmarks/results/cells.jsonl``: once that is c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from devtools import environment
 from hdb_core.finetune import FinetuneConfig
 
 from .common.bench import chosen_subjects, open_bench, parser
 from .common.dreambooth import DreamBoothConfig
-from .common.methods import Base, Caption, DreamBooth, FastFinetuning, Method, RealPictures, Stranger, chosen_rows
+from .common.methods import (
+    Base,
+    Caption,
+    DreamBooth,
+    FastFinetuning,
+    LearnedBasis,
+    Method,
+    RealPictures,
+    Stranger,
+    chosen_rows,
+)
 from .common.results import Table, add_options, make_and_report
 
 BASIS = environment.BASE / "models" / "lidb_basis" / environment.BASIS
 NARROW = {"down_dim": 25, "up_dim": 12}
 
 
-def all_methods(steps: Sequence[int], reference: DreamBoothConfig) -> list[Method]:
-    """Every method, in the order of the table."""
+def all_methods(steps: Sequence[int], reference: DreamBoothConfig, basis: Path = BASIS) -> list[Method]:
+    """Every method, in the order of the table.
+
+    Args:
+        steps: of FastFinetune from nothing, a row each.
+        reference: of full DreamBooth.
+        basis: file of the learned basis; without it that row is left out.
+    """
     persons = [FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in steps]
     fewest = {"steps": min(steps)}
     narrow = FastFinetuning(f"lidb_{min(steps)}_described_narrow", {**fewest, "basis": NARROW}, described=True)
     untold = FastFinetuning(f"lidb_{min(steps)}", fewest)
+    third = min(steps) // 3
+    learned = FastFinetuning(f"lidb_{third}_described_learned", {"steps": third}, LearnedBasis(basis), described=True)
     return [
         Base(),
         Caption(),
         *persons,
         untold,
         narrow,
+        *([learned] if basis.is_file() else []),
         DreamBooth(reference),
         Stranger(persons[0]),
         RealPictures(),
@@ -61,7 +81,7 @@ def main() -> None:
     args = options.parse_args()
     config = DreamBoothConfig(rate=args.reference_rate, checkpoints=tuple(args.reference_steps))
     methods = all_methods(args.steps, config)
-    rows = chosen_rows(methods, args.rows, left_out="_narrow_saved")
+    rows = chosen_rows(methods, args.rows, left_out=("_narrow_saved", "_learned_saved"))
     bench, subjects = open_bench(args, args.short), chosen_subjects(args, args.short)
     make_and_report(args, Table(bench, methods, rows, subjects), args.reference_people)
 

@@ -392,7 +392,7 @@ def class_pictures(bench: Bench, prompt: str, count: int) -> np.ndarray:
     return cell.pictures[0]
 
 
-def chosen_rows(methods: Iterable[Method], names: Sequence[str] | None, left_out: str) -> list[str]:
+def chosen_rows(methods: Iterable[Method], names: Sequence[str] | None, left_out: str | tuple[str, ...]) -> list[str]:
     """The named rows and the base; without names all but those that end in ``left_out``.
 
     "dreambooth" names all its checkpoints.
