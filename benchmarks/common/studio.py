@@ -93,7 +93,9 @@ class Studio:
             raise FileNotFoundError(f"No checkpoint {checkpoint}: complete weights/, or name one with --checkpoint.")
         folder.mkdir(parents=True, exist_ok=True)
         logging.getLogger().setLevel(logging.WARNING)
-        return cls(boot(prepared.root, folder), checkpoint.resolve(), sampling)
+        host = boot(prepared.root, folder)
+        host.folder_paths.add_model_folder_path("lidb_basis", str(prepared.base / "models" / "lidb_basis"))
+        return cls(host, checkpoint.resolve(), sampling)
 
     @torch.inference_mode()
     def pictures(self, models: Models, prompt: str, seed: int, count: int, width: int = SIZE) -> np.ndarray:
