@@ -3,7 +3,8 @@
 ``python dev.py bench training`` takes the people and the pretrained encoder of ``--folder`` (`precompute` and `pretrain`
 of ``hdb_core.train``), trains every variant on them with the same seed, and writes ``benchmarks/results/training.json``
 and ``training.md``. The error is that of v on the head in a photo that was not given, with the person's own prediction,
-nobody's and a stranger's; ``--heads`` holds the same photos with masks (``python -m miniature.photos --masks``). Variants
+nobody's and a stranger's; ``--heads`` holds the same photos with masks (``python -m miniature.photos --masks``), ``--basis`` is the learned one of
+its variant. Variants
 are trained in ``.runs/training`` and go on where they were stopped; finished ones are not trained again, and rows of
 other variants, or of other numbers of steps, stay in the table.
 """
@@ -24,11 +25,13 @@ from hdb_core.train import Run
 
 from .common.bench import RESULTS, ROOT
 from .common.files import rounded, write_json, write_text
+from .people import BASIS
 
 DIFFUSION = ("--regression-weight", "0")
 # One photo a person: the same one is seen and denoised.
 SAME = (*DIFFUSION, "--same-photo", "--max-photos", "1")
 HEADS = "HEADS"  # stands for the folder of the same photos with masks of the heads
+LEARNED = "LEARNED"  # stands for the file of the learned basis
 VARIANTS: Mapping[str, Sequence[str]] = {
     "diffusion": DIFFUSION,
     "regression": ("--diffusion-weight", "0"),
@@ -47,6 +50,7 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "diffusion, down side predicted": (*DIFFUSION, "--free-down"),
     "diffusion, k = 1": (*DIFFUSION, "--max-iterations", "1"),
     "diffusion, rank 2": (*DIFFUSION, "--rank", "2"),
+    "diffusion, learned basis": (*DIFFUSION, "--basis", LEARNED),
 }  # fmt: skip
 COLUMNS = ("own", "nobody", "stranger", "mean", "regression", "mean_predictor")
 
@@ -62,7 +66,9 @@ def prepared(source: Run, folder: Path) -> Run:
     return run
 
 
-def trained(name: str, folder: Path, steps: int, options: Sequence[str], heads: Path) -> dict[str, Any]:
+def trained(
+    name: str, folder: Path, steps: int, options: Sequence[str], heads: Path, basis: Path = BASIS
+) -> dict[str, Any]:
     """The row of a variant, trained and evaluated now unless it has been.
 
     Args:
@@ -71,6 +77,7 @@ def trained(name: str, folder: Path, steps: int, options: Sequence[str], heads: 
         steps: of the training.
         options: of ``hdb_core.train``, for all variants.
         heads: the photos with masks beside them.
+        basis: the file of a learned basis.
 
     Raises:
         subprocess.CalledProcessError: if its training or evaluation fails.
@@ -79,7 +86,8 @@ def trained(name: str, folder: Path, steps: int, options: Sequence[str], heads: 
     if not result.exists():
         # Whatever a variant was trained on, all are judged by the same error.
         judged = ["--weighting", "v", "--draws", "4", "--max-photos", "1", "--photos", str(heads)]
-        variant = [str(heads) if option == HEADS else option for option in VARIANTS[name]]
+        places = {HEADS: str(heads), LEARNED: str(basis)}
+        variant = [places.get(option, option) for option in VARIANTS[name]]
         for stage, own in (("train", ["--steps", str(steps)]), ("evaluate", judged)):
             command = [sys.executable, "-m", "hdb_core.train", stage, "--folder", str(folder)]
             subprocess.run([*command, *options, *variant, *own], cwd=ROOT, check=True)
@@ -118,6 +126,7 @@ def main() -> None:
     options.add_argument(
         "--heads", type=Path, default=ROOT / ".runs" / "masked", help="the photos with masks of the heads"
     )
+    options.add_argument("--basis", type=Path, default=BASIS, help="file of the learned basis")
     options.add_argument("--model", type=Path, default=ROOT / ".runs" / "diffusers")
     options.add_argument("--results", type=Path, default=RESULTS)
     args = options.parse_args()
@@ -131,7 +140,14 @@ def main() -> None:
     for name in args.variants:
         folder = ROOT / ".runs" / "training" / f"{name.replace(', ', '_').replace(' ', '_')}_{args.steps}"
         row = rounded(
-            trained(name, prepared(Run(args.folder), folder).folder, args.steps, shared, args.heads.resolve())
+            trained(
+                name,
+                prepared(Run(args.folder), folder).folder,
+                args.steps,
+                shared,
+                args.heads.resolve(),
+                args.basis.resolve(),
+            )
         )
         rows = merged(rows, row)
         write_json(path, rows)

@@ -175,6 +175,11 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     faces, encoder = _faces(args, accelerator)
     _require_same_encoder(run, encoder)
     loss_of = PersonLoss(base.denoiser, people, _net_config(args, base, encoder), config, faces)
+    if config.regression_weight and not bool(loss_of.energy.any()):
+        raise HyperNetError(
+            "Nobody was fitted in this basis, so there is nobody to regress onto. Give --regression-weight 0, or run "
+            "precompute in a new --folder with --fit-steps above 0 and the same basis."
+        )
     net = FromFaces(HyperNet.create(loss_of.net, config.seed))
     net.net.set_scale(loss_of.energy)
     if args.begin_with is not None:

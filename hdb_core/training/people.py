@@ -27,7 +27,7 @@ class FittedPerson:
     Attributes:
         person: with the photos on disk.
         latents: (N, C, h, w) float16 of the photos.
-        up: (L, b, R) float32, fitted; the down side is the shared one.
+        up: (L, b, R) float32, fitted, the down side is the shared one; zero if the person was not fitted.
     """
 
     person: Person
@@ -73,10 +73,10 @@ def precompute(
 
 
 def read_people(folder: Path, people: Sequence[Person], basis: BasisRecipe) -> Iterator[FittedPerson]:
-    """All that `precompute` wrote, in the order of the groups.
+    """All that `precompute` wrote, in the order of the groups; people who were fitted in another basis as not fitted.
 
     Raises:
-        HyperNetError: if nothing is there, somebody is no longer among ``people``, or they were fitted in another basis.
+        HyperNetError: if nothing is there, or somebody is no longer among ``people``.
     """
     known = {person.name: person for person in people}
     paths = group_paths(folder)
@@ -86,11 +86,8 @@ def read_people(folder: Path, people: Sequence[Person], basis: BasisRecipe) -> I
         with safe_open(path, "pt") as file:
             names, settings = (json.loads(file.metadata()[name]) for name in ("names", "settings"))
             up, latents, counts = (file.get_tensor(name) for name in ("up", "latents", "counts"))
-        if settings["basis"] != basis.fields() and bool(up.any()):
-            raise HyperNetError(
-                f"The people of {folder} were fitted in another basis. Give the stages the same --basis and its options, "
-                "or run precompute in a new folder."
-            )
+        if settings["basis"] != basis.fields():
+            up = up.new_zeros(*up.shape[:2], basis.up_dim, 1)  # what was fitted in other coordinates says nothing here
         for name, own_up, own in zip(names, up, latents.split(counts.tolist()), strict=True):
             if name not in known or len(known[name].photos) != len(own):
                 raise HyperNetError(
