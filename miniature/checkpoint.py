@@ -21,7 +21,7 @@ from .training import load_average
 LATENT_FACTOR = 0.18215  # of the host: model-space latents are the VAE's times this
 FORMAT = "hyperdreambooth-miniature"
 BASE_FILE, VAE_FILE = "miniature_base.safetensors", "miniature_vae.safetensors"
-HYPERNET_FILE, BASIS_FILE = "miniature_hypernet.safetensors", "miniature_basis.safetensors"
+HYPERNET_FILE = "miniature_hypernet.safetensors"
 CLIP_LAYERS = 12
 _HEADER = {"format": FORMAT, "version": "1"}
 _SCALE = "::scale"
@@ -221,12 +221,8 @@ def _pack(runs: Path, folder: Path) -> None:
         source = trained_weights(runs / "text" if (runs / "text").is_dir() else folder / BASE_FILE)
         text = {n: w for n, w in source.items() if n.startswith("text_encoder.") and n != _TOKEN_ROWS}
         write_base(folder, load_average(runs / "base") | text, vocabulary(load_tokenizer()))
-    for made, name in (
-        (Path("hypernet", "hypernet.safetensors"), HYPERNET_FILE),
-        (Path("basis", "basis.safetensors"), BASIS_FILE),
-    ):
-        if (runs / made).is_file():
-            shutil.copy(runs / made, folder / name)
+    if (runs / "hypernet" / "hypernet.safetensors").is_file():
+        shutil.copy(runs / "hypernet" / "hypernet.safetensors", folder / HYPERNET_FILE)
 
 
 def main() -> None:

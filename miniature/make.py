@@ -22,9 +22,8 @@ _TRAIN = "--model .runs/diffusers --image-size 128"
 _FITTED = f"{_TRAIN} --photos .runs/fitted --folder .runs/regression"
 _PEOPLE = f"{_TRAIN} --photos .runs/people"
 _ATTENTION = f"{_PEOPLE} --folder .runs/attention"
-_ALL_LAYERS = f"{_PEOPLE} --folder .runs/all_layers --convolutions"
-_HYPERNET = f"{_PEOPLE} --folder .runs/hypernet --convolutions --basis .runs/basis/basis.safetensors"
-# Of all trainings through the base model.
+_ALL_LAYERS = f"{_PEOPLE} --folder .runs/hypernet --convolutions"
+# Of both trainings through the base model.
 _DIFFUSION = (
     "--regression-weight 0 --learning-rate 1e-3 --warmup 20 --depth 2 --down-rate 3 --max-photos 2 --min-timestep 0.05"
 )
@@ -41,6 +40,9 @@ STAGES = {
     "people": "miniature.photos --people 3400 --photos 4",
     "latents_of_people": f"hdb_core.train precompute {_ATTENTION} --fit-steps 0",
     "pretrain": f"hdb_core.train pretrain {_ATTENTION} --portraits --pretrain-steps 2000",
+    # Of no shipped file: for the benchmarks of people in a learned basis.
+    "basis": f"hdb_core.train basis {_PEOPLE} --folder .runs/basis --convolutions --draws 4 --min-timestep 0 "
+    "--max-timestep 0.8",
     "fitted": "miniature.photos --folder .runs/fitted --people 384 --photos 4",
     "precompute": f"hdb_core.train precompute {_FITTED} --min-timestep 0.15",
     "regression": f"hdb_core.train train {_FITTED} --encoder .runs/attention/encoder.safetensors --diffusion-weight 0 "
@@ -49,14 +51,9 @@ STAGES = {
     "attention": f"hdb_core.train train {_ATTENTION} --begin-with .runs/regression/hypernet.safetensors {_DIFFUSION} "
     "--steps 230 --encoder-rate 0.1",
     "latents_for_all_layers": f"hdb_core.train precompute {_ALL_LAYERS} --fit-steps 0",
-    "all_layers": f"hdb_core.train train {_ALL_LAYERS} --begin-with .runs/attention/hypernet.safetensors {_DIFFUSION} "
+    "hypernet": f"hdb_core.train train {_ALL_LAYERS} --begin-with .runs/attention/hypernet.safetensors {_DIFFUSION} "
     "--steps 800 --encoder-rate 0.2 --sample-every 0",
-    "basis": f"hdb_core.train basis {_PEOPLE} --folder .runs/basis --convolutions --draws 4 --min-timestep 0 "
-    "--max-timestep 0.8",
-    "latents_in_basis": f"hdb_core.train precompute {_HYPERNET} --fit-steps 0",
-    "hypernet": f"hdb_core.train train {_HYPERNET} --begin-with .runs/all_layers/hypernet.safetensors {_DIFFUSION} "
-    "--steps 600 --encoder-rate 0.2 --sample-every 0",
-    "evaluate": f"hdb_core.train evaluate {_HYPERNET}",
+    "evaluate": f"hdb_core.train evaluate {_ALL_LAYERS}",
     "pack_hypernet": "miniature.checkpoint pack",
 }
 MADE_BY = {
@@ -64,10 +61,9 @@ MADE_BY = {
     "miniature_base.safetensors": ("pictures", "vae", "latents", "text", "base", "pack"),
     "miniature_hypernet.safetensors": (
         *("diffusers", "people", "latents_of_people", "pretrain"),
-        *("fitted", "precompute", "regression", "attention", "latents_for_all_layers", "all_layers"),
-        *("basis", "latents_in_basis", "hypernet", "evaluate", "pack_hypernet"),
+        *("fitted", "precompute", "regression", "attention", "latents_for_all_layers", "hypernet", "evaluate"),
+        "pack_hypernet",
     ),
-    "miniature_basis.safetensors": ("diffusers", "people", "basis", "pack_hypernet"),
     "judge_a.safetensors": ("pictures", "judge_a"),
     "judge_b.safetensors": ("pictures", "judge_b"),
 }
