@@ -42,7 +42,7 @@ STAGES = {
     "pretrain": f"hdb_core.train pretrain {_ATTENTION} --portraits --pretrain-steps 2000",
     # Of no shipped file: for the benchmarks of people in a learned basis.
     "basis": f"hdb_core.train basis {_PEOPLE} --folder .runs/basis --convolutions --draws 4 --min-timestep 0 "
-    "--max-timestep 0.8",
+    "--max-timestep 0.8 --held-out 0.005",
     "fitted": "miniature.photos --folder .runs/fitted --people 384 --photos 4",
     "precompute": f"hdb_core.train precompute {_FITTED} --min-timestep 0.15",
     "regression": f"hdb_core.train train {_FITTED} --encoder .runs/attention/encoder.safetensors --diffusion-weight 0 "
