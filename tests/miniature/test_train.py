@@ -139,6 +139,7 @@ def test_every_stage_on_another_device(model, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "mps")
     monkeypatch.setattr(sys.modules[__name__], "SIZES", [option for option in SIZES if option != "--cpu"])
     with SecondDevice(torch.device("mps")) as there:
+        assert run("basis", model, photos, tmp_path, "--basis-people", "3") == 0
         assert run("precompute", model, photos, tmp_path) == 0
         assert run("pretrain", model, photos, tmp_path, "--pretrain-people", "4", "--pretrain-steps", "2") == 0
         options = ["--augment", "flip", "--encoder", str(tmp_path / "encoder.safetensors"), "--sample-every", "2"]
@@ -383,7 +384,9 @@ def test_samples_are_drawn_and_change_nothing(model, photos, fitted, straight, t
 
 
 def test_two_processes_train_as_one(model, photos, straight, tmp_path):
-    """DDP: the same global batch, the same result; and precompute shared between them."""
+    """DDP: the same global batch, the same result; and precompute shared between them, while one learns the basis."""
+    launch(["-m", "hdb_core.train"], "basis", model, photos, tmp_path / "basis", "--basis-people", "2")
+    assert basis_file.load(tmp_path / "basis" / "basis.safetensors")[1].up_dim == 8
     for stage in ("precompute", "train"):
         launch(["-m", "hdb_core.train"], stage, model, photos, tmp_path, "--steps", "8")
     assert len(list((tmp_path / "people").iterdir())) == 3
