@@ -3,10 +3,10 @@
 ``python dev.py bench training`` takes the people and the pretrained encoder of ``--folder`` (`precompute` and `pretrain`
 of ``hdb_core.train``), trains every variant on them with the same seed, and writes ``benchmarks/results/training.json``
 and ``training.md``. The error is that of v on the head in a photo that was not given, with the person's own prediction,
-nobody's and a stranger's; ``--heads`` holds the same photos with masks (``python -m miniature.photos --masks``), ``--basis`` is the learned one of
-its variant. Variants
-are trained in ``.runs/training`` and go on where they were stopped; finished ones are not trained again, and rows of
-other variants, or of other numbers of steps, stay in the table.
+nobody's and a stranger's; ``--heads`` holds the same photos with masks (``python -m miniature.photos --masks``),
+``--basis`` is the learned one (``python -m miniature.make basis``). Variants are trained in ``.runs/training`` and go on
+where they were stopped; finished ones are not trained again, and rows of other variants, or of other numbers of steps,
+stay in the table.
 """
 
 from __future__ import annotations

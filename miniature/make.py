@@ -22,6 +22,7 @@ _TRAIN = "--model .runs/diffusers --image-size 128"
 _FITTED = f"{_TRAIN} --photos .runs/fitted --folder .runs/regression"
 _PEOPLE = f"{_TRAIN} --photos .runs/people"
 _ATTENTION = f"{_PEOPLE} --folder .runs/attention"
+_LEARNED = f"{_PEOPLE} --folder .runs/basis --convolutions"
 _ALL_LAYERS = f"{_PEOPLE} --folder .runs/hypernet --convolutions"
 # Of both trainings through the base model.
 _DIFFUSION = (
@@ -40,9 +41,6 @@ STAGES = {
     "people": "miniature.photos --people 3400 --photos 4",
     "latents_of_people": f"hdb_core.train precompute {_ATTENTION} --fit-steps 0",
     "pretrain": f"hdb_core.train pretrain {_ATTENTION} --portraits --pretrain-steps 2000",
-    # Of no shipped file: for the benchmarks of people in a learned basis.
-    "basis": f"hdb_core.train basis {_PEOPLE} --folder .runs/basis --convolutions --draws 4 --min-timestep 0 "
-    "--max-timestep 0.8 --held-out 0.005",
     "fitted": "miniature.photos --folder .runs/fitted --people 384 --photos 4",
     "precompute": f"hdb_core.train precompute {_FITTED} --min-timestep 0.15",
     "regression": f"hdb_core.train train {_FITTED} --encoder .runs/attention/encoder.safetensors --diffusion-weight 0 "
@@ -55,6 +53,11 @@ STAGES = {
     "--steps 800 --encoder-rate 0.2 --sample-every 0",
     "evaluate": f"hdb_core.train evaluate {_ALL_LAYERS}",
     "pack_hypernet": "miniature.checkpoint pack",
+    # Of no shipped file: people and a hypernetwork in a learned basis, for the benchmarks.
+    "basis": f"hdb_core.train basis {_LEARNED} --draws 4 --min-timestep 0 --max-timestep 0.8 --held-out 0.005",
+    "latents_in_basis": f"hdb_core.train precompute {_LEARNED} --fit-steps 0",
+    "hypernet_in_basis": f"hdb_core.train train {_LEARNED} --begin-with weights/miniature_hypernet.safetensors "
+    f"{_DIFFUSION} --steps 600 --encoder-rate 0.2 --sample-every 0",
 }
 MADE_BY = {
     "miniature_vae.safetensors": ("pictures", "vae", "latents", "pack"),

@@ -132,6 +132,8 @@ class Studio:
         """
         if hypernet not in self._hypernets:
             self.host.folder_paths.add_model_folder_path("hyperdreambooth", str(hypernet.parent), is_default=True)
+            # hdb_core.train writes a learned basis into the same folder.
+            self.host.folder_paths.add_model_folder_path("lidb_basis", str(hypernet.parent))
             self._hypernets[hypernet] = self.host.run("LoadHyperNet", hypernet_name=hypernet.name)[0]
         inputs = {"hypernet": self._hypernets[hypernet], "image": as_image(photos), "iterations": iterations}
         predict = partial(self.host.run, "PredictLiDB", **inputs)

@@ -51,7 +51,7 @@ def find_lidb(name: str) -> Path:
     Raises:
         LiDBFileError: the name leaves the folders, is no .safetensors, or no such file exists.
     """
-    return _find(LIDBS, name, "LiDB", LiDBFileError)
+    return _find(LIDBS, name, "LiDB", "Load LiDB", LiDBFileError)
 
 
 def find_hypernet(name: str) -> Path:
@@ -60,7 +60,7 @@ def find_hypernet(name: str) -> Path:
     Raises:
         HyperNetFileError: as `find_lidb`.
     """
-    return _find(HYPERNETS, name, "HyperNet", HyperNetFileError)
+    return _find(HYPERNETS, name, "HyperNet", "Load HyperNet", HyperNetFileError)
 
 
 def find_basis(name: str) -> Path:
@@ -69,7 +69,7 @@ def find_basis(name: str) -> Path:
     Raises:
         BasisFileError: as `find_lidb`.
     """
-    return _find(BASES, name, "basis", BasisFileError)
+    return _find(BASES, name, "basis", "Empty LiDB", BasisFileError)
 
 
 def provide_basis(recipe: BasisRecipe) -> None:
@@ -83,9 +83,9 @@ def provide_basis(recipe: BasisRecipe) -> None:
                 return
 
 
-def _find(category: str, name: str, what: str, error: type[HDBError]) -> Path:
+def _find(category: str, name: str, what: str, node: str, error: type[HDBError]) -> Path:
     if ".." in Path(name).parts or os.path.isabs(name) or not name.endswith(EXTENSION):
-        raise error(f"{name!r} is no name of a {what} file. Choose one from the list of Load {what}.")
+        raise error(f"{name!r} is no name of a {what} file. Choose one from the list of {node}.")
     path = folder_paths.get_full_path(category, name)
     if path is None:
         folders = ", ".join(folder_paths.get_folder_paths(category))
