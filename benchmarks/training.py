@@ -1,12 +1,13 @@
 """Ways to train the hypernetwork, each for the same short time, judged by people whom its training never saw.
 
-``python dev.py bench training`` takes the people and the pretrained encoder of ``--folder`` (`precompute` and `pretrain`
-of ``hdb_core.train``), trains every variant on them with the same seed, and writes ``benchmarks/results/training.json``
-and ``training.md``. The error is that of v on the head in a photo that was not given, with the person's own prediction,
-nobody's and a stranger's; ``--heads`` holds the same photos with masks (``python -m miniature.photos --masks``),
-``--basis`` is the learned one (``python -m miniature.make basis``). Variants are trained in ``.runs/training`` and go on
-where they were stopped; finished ones are not trained again, and rows of other variants, or of other numbers of steps,
-stay in the table.
+``python dev.py bench training`` takes the fitted people of ``--folder`` (``python -m miniature.make diffusers fitted
+precompute``) and the encoder of the shipped hypernetwork, which has learned to see people; the rest begins anew. It trains
+every variant on them with the same seed, and writes ``benchmarks/results/training.json`` and ``training.md``. The error
+is that of v on the head in a photo that was not given, of people kept from training, with the person's own prediction,
+the mean one, nobody's and a stranger's. ``--heads`` holds the same photos with masks (``python -m miniature.photos
+--folder .runs/masked --people 384 --masks``), ``--basis`` is the learned one (``python -m miniature.make basis``).
+Variants are trained in ``.runs/training`` and go on where they were stopped; finished ones are not trained again, and
+rows of other variants, or of other numbers of steps, stay in the table.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hdb_core.train import Run
 
 from .common.bench import RESULTS, ROOT
 from .common.files import rounded, write_json, write_text
+from .hypernet import HYPERNET
 from .people import BASIS
 
 DIFFUSION = ("--regression-weight", "0")
@@ -56,12 +58,12 @@ COLUMNS = ("own", "nobody", "stranger", "mean", "regression", "mean_predictor")
 
 
 def prepared(source: Run, folder: Path) -> Run:
-    """A folder to train in, with the people and the encoder of another."""
+    """A folder to train in, with the people of another."""
     run = Run(folder)
     run.people.mkdir(parents=True, exist_ok=True)
-    for path in (*sorted(source.people.iterdir()), source.encoder):
-        target = folder / path.relative_to(source.folder)
-        if path.exists() and not target.exists():
+    for path in sorted(source.people.iterdir()):
+        target = run.people / path.name
+        if not target.exists():
             os.link(path.resolve(), target)
     return run
 
@@ -99,13 +101,13 @@ def trained(
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows in Markdown, with how much of the error a person's own prediction takes away."""
     lines = [
-        "| variant | steps | own | stranger | nobody | own below nobody | regression (mean person) |",
-        "|---|" + "---:|" * 6,
+        "| variant | steps | own | mean person | stranger | nobody | own below nobody | regression (mean person) |",
+        "|---|" + "---:|" * 7,
     ]
     for row in rows:
         gain = f"{1 - row['own'] / row['nobody']:.1%}"
         fits = f"{row['regression']:.3f} ({row['mean_predictor']:.3f})" if "regression" in row else ""
-        lines.append(f"| {row['variant']} | {row['steps']} | {row['own']:.4f} | {row['stranger']:.4f} | {row['nobody']:.4f} | {gain} | {fits} |")  # fmt: skip
+        lines.append(f"| {row['variant']} | {row['steps']} | {row['own']:.4f} | {row['mean']:.4f} | {row['stranger']:.4f} | {row['nobody']:.4f} | {gain} | {fits} |")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -121,8 +123,9 @@ def main() -> None:
     )
     options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=f"of: {'; '.join(VARIANTS)}")  # fmt: skip
     options.add_argument("--steps", type=int, default=150)
-    options.add_argument("--folder", type=Path, default=ROOT / ".runs" / "hypernet", help="with people and encoder")
-    options.add_argument("--photos", type=Path, default=ROOT / ".runs" / "people")
+    options.add_argument("--folder", type=Path, default=ROOT / ".runs" / "regression", help="with fitted people")
+    options.add_argument("--photos", type=Path, default=ROOT / ".runs" / "fitted")
+    options.add_argument("--encoder", type=Path, default=HYPERNET, help="as of hdb_core.train")
     options.add_argument(
         "--heads", type=Path, default=ROOT / ".runs" / "masked", help="the photos with masks of the heads"
     )
@@ -132,11 +135,12 @@ def main() -> None:
     args = options.parse_args()
     shared = [
         *("--model", str(args.model.resolve()), "--photos", str(args.photos.resolve()), "--cpu", "--image-size", "128"),
-        *("--learning-rate", "1e-3", "--down-rate", "3", "--warmup", "20", "--depth", "2", "--held-out", "0.05"),
+        *("--encoder", str(args.encoder.resolve()), "--held-out", "0.1"),
+        *("--learning-rate", "1e-3", "--down-rate", "3", "--warmup", "20", "--depth", "2"),
         *("--max-photos", "2", "--min-timestep", "0.05", "--sample-every", "0"),
     ]
     path = args.results / "training.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows: list[Mapping[str, Any]] = []
     for name in args.variants:
         folder = ROOT / ".runs" / "training" / f"{name.replace(', ', '_').replace(' ', '_')}_{args.steps}"
         row = rounded(
@@ -149,7 +153,7 @@ def main() -> None:
                 args.basis.resolve(),
             )
         )
-        rows = merged(rows, row)
+        rows = merged(json.loads(path.read_text()) if path.exists() else [], row)  # others may write, too
         write_json(path, rows)
         write_text(path.with_suffix(".md"), table(rows))
     print(table(rows))

@@ -277,13 +277,15 @@ def _require_same_encoder(run: Run, encoder: EncoderConfig) -> None:
 
 
 def _load_encoder(encoder: Module, path: Path) -> None:
-    """What `pretrain` wrote.
+    """What `pretrain` wrote, or the encoder of a hypernetwork's file.
 
     Raises:
         HyperNetError: if it is of another size.
     """
+    weights = load_file(path)
+    inside = {name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")}
     try:
-        encoder.load_state_dict(load_file(path))
+        encoder.load_state_dict(inside or weights)
     except RuntimeError as error:
         raise HyperNetError(
             f"{path} is an image encoder of other sizes. Give the options that it was pretrained with, or move it away."
@@ -358,7 +360,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--encoder",
         type=Path,
-        help="what `pretrain` wrote into another folder, for `train`, or for another `pretrain` to go on with",
+        help="what `pretrain` wrote into another folder, or a hypernetwork's file, of whatever base model, whose encoder "
+        "`train` begins with, or another `pretrain` goes on with",
     )
     parser.add_argument("--basis", type=Path, help="what `basis` wrote, if it was not into --folder")
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")

@@ -1,7 +1,8 @@
 """The regression onto people who were fitted before, in the space of weight changes.
 
 Distances are those of the full ``delta_weight`` matrices, exact on the factors: raw factors may differ where the change
-is the same (``(c · down, up / c)``), and a loss on them would punish that.
+is the same (``(c · down, up / c)``), and a loss on them would punish that. On the down side that all people share, whose
+rows are orthonormal, both losses are one.
 """
 
 from __future__ import annotations

@@ -6,10 +6,12 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from hdb_core.basis import BasisRecipe
 from hdb_core.errors import FinetuneError, HyperNetError
 from hdb_core.finetune import between
 from hdb_core.hypernet import EncoderConfig
-from hdb_core.lidb import Factors, factors_inner
+from hdb_core.layout import Layer, Layout
+from hdb_core.lidb import Factors, factors_inner, start_down
 from hdb_core.prompt import caption
 from hdb_core.training.faces import AUGMENTATIONS, PhotoPixels
 from hdb_core.training.fit import FitConfig, draw, fit_people
@@ -182,6 +184,14 @@ def test_the_gauge_of_the_factors_does_not_count():
     target = factors(1)
     turned = Factors(-3 * target.down, target.up / -3)
     assert regression_loss(turned, target, layer_energy(target)) < 1e-5
+
+
+def test_on_the_shared_down_side_distances_are_those_of_the_factors():
+    """What a loss on raw factors gets wrong is only what the down side is free to do."""
+    layout = Layout("sd1", tuple(Layer(f"diffusion_model.{n}", 12, 8) for n in range(3)))
+    down = start_down(BasisRecipe(down_dim=12, up_dim=8), layout, 2).expand(5, -1, -1, -1)
+    one, other = (Factors(down, factors(seed, rank=2).up) for seed in (1, 2))
+    torch.testing.assert_close(squared_distance(one, other), (one.up - other.up).square().sum((-2, -1)))
 
 
 def test_predicting_zero_costs_one_and_the_mean_is_the_best_constant():

@@ -178,6 +178,13 @@ def test_an_encoder_of_another_folder(model, photos, fitted, tmp_path, capsys):
     for name, weight in load_file(folder / "encoder.safetensors").items():
         torch.testing.assert_close(weights(other)[f"net.encoder.{name}"], weight)
     third = copied(fitted, tmp_path / "third")
+    of_a_hypernet = ["--encoder", str(other / "hypernet.safetensors")]
+    assert run("train", model, photos, third, "--steps", "1", "--encoder-rate", "0", *of_a_hypernet) == 0
+    kept = hypernet_file.load(other / "hypernet.safetensors").encoder.state_dict()
+    for name, weight in hypernet_file.load(third / "hypernet.safetensors").encoder.state_dict().items():
+        torch.testing.assert_close(weight, kept[name])
+    (third / "hypernet.safetensors").unlink()
+    (third / "state.pt").unlink()
     assert run("train", model, photos, third, "--steps", "1", "--encoder-width", "64", *theirs) == 1
     assert "an image encoder of other sizes" in capsys.readouterr().err
 
