@@ -1,6 +1,7 @@
 """Means, paired differences, the share of a reference's gain, and the tables."""
 
 import json
+import re
 
 import pytest
 
@@ -184,3 +185,17 @@ def test_the_readme_shows_the_report():
         assert cells == [str(row["people"]), *values, number(row["seconds"])]
         shown += 1
     assert shown > 5
+
+
+def test_every_error_that_the_readme_names_is_in_a_report():
+    """Typed by hand, rounded as the author liked, but never invented and never older than the reports."""
+    measured = re.compile(r"(\d+(?:\.\d+)?) ± (\d+(?:\.\d+)?)")
+    reported = [pair for path in RESULTS.glob("*.md") for pair in measured.findall(path.read_text(encoding="utf-8"))]
+
+    def same(shown: str, exact: str) -> bool:
+        return f"{float(exact):.{len(shown.partition('.')[2])}f}" == shown
+
+    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = measured.findall(readme)
+    unknown = [pair for pair in shown if not any(all(map(same, pair, known)) for known in reported)]
+    assert shown and not unknown
