@@ -8,7 +8,8 @@
 * ``hyper``: Predict LiDB; ``hyper_k1``: in one iteration; ``hyper_3photos``: from two more photos of the person;
 * ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` from nothing; ``_described``: it is
   told what the photo shows besides the person; ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB;
-  ``_as_lora``: applied as any LoRA is, at full strength and without guidance of its own;
+  ``_as_lora``: applied as any LoRA is, at full strength and without guidance of its own; ``_narrow``: with a basis of
+  25 × 12, if ``python -m miniature.make latents_in_narrow_basis hypernet_in_narrow_basis`` has made the hypernetwork;
 * ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
 * ``dreambooth@N``, ``dreambooth_described@N``, ``textual_inversion@N``: checkpoints; without a number the one with the
   best joint score; ``_base_negative``: the negative prompt encoded as before the training;
@@ -26,7 +27,7 @@ from devtools import environment
 from hdb_core.finetune import STEPS_FROM_A_PREDICTION, FinetuneConfig
 from hdb_core.lidb import AS_LORA, STRENGTHS
 
-from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
+from .common.bench import ROOT, chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
 from .common.methods import (
     LORA,
@@ -47,6 +48,7 @@ from .common.results import Table, add_options, make_and_report
 from .common.textual_inversion import TextualInversionConfig
 
 HYPERNET = environment.BASE / "models" / "hyperdreambooth" / environment.HYPERNET
+NARROW_HYPERNET = ROOT / ".runs" / "narrow" / "hypernet.safetensors"
 STEPS = sorted({5, 10, 20, 40, STEPS_FROM_A_PREDICTION})
 COLD_STEPS = (FinetuneConfig().steps, 40, 400)
 RANKS = (1, 4)  # of LoRA
@@ -58,6 +60,7 @@ def all_methods(
     settings: Mapping[str, Any],
     dreambooth: DreamBoothConfig,
     inversion: TextualInversionConfig,
+    narrow: Path = NARROW_HYPERNET,
 ) -> list[Method]:
     """Every method, in the order of the table.
 
@@ -66,13 +69,21 @@ def all_methods(
         settings: fields of NodeConfig that are not at their default when going on from a prediction.
         dreambooth: of full DreamBooth.
         inversion: of Textual Inversion.
+        narrow: file of a hypernetwork in a narrow basis; without it, its rows are left out.
     """
     predicted = Predicted("hyper", hypernet, strengths=BOTH)
+    recommended = {**settings, "steps": STEPS_FROM_A_PREDICTION}
+    narrow_rows: list[Method] = []
+    if narrow.is_file():
+        start = Predicted("hyper_narrow", narrow)
+        told = FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}_described_narrow", recommended, start, described=True)
+        narrow_rows = [start, told]
     return [
         Base(), Caption(),
         Predicted("hyper_k1", hypernet, iterations=1), predicted, Predicted("hyper_3photos", hypernet, photos=3),
         *(FastFinetuning(f"hyper_{n}_described", {**settings, "steps": n}, predicted, True) for n in STEPS),
-        FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}", {**settings, "steps": STEPS_FROM_A_PREDICTION}, predicted),
+        FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}", recommended, predicted),
+        *narrow_rows,
         *(FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in COLD_STEPS),
         FastFinetuning(f"lidb_{COLD_STEPS[0]}", {"steps": COLD_STEPS[0]}),
         *(LoRA(f"lora{rank}", {**LORA, "rank": rank}, strengths=(AS_LORA,)) for rank in RANKS),

@@ -23,6 +23,7 @@ _FITTED = f"{_TRAIN} --photos .runs/fitted --folder .runs/regression"
 _PEOPLE = f"{_TRAIN} --photos .runs/people"
 _ATTENTION = f"{_PEOPLE} --folder .runs/attention"
 _LEARNED = f"{_PEOPLE} --folder .runs/basis --convolutions"
+_NARROW = f"{_PEOPLE} --folder .runs/narrow --convolutions --down-dim 25 --up-dim 12"
 _ALL_LAYERS = f"{_PEOPLE} --folder .runs/hypernet --convolutions"
 # Of both trainings through the base model.
 _DIFFUSION = (
@@ -53,11 +54,14 @@ STAGES = {
     "--steps 800 --encoder-rate 0.2 --sample-every 0",
     "evaluate": f"hdb_core.train evaluate {_ALL_LAYERS}",
     "pack_hypernet": "miniature.checkpoint pack",
-    # Of no shipped file: people and a hypernetwork in a learned basis, for the benchmarks.
+    # Of no shipped file: people and hypernetworks in a learned basis and in a narrow one, for the benchmarks.
     "basis": f"hdb_core.train basis {_LEARNED} --draws 4 --min-timestep 0 --max-timestep 0.8 --held-out 0.005",
     "latents_in_basis": f"hdb_core.train precompute {_LEARNED} --fit-steps 0",
     "hypernet_in_basis": f"hdb_core.train train {_LEARNED} --begin-with weights/miniature_hypernet.safetensors "
     f"{_DIFFUSION} --steps 600 --encoder-rate 0.2 --sample-every 0",
+    "latents_in_narrow_basis": f"hdb_core.train precompute {_NARROW} --fit-steps 0",
+    "hypernet_in_narrow_basis": f"hdb_core.train train {_NARROW} --begin-with weights/miniature_hypernet.safetensors "
+    f"{_DIFFUSION} --steps 400 --encoder-rate 0.2 --sample-every 0",
 }
 MADE_BY = {
     "miniature_vae.safetensors": ("pictures", "vae", "latents", "pack"),
