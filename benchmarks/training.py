@@ -5,7 +5,7 @@ precompute``) and the encoder of the shipped hypernetwork, which has learned to 
 every variant on them with the same seed, and writes ``benchmarks/results/training.json`` and ``training.md``. The error
 is that of v on the head in a photo that was not given, of people kept from training, with the person's own prediction,
 the mean one, nobody's and a stranger's. ``--heads`` holds the same photos with masks (``python -m miniature.photos
---folder .runs/masked --people 384 --masks``), ``--basis`` is the learned one (``python -m miniature.make basis``).
+--folder .runs/masked --people 384 --masks head``), ``--basis`` is the learned one (``python -m miniature.make basis``).
 Variants are trained in ``.runs/training`` and go on where they were stopped; finished ones are not trained again, and
 rows of other variants, or of other numbers of steps, stay in the table.
 """

@@ -166,9 +166,13 @@ def _clothes_svg(clothing: str, color: RGB) -> str:
 def _person_svgs(person: Person, context: Context) -> tuple[str, str]:
     """The head, and the clothes in front of it."""
     clothes = _clothes_svg(context.clothing, CLOTHING_COLORS[context.clothing_color])
-    (x, y), zoom = context.shift, context.scale
-    place = f"translate({x:.3f} {y:.3f}) rotate({context.tilt:.3f} 132 150) {_about(132, 130, zoom, zoom)}"
+    place = _place(context)
     return _group(place, _head_svg(person, context)), _group(place, _group("translate(0 170)", clothes))
+
+
+def _place(context: Context) -> str:
+    (x, y), zoom = context.shift, context.scale
+    return f"translate({x:.3f} {y:.3f}) rotate({context.tilt:.3f} 132 150) {_about(132, 130, zoom, zoom)}"
 
 
 def _beach(x: float, y: float, band: Callable[[float, float, str], str]) -> str:
@@ -258,3 +262,11 @@ def head_mask(person: Person, context: Context, size: int = 128) -> np.ndarray:
     """Where `photo` shows the head and not clothes or background: uint8 (size, size), 255 inside."""
     head, clothes = (np.asarray(_rendered(part, 1, size).getchannel("A")) for part in _person_svgs(person, context))
     return np.where(clothes > 0, 0, head)
+
+
+def face_mask(person: Person, context: Context, size: int = 128) -> np.ndarray:
+    """How much of a person each place of `photo` shows: uint8 (size, size), 255 from brows to mouth, 77 on the rest of
+    the head, 0 elsewhere."""
+    face = _group(_place(context), '<ellipse cx="132" cy="124" rx="58" ry="52"/>')
+    inside = np.asarray(_rendered(face, 1, size).getchannel("A")) / 255
+    return np.round(head_mask(person, context, size) * (0.3 + 0.7 * inside)).astype(np.uint8)

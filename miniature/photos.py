@@ -15,10 +15,11 @@ from PIL import Image
 from hdb_core.training.photos import MASK
 
 from .captions import photo_words
-from .drawing import head_mask, photo
+from .drawing import face_mask, head_mask, photo
 from .people import SPLITS, Context, sample_context, sample_person
 
 FIRST = SPLITS["train"][len(SPLITS["train"]) // 2]
+MASKS = {"head": head_mask, "face": face_mask}
 PHOTOS_OF_A_PERSON = 100  # seeds of contexts kept apart for each person
 
 
@@ -29,8 +30,8 @@ def photo_context(seed: int, index: int) -> Context:
     return sample_context(PHOTOS_OF_A_PERSON * seed + index, style="photo")
 
 
-def write_person(folder: Path, seed: int, count: int, masks: bool = False) -> None:
-    """Writes ``count`` photos of a person, their words, and masks of the head, into a sub-folder.
+def write_person(folder: Path, seed: int, count: int, masks: str = "") -> None:
+    """Writes ``count`` photos of a person, their words, and one of `MASKS`, into a sub-folder.
 
     A complete one is left alone.
     """
@@ -42,7 +43,7 @@ def write_person(folder: Path, seed: int, count: int, masks: bool = False) -> No
         context = photo_context(seed, index)
         Image.fromarray(photo(person, context)).save(target / f"{index}.png")
         if masks:
-            Image.fromarray(head_mask(person, context)).save(target / f"{index}{MASK}")
+            Image.fromarray(MASKS[masks](person, context)).save(target / f"{index}{MASK}")
         (target / f"{index}.txt").write_text(photo_words(context) + "\n", encoding="utf-8")
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".runs/people"))
     parser.add_argument("--people", type=int, default=4000)
     parser.add_argument("--photos", type=int, default=4, help="of each person")
-    parser.add_argument("--masks", action="store_true", help="of the heads, beside the photos")
+    parser.add_argument("--masks", choices=MASKS, default="", help="beside the photos: what of them is learned")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)

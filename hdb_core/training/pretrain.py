@@ -115,9 +115,9 @@ class PhotoLoss:
         self.class_prompt = class_prompt
         self.counts = [len(person.latents) for person in people]
         self.device = denoiser.sigmas().device
-        shown = [p.latents[:1] if portraits else p.latents for p in people[:_MOST_PHOTOS]]
-        self.components = Components.of(torch.cat(shown)[:_MOST_PHOTOS].to(self.device))
         self._text: dict[str, Tensor] = {}
+        shown = [self.shown(p, n) for p in people[:_MOST_PHOTOS] for n in range(1 if portraits else len(p.latents))]
+        self.components = Components.of(torch.stack(shown[:_MOST_PHOTOS]).to(self.device))
 
     def __call__(self, net: nn.Module, step: int, part: slice = slice(None)) -> dict[str, Tensor]:
         """``loss`` alone, of a part of the people of a step."""
@@ -126,7 +126,7 @@ class PhotoLoss:
             turns = [self._of_portrait(turn) for turn in turns]
         pixels = self.faces.read([(self.people[turn.person].person, turn.seen[0]) for turn in turns])
         shown = [(self.people[turn.person], turn.denoised[0]) for turn in turns]
-        latents = torch.stack([person.latents[number].float() for person, number in shown]).to(self.device)
+        latents = torch.stack([self.shown(*photo) for photo in shown]).to(self.device)
         text = self.text([caption(self.class_prompt, p.person.photos[number].words) for p, number in shown])
         return {"loss": self.components.loss(net(pixels.to(self.device), text).float(), latents)}
 
@@ -134,6 +134,11 @@ class PhotoLoss:
         """The same with the first photo to be predicted, and another one seen if there is any."""
         seen = turn.seen[0] or turn.denoised[0]
         return turn._replace(seen=[seen], denoised=[0])
+
+    def shown(self, person: FittedPerson, number: int) -> Tensor:
+        """What there is to predict of a photo: its latents (C, h, w), each place by the root of how much it counts."""
+        latents = person.latents[number].float()
+        return latents * person.person.photos[number].region(*latents.shape[-2:]).sqrt()
 
     def text(self, captions: Sequence[str]) -> Tensor:
         """The state (B, text_width) of the last token, which has seen the whole caption; each is computed once."""

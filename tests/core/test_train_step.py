@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -14,6 +16,7 @@ from hdb_core.training.fit import FitConfig
 from hdb_core.training.loop import FromFaces, PersonLoss, TrainConfig
 from hdb_core.training.people import FittedPerson
 from hdb_core.training.photos import find_people
+from hdb_core.training.pretrain import PhotoLoss
 from hdb_core.training.trainer import backward, parts_of
 
 
@@ -82,3 +85,24 @@ def test_masks_and_augmentations_count(loss_of, accelerator, tmp_path):
         Image.new("L", (8, 8), 255).save(mask)
     unmasked, _ = gradients(loss_of, accelerator, 1)
     assert unmasked["diffusion"] != first["diffusion"] and unmasked["regression"] == first["regression"]
+
+
+def test_pretraining_does_not_predict_what_masks_leave_out(loss_of, tmp_path):
+    left = Image.new("L", (32, 32))
+    left.paste(255, (0, 0, 16, 32))
+    for photo in tmp_path.glob("*/?.png"):
+        left.save(photo.with_suffix(".mask.png"))
+    found = [replace(p, person=person) for p, person in zip(loss_of.people, find_people(tmp_path), strict=True)]
+
+    def loss(places):
+        changed = [replace(person, latents=person.latents.clone()) for person in found]
+        for number, person in enumerate(changed):
+            person.latents[:, :, :, places] += number
+        faces = PhotoPixels(loss_of.net.encoder)
+        pretraining = PhotoLoss(loss_of.denoiser, changed, faces, "a face", TrainConfig(people=4))
+        count = len(pretraining.components.variance)
+        return pretraining(lambda pixels, text: torch.ones(len(pixels), count), 0)["loss"]
+
+    everywhere, right, nowhere = (loss(places) for places in (slice(None), slice(5, None), slice(0)))
+    torch.testing.assert_close(right, nowhere)
+    assert abs(everywhere - nowhere) > 1e-3

@@ -9,7 +9,7 @@ from PIL import Image
 
 from hdb_core.training.photos import find_people
 from miniature.captions import person_words
-from miniature.drawing import photo
+from miniature.drawing import face_mask, head_mask, photo
 from miniature.people import BACKGROUNDS, SPLITS, sample_person
 from miniature.photos import FIRST, photo_context, write_person
 from miniature.pictures import subject
@@ -25,7 +25,7 @@ def test_training_finds_the_people(tmp_path):
 
 
 def test_masks_show_the_head_and_nothing_else(tmp_path):
-    write_person(tmp_path, FIRST, 2, masks=True)
+    write_person(tmp_path, FIRST, 2, "head")
     (person,) = find_people(tmp_path)
     assert len(person.photos) == 2
     who, context = sample_person(FIRST), photo_context(FIRST, 1)
@@ -36,6 +36,14 @@ def test_masks_show_the_head_and_nothing_else(tmp_path):
     np.testing.assert_array_equal(elsewhere[inside], photo(who, context)[inside])
     outside = photo(who, context)[~inside] != elsewhere[~inside]
     assert outside.any(-1).mean() > 0.3
+
+
+def test_masks_of_faces_count_the_middle_most(tmp_path):
+    who, context = sample_person(FIRST), photo_context(FIRST, 1)
+    face, head = face_mask(who, context), head_mask(who, context)
+    assert 0.02 < (face == 255).mean() < 0.2 and not face[head == 0].any()
+    moved = face_mask(who, replace(context, shift=(context.shift[0] + 20, context.shift[1])))
+    assert np.argwhere(moved == 255)[:, 1].mean() - np.argwhere(face == 255)[:, 1].mean() > 5
 
 
 def test_words_are_of_the_photo_and_not_of_the_person(tmp_path):
