@@ -1,0 +1,94 @@
+"""What a hypernetwork sees in a photo, and what of it reaches the person that it predicts.
+
+``python dev.py bench probe`` reads the truth about drawn people whom no training saw off the face tokens and off the
+predicted factors, each by a ridge regression on other such people, and writes ``benchmarks/results/probe.json`` and
+``probe.md``: of every shape and colour, the share of its variance that is read off the photos of people who were not
+regressed on (1 is all; 0, or less, is nothing). What tokens hold and predictions do not, training has not taught yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdb_core import basis_file, hypernet_file
+from hdb_core.hypernet import HyperNet, preprocess
+from miniature.drawing import photo
+from miniature.people import GEOMETRY, Person, sample_person
+from miniature.photos import FIRST, photo_context
+
+from .common.bench import RESULTS
+from .common.files import rounded, write_json, write_text
+from .hypernet import HYPERNET
+
+UNSEEN = FIRST + 1_000_000  # far behind the people that hypernetworks are trained on
+RIDGES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
+ITEMS = (*GEOMETRY, "hair", "skin")
+
+
+def truth(person: Person) -> list[float]:
+    """Every shape, and how bright hair and skin are."""
+    return [*person.geometry, sum(person.hair_rgb) / 765, sum(person.skin_rgb) / 765]
+
+
+@torch.no_grad()
+def seen(net: HyperNet, people: Sequence[Person], batch: int = 64) -> tuple[Tensor, Tensor]:
+    """Of one photo of each of N people, not a portrait: the face tokens and the predicted up side, (N, numbers) each."""
+    parts = []
+    for first in range(0, len(people), batch):
+        drawn = np.stack([photo(p, photo_context(p.seed, 1)) for p in people[first : first + batch]])
+        tokens = net.encode(preprocess(torch.from_numpy(drawn).float() / 255, net.config.encoder))
+        parts.append((tokens.flatten(1), net(tokens)[1].flatten(1)))
+    tokens, up = (torch.cat(part) for part in zip(*parts, strict=True))
+    return tokens, up
+
+
+def explained(inputs: Tensor, targets: Tensor) -> Tensor:
+    """The share of the variance of targets (N, K) that a ridge regression on inputs (N, D) explains.
+
+    Half of the people are regressed on, a quarter chooses the ridge, a quarter is judged.
+    """
+    inputs, targets = inputs.double(), targets.double()
+    half, rest = len(inputs) // 2, 3 * len(inputs) // 4
+    inputs = (inputs - inputs[:half].mean(0)) / (inputs[:half].std(0) + 1e-9)
+    mean = targets[:half].mean(0)
+    gram = inputs[:half] @ inputs[:half].T
+
+    def share(ridge: float, people: slice) -> Tensor:
+        weights = inputs[:half].T @ torch.linalg.solve(gram + ridge * torch.eye(half, dtype=gram.dtype), targets[:half] - mean)  # fmt: skip
+        error = inputs[people] @ weights + mean - targets[people]
+        return 1 - error.square().mean(0) / targets[people].var(0, correction=0)
+
+    best = max(RIDGES, key=lambda ridge: float(share(ridge, slice(half, rest)).mean()))
+    return share(best, slice(rest, None))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        prog="dev.py bench probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--hypernet", type=Path, default=HYPERNET, help="its file")
+    options.add_argument("--basis", type=Path, help="the file of its basis, if that is a learned one")
+    options.add_argument("--people", type=int, default=1600)
+    options.add_argument("--results", type=Path, default=RESULTS)
+    args = options.parse_args()
+    if args.basis is not None:
+        basis_file.load(args.basis)
+    people = [sample_person(UNSEEN + i) for i in range(args.people)]
+    targets = torch.tensor([truth(person) for person in people])
+    shares = [explained(inputs, targets).tolist() for inputs in seen(hypernet_file.load(args.hypernet), people)]
+    rows = [{"of": item, "tokens": t, "prediction": p} for item, t, p in zip(ITEMS, *shares, strict=True)]
+    lines = ["| of | tokens | prediction |", "|---|---:|---:|"]
+    lines += [f"| {row['of'].replace('_', ' ')} | {row['tokens']:.2f} | {row['prediction']:.2f} |" for row in rows]
+    write_json(args.results / "probe.json", rounded(rows))
+    write_text(args.results / "probe.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
