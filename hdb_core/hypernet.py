@@ -1,13 +1,15 @@
 """The hypernetwork: photos of a person in, that person's LiDB out.
 
 Image encoder → face tokens, once a photo → a transformer decoder over one token per adapted layer. The token carries the
-layer's present factors; the read-out of each layer gives their change. Repeating this refines: ``θ_k = θ_{k−1} + Δ``,
-from ``θ_0 = 0``.
+layer's present factors; the read-out of each layer gives their change. Repeating this refines: ``θ_k = θ_{k−1} + Δ``.
+``θ_0`` is 0, or linear in a face code: what of a person is linear in the face tokens, each part of it as large as any
+other. The diffusion loss teaches a straight line from there what it hardly teaches the decoder, the small shapes of a face.
 
 All people share one down side, which starts as `lidb.start_down` and may be learned with the rest; only the up side is
 predicted. No two predictions then give the same ``delta_weight``, so people are comparable number by number.
 
-Shape symbols: B people, N photos of each, T tokens a photo, L layers, R rank, a and b the basis dimensions.
+Shape symbols: B people, N photos of each, T tokens a photo, K numbers of the face code, L layers, R rank, a and b the
+basis dimensions.
 Source: HyperDreamBooth, arXiv 2307.06949, section 4.2.
 """
 
@@ -31,7 +33,7 @@ from .prompt import rare_token
 
 _MIN_SIDE = 16  # pixels
 _SUMMED_WIDTH = 32  # of each place in a summary
-_IN_COORDINATES = ("weights_in.", "readout", "offset", "down_start", "scale")  # of the basis
+_IN_COORDINATES = ("weights_in.", "readout", "offset", "down_start", "scale", "direct")  # of the basis
 _FIRST_STEP = 0.02  # of the read-out: small predictions at first, but no dead gradient anywhere
 
 
@@ -89,6 +91,7 @@ class HyperNetConfig:
         iterations: k that measured best, used unless another one is asked for.
         free_down: predict the down side too, instead of sharing it.
         prompt: that the people are trained for, with the rare token.
+        code: K; 0 starts from nothing.
     """
 
     layout: Layout
@@ -101,6 +104,7 @@ class HyperNetConfig:
     iterations: int = 2
     free_down: bool = False
     prompt: str = "a [v] face"
+    code: int = 0
 
     @property
     def num_outputs(self) -> int:
@@ -232,9 +236,13 @@ class HyperNet(nn.Module):
     Attributes:
         down_start: [L, R, a], the down side where every prediction starts; learned once for all people.
         scale: [L], the usual size of a layer's numbers, which the predictions are measured in.
+        code_mean, code_map: [S], [S, K], of the face code; given by `set_code`, not trained.
+        direct: [L, K, outputs], from the face code to θ_0.
     """
 
     scale: Tensor
+    code_mean: Tensor
+    code_map: Tensor
     encoder: Any
 
     def __init__(self, config: HyperNetConfig) -> None:
@@ -255,6 +263,11 @@ class HyperNet(nn.Module):
         self.offset = nn.Parameter(torch.zeros(count, config.num_outputs))
         self.down_start = nn.Parameter(start_down(config.basis, config.layout, config.rank))
         self.register_buffer("scale", torch.full((count,), 0.3))
+        if config.code:
+            seen = config.encoder.token_width * max(1, config.encoder.summary)
+            self.register_buffer("code_mean", torch.zeros(seen))
+            self.register_buffer("code_map", torch.zeros(seen, config.code))
+            self.direct = nn.Parameter(torch.zeros(count, config.code, config.num_outputs))
 
     @classmethod
     def create(cls, config: HyperNetConfig, seed: int = 0) -> HyperNet:
@@ -271,6 +284,17 @@ class HyperNet(nn.Module):
         if not bool(energy.any()):
             return
         self.scale.copy_((energy / (self.config.rank * self.config.basis.up_dim)).sqrt().clamp(min=1e-4))
+
+    @torch.no_grad()
+    def set_code(self, mean: Tensor, to_code: Tensor) -> None:
+        """The face code is (`summed` − mean [S]) @ to_code [S, K]."""
+        self.code_mean.copy_(mean)
+        self.code_map.copy_(to_code)
+
+    def summed(self, tokens: Tensor) -> Tensor:
+        """What the face code is linear in, (B, S): the photos' summaries side by side, or the mean of all tokens."""
+        count = max(1, self.config.encoder.summary)
+        return tokens.unflatten(1, (-1, count)).mean(1).flatten(1)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Face tokens (N, T, D) of preprocessed photos (N, 3, image_size, image_size), with the encoder of the file.
@@ -301,6 +325,9 @@ class HyperNet(nn.Module):
         """θ_1 … θ_k, each (B, L, outputs) in units of `scale`, of which `factors` makes people."""
         faces = self.face_in(tokens)
         theta = tokens.new_zeros(len(tokens), *self.offset.shape)
+        if self.config.code:
+            code = (self.summed(tokens) - self.code_mean) @ self.code_map
+            theta = theta + torch.einsum("bk,lko->blo", code.to(self.direct), self.direct)
         states = []
         for _ in range(iterations or self.config.iterations):
             hidden = self.decoder(self.position + self.weights_in(theta), faces)
@@ -335,6 +362,13 @@ def extend(net: HyperNet, layout: Layout) -> HyperNet:
     for name, weight in net.state_dict().items():
         weights[name][: len(weight)] = weight  # what there is a row of for every layer, and all else as a whole
     return extended
+
+
+def with_code(net: HyperNet, code: int) -> HyperNet:
+    """The same network with a face code of ``code`` numbers, which changes nothing at first."""
+    coded = HyperNet.create(replace(net.config, code=code))
+    coded.load_state_dict({**coded.state_dict(), **net.state_dict()})
+    return coded
 
 
 def rebase(net: HyperNet, basis: BasisRecipe, rank: int | None = None) -> HyperNet:

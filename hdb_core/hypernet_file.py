@@ -17,7 +17,7 @@ from .hypernet import HyperNet, HyperNetConfig
 KIND = container.FileKind(
     key="hypernet",
     name="HyperNet",
-    version=1,
+    version=2,
     choose="Choose a file that hdb_core.train has written.",
     remake="train it again",
     error=HyperNetFileError,

@@ -35,18 +35,19 @@ from tqdm import tqdm
 from . import basis_file, hypernet_file
 from .basis import BasisRecipe, bases_of
 from .errors import HDBError, HyperNetError
-from .hypernet import EncoderConfig, HyperNet, HyperNetConfig, extend, initialised, rebase
+from .hypernet import EncoderConfig, HyperNet, HyperNetConfig, extend, initialised, rebase, with_code
 from .layout import Layout
 from .prompt import CLASS_PROMPT
 from .training.base_model import BaseModel, load_base_model
 from .training.basis import BasisConfig, Photos, held_share, learn_basis
+from .training.code import fit_code
 from .training.faces import AUGMENTATIONS, Faces, PhotoPixels
 from .training.fit import FitConfig
 from .training.loop import FromFaces, PersonLoss, TrainConfig
 from .training.losses import mean_predictor_loss
 from .training.people import FittedPerson, encode, precompute, read_people, regions, stacked
 from .training.photos import Person, find_people
-from .training.pretrain import PhotoLoss, PhotoPredictor
+from .training.pretrain import MOST_PHOTOS, PhotoLoss, PhotoPredictor, shown_of
 from .training.samples import SampleConfig, SampleGrid
 from .training.tokens import PhotoTokens, precompute_tokens
 from .training.trainer import Trainer, parts_of
@@ -84,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.encoder and (args.begin_with or args.clip_vision):
         parser.error("--encoder is for a trained ViT that starts anew: --begin-with and --clip-vision bring their own.")
+    if args.code and args.encoder_rate and not args.clip_vision:
+        parser.error("--code needs --encoder-rate 0: the code is found once, in the tokens of the encoder as it is.")
     if args.augment and args.clip_vision:
         parser.error("--augment is for a trained ViT: the tokens of --clip-vision are computed once for every photo.")
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
@@ -186,7 +189,9 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
         net.net.load_state_dict(_beginning(args.begin_with, loss_of.net).state_dict())
     elif net.net.encoder is not None and (args.encoder or run.encoder.exists()):
         _load_encoder(net.net.encoder, args.encoder or run.encoder)
-    rates = {"net.down_start": config.down_rate, "net.encoder": config.encoder_rate}
+    if args.code and not bool(net.net.code_map.any()) and not run.state.exists():
+        _learn_code(net.net.to(accelerator.device), people, faces)
+    rates = {"net.down_start": config.down_rate, "net.encoder": config.encoder_rate, "net.direct": config.direct_rate}
     trainer = Trainer(accelerator, net, config, run.state, run.log, args.accumulate, rates)
     notes = {}
     if config.regression_weight:
@@ -206,6 +211,18 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
             grid.draw(_averaged(net.net.config, trainer.average)).save(run.samples / f"step_{trainer.step:06}.png")
 
     trainer.run(loss_of, save, draw_samples, notes)
+
+
+@torch.no_grad()
+def _learn_code(net: HyperNet, people: Sequence[FittedPerson], faces: Faces) -> None:
+    """The face code: what everybody's last photo tells of their first one, which is a portrait where there are some."""
+    some = people[:MOST_PHOTOS]
+    seen = []
+    for first in range(0, len(some), 64):
+        read = faces.read([(p.person, len(p.latents) - 1) for p in some[first : first + 64]]).to(net.code_mean.device)
+        tokens = read if net.encoder is None else net.encode(read)
+        seen.append(net.summed(tokens).float().cpu())
+    net.set_code(*fit_code(torch.cat(seen), torch.stack([shown_of(person, 0) for person in some]), net.config.code))
 
 
 def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
@@ -303,6 +320,8 @@ def _beginning(path: Path, config: HyperNetConfig) -> HyperNet:
     net = hypernet_file.load(path)
     if net.config.layout == config.layout.without_convolutions() != config.layout:
         net = extend(net, config.layout)
+    if config.code and not net.config.code:
+        net = with_code(net, config.code)
     if (net.config.basis, net.config.rank) != (config.basis, config.rank):
         net = rebase(net, config.basis, config.rank)
     own, other = ({**c.fields(), "iterations": 0, "layout": c.layout, "basis": c.basis} for c in (config, net.config))
@@ -317,7 +336,7 @@ def _beginning(path: Path, config: HyperNetConfig) -> HyperNet:
 def _net_config(args: argparse.Namespace, base: BaseModel, encoder: EncoderConfig) -> HyperNetConfig:
     return HyperNetConfig(
         base.denoiser.layout, _recipe(args), encoder, width=args.width, depth=args.depth, rank=args.rank,
-        iterations=args.max_iterations, free_down=args.free_down, prompt=args.prompt,
+        iterations=args.max_iterations, free_down=args.free_down, prompt=args.prompt, code=args.code,
     )  # fmt: skip
 
 
@@ -380,7 +399,7 @@ def _parser() -> argparse.ArgumentParser:
         "encoder_width": encoder.token_width, "encoder_depth": encoder.depth, "patch_size": encoder.patch_size,
         "summary": encoder.summary,
         "pretrain_steps": 2000, "pretrain_people": 64, "pretrain_rate": 1e-3,
-        "width": basic.width, "depth": basic.depth, "rank": basic.rank,
+        "width": basic.width, "depth": basic.depth, "rank": basic.rank, "code": basic.code,
         **{f.name: f.default for f in fields(TrainConfig) if f.name != "same_photo"},
         **{f"sample_{f.name}": f.default for f in fields(SampleConfig)},
     }  # fmt: skip

@@ -51,6 +51,7 @@ class TrainConfig:
         max_grad_norm: of the clipped gradient.
         down_rate: of the down side that all people share, as a multiple of the learning rate.
         encoder_rate: of the encoder, likewise.
+        direct_rate: of the straight line from the face code, likewise.
         seed: of everything that is drawn.
     """
 
@@ -73,6 +74,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     down_rate: float = 10.0
     encoder_rate: float = 0.2
+    direct_rate: float = 3.0
     seed: int = 0
 
     def __post_init__(self) -> None:

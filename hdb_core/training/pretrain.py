@@ -24,7 +24,7 @@ from .loop import TrainConfig, Turn, turns_of
 from .people import FittedPerson
 
 _COMPONENTS = 160
-_MOST_PHOTOS = 4096  # that the components are found from
+MOST_PHOTOS = 4096  # that the components are found from
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ class PhotoLoss:
         self.counts = [len(person.latents) for person in people]
         self.device = denoiser.sigmas().device
         self._text: dict[str, Tensor] = {}
-        shown = [self.shown(p, n) for p in people[:_MOST_PHOTOS] for n in range(1 if portraits else len(p.latents))]
-        self.components = Components.of(torch.stack(shown[:_MOST_PHOTOS]).to(self.device))
+        shown = [shown_of(p, n) for p in people[:MOST_PHOTOS] for n in range(1 if portraits else len(p.latents))]
+        self.components = Components.of(torch.stack(shown[:MOST_PHOTOS]).to(self.device))
 
     def __call__(self, net: nn.Module, step: int, part: slice = slice(None)) -> dict[str, Tensor]:
         """``loss`` alone, of a part of the people of a step."""
@@ -126,7 +126,7 @@ class PhotoLoss:
             turns = [self._of_portrait(turn) for turn in turns]
         pixels = self.faces.read([(self.people[turn.person].person, turn.seen[0]) for turn in turns])
         shown = [(self.people[turn.person], turn.denoised[0]) for turn in turns]
-        latents = torch.stack([self.shown(*photo) for photo in shown]).to(self.device)
+        latents = torch.stack([shown_of(*photo) for photo in shown]).to(self.device)
         text = self.text([caption(self.class_prompt, p.person.photos[number].words) for p, number in shown])
         return {"loss": self.components.loss(net(pixels.to(self.device), text).float(), latents)}
 
@@ -135,11 +135,6 @@ class PhotoLoss:
         seen = turn.seen[0] or turn.denoised[0]
         return turn._replace(seen=[seen], denoised=[0])
 
-    def shown(self, person: FittedPerson, number: int) -> Tensor:
-        """What there is to predict of a photo: its latents (C, h, w), each place by the root of how much it counts."""
-        latents = person.latents[number].float()
-        return latents * person.person.photos[number].region(*latents.shape[-2:]).sqrt()
-
     def text(self, captions: Sequence[str]) -> Tensor:
         """The state (B, text_width) of the last token, which has seen the whole caption; each is computed once."""
         if missing := list(dict.fromkeys(c for c in captions if c not in self._text)):
@@ -147,3 +142,9 @@ class PhotoLoss:
                 states = self.denoiser.encode_prompts(missing)[:, -1].float()
             self._text |= dict(zip(missing, states, strict=True))
         return torch.stack([self._text[c] for c in captions])
+
+
+def shown_of(person: FittedPerson, number: int) -> Tensor:
+    """What there is to predict of a photo: its latents (C, h, w), each place by the root of how much it counts."""
+    latents = person.latents[number].float()
+    return latents * person.person.photos[number].region(*latents.shape[-2:]).sqrt()

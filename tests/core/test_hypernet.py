@@ -14,7 +14,16 @@ from hdb_core.adapters import attach
 from hdb_core.basis import BasisRecipe, bases_of
 from hdb_core.errors import HyperNetError, HyperNetFileError
 from hdb_core.finetune import Batch, diffusion_loss
-from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig, PhotoEncoder, initialised, predict, preprocess
+from hdb_core.hypernet import (
+    EncoderConfig,
+    HyperNet,
+    HyperNetConfig,
+    PhotoEncoder,
+    initialised,
+    predict,
+    preprocess,
+    with_code,
+)
 from hdb_core.lidb import delta_weight, expand_factors
 
 ENCODER = EncoderConfig(image_size=32, token_width=24, patch_size=8, stem=((16, 1),), depth=2, heads=2)
@@ -239,3 +248,29 @@ def test_narrow_layers(toy):
     person = predict(net, tokens_of(net, photos(1)))
     narrow = [i for i, layer in enumerate(toy.layout.layers) if layer.out_features < 50]
     assert narrow and not any(person.up[i, toy.layout.layers[i].out_features :].any() for i in narrow)
+
+
+def test_a_face_code_reaches_the_factors_in_a_straight_line(net, tmp_path):
+    """At first it changes nothing; then everything that it says is there before the first refinement; files keep it."""
+    coded, tokens = with_code(net, 5), torch.randn(3, 4, net.config.encoder.token_width)
+    for here, before in zip(coded(tokens), net(tokens), strict=True):
+        torch.testing.assert_close(here, before)
+    generator = torch.Generator().manual_seed(0)
+    size = coded.code_mean.shape[0]
+    coded.set_code(torch.randn(size, generator=generator), torch.randn(size, 5, generator=generator))
+    with torch.no_grad():
+        coded.readout.zero_()
+        coded.offset.zero_()
+        coded.direct.normal_(generator=generator)
+    straight = [coded(tokens * share)[1] for share in (0.0, 0.5, 1.0)]
+    torch.testing.assert_close(straight[1], (straight[0] + straight[2]) / 2)
+    assert not torch.allclose(straight[0], straight[2])
+    hypernet_file.save(coded, tmp_path / "coded.safetensors", {}, torch.float32)
+    torch.testing.assert_close(hypernet_file.load(tmp_path / "coded.safetensors")(tokens)[1], straight[2])
+
+
+def test_the_code_of_several_photos_is_their_mean(net):
+    coded, count = with_code(net, 3), net.config.encoder.summary
+    one, other = torch.randn(2, 1, count, net.config.encoder.token_width)
+    both = coded.summed(torch.cat([one, other], 1))
+    torch.testing.assert_close(both, (coded.summed(one) + coded.summed(other)) / 2)

@@ -5,6 +5,7 @@ import torch
 
 from hdb_core.errors import HyperNetError
 from hdb_core.hypernet import EncoderConfig
+from hdb_core.training.code import fit_code
 from hdb_core.training.pretrain import Components, PhotoPredictor
 
 
@@ -45,3 +46,18 @@ def test_a_small_component_counts_as_much_as_the_largest(latents):
 def test_an_encoder_without_a_summary_is_refused():
     with pytest.raises(HyperNetError, match="Set --summary"):
         PhotoPredictor(EncoderConfig(image_size=32, token_width=24, summary=0), 8, 10)
+
+
+def test_the_face_code_has_what_is_shared_and_not_what_is_not(latents):
+    """Of tokens that hold half of the components, a thousand times apart in size, and noise."""
+    generator = torch.Generator().manual_seed(1)
+    components = Components.of(latents)
+    right = true(components, latents)
+    scale = torch.logspace(0, -3, 6)
+    tokens = torch.cat([scale * right[:, :6], torch.randn(300, 10, generator=generator)], 1) + 3
+    mean, to_code = fit_code(tokens, latents, 8)
+    code = (tokens - mean) @ to_code
+    assert code.shape == (300, 8)
+    torch.testing.assert_close(code[:, :6], right[:, :6], atol=0.3, rtol=0)
+    assert code[:, 6:].std() < 0.5
+    assert fit_code(tokens, latents, 20)[1][:, 12:].abs().max() == 0

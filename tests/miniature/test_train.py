@@ -222,6 +222,25 @@ def test_training_begins_with_another_hypernetwork(model, photos, fitted, tmp_pa
     assert "differs from the hypernetwork to be trained in: prompt" in capsys.readouterr().err
 
 
+def test_a_face_code_is_found_once_and_trained_from(model, photos, fitted, tmp_path, capsys):
+    folder, second = copied(fitted, tmp_path / "run"), copied(fitted, tmp_path / "second")
+    options = ["--code", "4", "--encoder-rate", "0", "--max-photos", "2"]
+    assert run("train", model, photos, folder, "--steps", "2", *options) == 0
+    found = weights(folder)
+    assert found["net.code_map"].abs().sum() > 0 and found["net.direct"].abs().sum() > 0
+    assert run("train", model, photos, folder, "--steps", "4", *options) == 0
+    assert torch.equal(weights(folder)["net.code_map"], found["net.code_map"])
+    assert not torch.equal(weights(folder)["net.direct"], found["net.direct"])
+    assert run("evaluate", model, photos, folder) == 0
+    assert run("train", model, photos, second, "--steps", "1") == 0
+    third, start = copied(fitted, tmp_path / "third"), ["--begin-with", str(second / "hypernet.safetensors")]
+    assert run("train", model, photos, third, "--steps", "1", *options, *start) == 0
+    assert hypernet_file.read_header(third / "hypernet.safetensors").config.code == 4
+    with pytest.raises(SystemExit):
+        run("train", model, photos, folder, "--code", "4")
+    assert "--code needs --encoder-rate 0" in capsys.readouterr().err
+
+
 def test_everything_in_a_learned_basis(model, photos, fitted, tmp_path, capsys):
     """Learned, fitted and predicted in it; a hypernetwork of another basis lends all but its read-outs."""
     folder, first = tmp_path / "run", copied(fitted, tmp_path / "first")

@@ -1,0 +1,46 @@
+"""The face code: of what is in the face tokens, that which tells how another photo of the person looks.
+
+It is the linear prediction of the principal components of that photo, each in units of its standard deviation. So it has
+no more of the photo's own clothes and background than help to know the person, and the small shapes of a face count in
+it as much as the colours: in the tokens they are a hundred times smaller, and training does not find them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .pretrain import Components
+
+_RIDGES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
+
+
+def fit_code(seen: Tensor, shown: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The map from tokens to code, by ridge regression.
+
+    Args:
+        seen: (N, S), the summed face tokens of one photo of each of N people.
+        shown: (N, C, h, w), the latents of another photo of theirs, each place by the root of how much it counts.
+        count: K.
+
+    Returns:
+        mean (S,) and map (S, K) float32: the code of x is (x − mean) @ map. K columns, of which those beyond the number
+        of components are zero.
+    """
+    components = Components.of(shown)
+    flat = (shown.float().flatten(1) - components.mean) @ components.directions[:, :count]
+    targets = (flat / components.variance[:count].sqrt().clamp(min=1e-6)).double()
+    mean, spread = seen.double().mean(0), seen.double().std(0).clamp(min=1e-6)
+    inputs = (seen.double() - mean) / spread
+    kept = max(1, len(inputs) // 5)
+
+    def weights(ridge: float, people: slice) -> Tensor:
+        x, y = inputs[people], targets[people]
+        return torch.linalg.solve(x.mT @ x + ridge * torch.eye(x.shape[1]).to(x), x.mT @ y)
+
+    def error(ridge: float) -> float:
+        return float((inputs[:kept] @ weights(ridge, slice(kept, None)) - targets[:kept]).square().mean())
+
+    best = weights(min(_RIDGES, key=error), slice(None)) / spread[:, None]
+    padded = torch.nn.functional.pad(best, (0, count - best.shape[1]))
+    return mean.float(), padded.float()
