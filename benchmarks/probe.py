@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hdb_core import basis_file, hypernet_file
 from hdb_core.hypernet import HyperNet, preprocess
+from hdb_core.training.code import RIDGES, ridge_weights
 from miniature.drawing import photo
 from miniature.people import GEOMETRY, Person, sample_person
 from miniature.photos import FIRST, photo_context
@@ -27,7 +28,6 @@ from .common.files import rounded, write_json, write_text
 from .hypernet import HYPERNET
 
 UNSEEN = FIRST + 1_000_000  # far behind the people that hypernetworks are trained on
-RIDGES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 ITEMS = (*GEOMETRY, "hair", "skin")
 
 
@@ -57,10 +57,9 @@ def explained(inputs: Tensor, targets: Tensor) -> Tensor:
     half, rest = len(inputs) // 2, 3 * len(inputs) // 4
     inputs = (inputs - inputs[:half].mean(0)) / (inputs[:half].std(0) + 1e-9)
     mean = targets[:half].mean(0)
-    gram = inputs[:half] @ inputs[:half].T
 
     def share(ridge: float, people: slice) -> Tensor:
-        weights = inputs[:half].T @ torch.linalg.solve(gram + ridge * torch.eye(half, dtype=gram.dtype), targets[:half] - mean)  # fmt: skip
+        weights = ridge_weights(inputs[:half], targets[:half] - mean, ridge)
         error = inputs[people] @ weights + mean - targets[people]
         return 1 - error.square().mean(0) / targets[people].var(0, correction=0)
 

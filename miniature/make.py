@@ -29,6 +29,8 @@ _ALL_LAYERS = f"{_PEOPLE} --folder .runs/hypernet --convolutions"
 _DIFFUSION = (
     "--regression-weight 0 --learning-rate 1e-3 --warmup 20 --depth 2 --down-rate 3 --max-photos 2 --min-timestep 0.05"
 )
+# In another basis than the shipped one, from which it begins.
+_REBASED = f"--begin-with weights/miniature_hypernet.safetensors {_DIFFUSION} --encoder-rate 0.2 --sample-every 0"
 STAGES = {
     "pictures": "miniature.pictures",
     "vae": "miniature.vae",
@@ -57,11 +59,9 @@ STAGES = {
     # Of no shipped file: people and hypernetworks in a learned basis and in a narrow one, for the benchmarks.
     "basis": f"hdb_core.train basis {_LEARNED} --draws 4 --min-timestep 0 --max-timestep 0.8 --held-out 0.005",
     "latents_in_basis": f"hdb_core.train precompute {_LEARNED} --fit-steps 0",
-    "hypernet_in_basis": f"hdb_core.train train {_LEARNED} --begin-with weights/miniature_hypernet.safetensors "
-    f"{_DIFFUSION} --steps 600 --encoder-rate 0.2 --sample-every 0",
+    "hypernet_in_basis": f"hdb_core.train train {_LEARNED} {_REBASED} --steps 600",
     "latents_in_narrow_basis": f"hdb_core.train precompute {_NARROW} --fit-steps 0",
-    "hypernet_in_narrow_basis": f"hdb_core.train train {_NARROW} --begin-with weights/miniature_hypernet.safetensors "
-    f"{_DIFFUSION} --steps 400 --encoder-rate 0.2 --sample-every 0",
+    "hypernet_in_narrow_basis": f"hdb_core.train train {_NARROW} {_REBASED} --steps 400",
 }
 MADE_BY = {
     "miniature_vae.safetensors": ("pictures", "vae", "latents", "pack"),

@@ -2,7 +2,7 @@
 
 It is the linear prediction of the principal components of that photo, each in units of its standard deviation. So it has
 no more of the photo's own clothes and background than help to know the person, and the small shapes of a face count in
-it as much as the colours: in the tokens they are a hundred times smaller, and training does not find them.
+it as much as the colours.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .pretrain import Components
 
-_RIDGES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
+RIDGES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 
 
 def fit_code(seen: Tensor, shown: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -34,13 +34,19 @@ def fit_code(seen: Tensor, shown: Tensor, count: int) -> tuple[Tensor, Tensor]:
     inputs = (seen.double() - mean) / spread
     kept = max(1, len(inputs) // 5)
 
-    def weights(ridge: float, people: slice) -> Tensor:
-        x, y = inputs[people], targets[people]
-        return torch.linalg.solve(x.mT @ x + ridge * torch.eye(x.shape[1]).to(x), x.mT @ y)
-
     def error(ridge: float) -> float:
-        return float((inputs[:kept] @ weights(ridge, slice(kept, None)) - targets[:kept]).square().mean())
+        weights = ridge_weights(inputs[kept:], targets[kept:], ridge)
+        return float((inputs[:kept] @ weights - targets[:kept]).square().mean())
 
-    best = weights(min(_RIDGES, key=error), slice(None)) / spread[:, None]
+    best = ridge_weights(inputs, targets, min(RIDGES, key=error)) / spread[:, None]
     padded = torch.nn.functional.pad(best, (0, count - best.shape[1]))
     return mean.float(), padded.float()
+
+
+def ridge_weights(inputs: Tensor, targets: Tensor, ridge: float) -> Tensor:
+    """The ridge regression (D, K) of centred targets (N, K) on centred inputs (N, D)."""
+    if len(inputs) < inputs.shape[1]:
+        gram = inputs @ inputs.mT
+        return inputs.mT @ torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), targets)
+    gram = inputs.mT @ inputs
+    return torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), inputs.mT @ targets)
