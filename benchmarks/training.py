@@ -53,6 +53,8 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "diffusion, k = 1": (*DIFFUSION, "--max-iterations", "1"),
     "diffusion, rank 2": (*DIFFUSION, "--rank", "2"),
     "diffusion, learned basis": (*DIFFUSION, "--basis", LEARNED),
+    "diffusion, encoder frozen": (*DIFFUSION, "--encoder-rate", "0"),
+    "diffusion, encoder frozen, face code": (*DIFFUSION, "--encoder-rate", "0", "--code", "96"),
 }  # fmt: skip
 COLUMNS = ("own", "nobody", "stranger", "mean", "regression", "mean_predictor")
 
