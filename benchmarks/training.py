@@ -3,9 +3,9 @@
 ``python dev.py bench training`` takes the fitted people of ``--folder`` (``python -m miniature.make diffusers fitted
 precompute``) and the encoder of the shipped hypernetwork, which has learned to see people; the rest begins anew. It trains
 every variant on them with the same seed, and writes ``benchmarks/results/training.json`` and ``training.md``. The error
-is that of v on the head in a photo that was not given, of people kept from training, with the person's own prediction,
-the mean one, nobody's and a stranger's. ``--heads`` holds the same photos with masks (``python -m miniature.photos
---folder .runs/masked --people 384 --masks head``), ``--basis`` is the learned one (``python -m miniature.make basis``).
+is that of v on the face in a photo that was not given, of people kept from training, with the person's own prediction,
+the mean one, nobody's and a stranger's. ``--masked`` holds the same photos with masks (``python -m miniature.photos
+--folder .runs/masked --people 384 --masks face``), ``--basis`` is the learned one (``python -m miniature.make basis``).
 Variants are trained in ``.runs/training`` and go on where they were stopped; finished ones are not trained again, and
 rows of other variants, or of other numbers of steps, stay in the table.
 """
@@ -29,32 +29,29 @@ from .common.files import rounded, write_json, write_text
 from .hypernet import HYPERNET
 from .people import BASIS
 
-DIFFUSION = ("--regression-weight", "0")
 # One photo a person: the same one is seen and denoised.
-SAME = (*DIFFUSION, "--same-photo", "--max-photos", "1")
-HEADS = "HEADS"  # stands for the folder of the same photos with masks of the heads
+SAME = ("--same-photo", "--max-photos", "1")
+MASKED = "MASKED"  # stands for the folder of the same photos with masks of the faces
 LEARNED = "LEARNED"  # stands for the file of the learned basis
 VARIANTS: Mapping[str, Sequence[str]] = {
-    "diffusion": DIFFUSION,
-    "regression": ("--diffusion-weight", "0"),
-    "both": (),
-    "diffusion, as ε": (*DIFFUSION, "--weighting", "native"),
+    "diffusion": (),
+    "regression": ("--regression-weight", "1", "--diffusion-weight", "0"),
+    "both": ("--regression-weight", "1"),
+    "diffusion, no face code": ("--code", "0"),
+    "diffusion, no face code, encoder trained": ("--code", "0", "--encoder-rate", "0.2"),
+    "diffusion, as ε": ("--weighting", "native"),
+    "diffusion, masked": ("--photos", MASKED),
     "diffusion, same photo": SAME,
-    "diffusion, same photo, masked": (*SAME, "--photos", HEADS),
-    "diffusion, same photo, crops": (*SAME, "--augment", "crop"),
-    "diffusion, same photo, flips": (*SAME, "--augment", "flip"),
-    "diffusion, same photo, tints": (*SAME, "--augment", "color"),
+    "diffusion, same photo, masked": (*SAME, "--photos", MASKED),
     "diffusion, same photo, masked, crops, flips, tints":
-        (*SAME, "--photos", HEADS, "--augment", "crop", "flip", "color"),
-    "diffusion, one photo seen": (*DIFFUSION, "--max-photos", "1"),
-    "diffusion, four draws": (*DIFFUSION, "--people", "8", "--draws", "4"),
-    "diffusion, down side frozen": (*DIFFUSION, "--down-rate", "0"),
-    "diffusion, down side predicted": (*DIFFUSION, "--free-down"),
-    "diffusion, k = 1": (*DIFFUSION, "--max-iterations", "1"),
-    "diffusion, rank 2": (*DIFFUSION, "--rank", "2"),
-    "diffusion, learned basis": (*DIFFUSION, "--basis", LEARNED),
-    "diffusion, encoder frozen": (*DIFFUSION, "--encoder-rate", "0"),
-    "diffusion, encoder frozen, face code": (*DIFFUSION, "--encoder-rate", "0", "--code", "96"),
+        (*SAME, "--photos", MASKED, "--augment", "crop", "flip", "color"),
+    "diffusion, one photo seen": ("--max-photos", "1"),
+    "diffusion, four draws": ("--people", "8", "--draws", "4"),
+    "diffusion, down side frozen": ("--down-rate", "0"),
+    "diffusion, down side predicted": ("--free-down",),
+    "diffusion, k = 1": ("--max-iterations", "1"),
+    "diffusion, rank 4": ("--rank", "4"),
+    "diffusion, learned basis": ("--basis", LEARNED),
 }  # fmt: skip
 COLUMNS = ("own", "nobody", "stranger", "mean", "regression", "mean_predictor")
 
@@ -71,7 +68,7 @@ def prepared(source: Run, folder: Path) -> Run:
 
 
 def trained(
-    name: str, folder: Path, steps: int, options: Sequence[str], heads: Path, basis: Path = BASIS
+    name: str, folder: Path, steps: int, options: Sequence[str], masked: Path, basis: Path = BASIS
 ) -> dict[str, Any]:
     """The row of a variant, trained and evaluated now unless it has been.
 
@@ -80,7 +77,7 @@ def trained(
         folder: to train in, as `prepared`.
         steps: of the training.
         options: of ``hdb_core.train``, for all variants.
-        heads: the photos with masks beside them.
+        masked: the photos with masks beside them.
         basis: the file of a learned basis.
 
     Raises:
@@ -89,8 +86,8 @@ def trained(
     result = folder / "evaluation.json"
     if not result.exists():
         # Whatever a variant was trained on, all are judged by the same error.
-        judged = ["--weighting", "v", "--draws", "4", "--max-photos", "1", "--photos", str(heads)]
-        places = {HEADS: str(heads), LEARNED: str(basis)}
+        judged = ["--weighting", "v", "--draws", "4", "--max-photos", "1", "--photos", str(masked)]
+        places = {MASKED: str(masked), LEARNED: str(basis)}
         variant = [places.get(option, option) for option in VARIANTS[name]]
         for stage, own in (("train", ["--steps", str(steps)]), ("evaluate", judged)):
             command = [sys.executable, "-m", "hdb_core.train", stage, "--folder", str(folder)]
@@ -124,12 +121,12 @@ def main() -> None:
         prog="dev.py bench training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=f"of: {'; '.join(VARIANTS)}")  # fmt: skip
-    options.add_argument("--steps", type=int, default=150)
+    options.add_argument("--steps", type=int, default=60)
     options.add_argument("--folder", type=Path, default=ROOT / ".runs" / "regression", help="with fitted people")
     options.add_argument("--photos", type=Path, default=ROOT / ".runs" / "fitted")
     options.add_argument("--encoder", type=Path, default=HYPERNET, help="as of hdb_core.train")
     options.add_argument(
-        "--heads", type=Path, default=ROOT / ".runs" / "masked", help="the photos with masks of the heads"
+        "--masked", type=Path, default=ROOT / ".runs" / "masked", help="the photos with masks of the faces"
     )
     options.add_argument("--basis", type=Path, default=BASIS, help="file of the learned basis")
     options.add_argument("--model", type=Path, default=ROOT / ".runs" / "diffusers")
@@ -138,8 +135,8 @@ def main() -> None:
     shared = [
         *("--model", str(args.model.resolve()), "--photos", str(args.photos.resolve()), "--cpu", "--image-size", "128"),
         *("--encoder", str(args.encoder.resolve()), "--held-out", "0.1"),
-        *("--learning-rate", "1e-3", "--down-rate", "3", "--warmup", "20", "--depth", "2"),
-        *("--max-photos", "2", "--min-timestep", "0.05", "--sample-every", "0"),
+        *("--warmup", "20", "--depth", "2", "--max-photos", "2"),
+        *("--min-timestep", "0.05", "--max-timestep", "0.95", "--sample-every", "0"),
     ]
     path = args.results / "training.json"
     rows: list[Mapping[str, Any]] = []
@@ -151,7 +148,7 @@ def main() -> None:
                 prepared(Run(args.folder), folder).folder,
                 args.steps,
                 shared,
-                args.heads.resolve(),
+                args.masked.resolve(),
                 args.basis.resolve(),
             )
         )

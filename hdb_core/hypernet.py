@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -27,13 +27,12 @@ from torch.nn import functional
 from .basis import BasisRecipe
 from .errors import HyperNetError
 from .images import resize_to_cover
-from .layout import Layout, require_layers
+from .layout import Layout
 from .lidb import LiDB, start_down
 from .prompt import rare_token
 
 _MIN_SIDE = 16  # pixels
 _SUMMED_WIDTH = 32  # of each place in a summary
-_IN_COORDINATES = ("weights_in.", "readout", "offset", "down_start", "scale", "direct")  # of the basis
 _FIRST_STEP = 0.02  # of the read-out: small predictions at first, but no dead gradient anywhere
 
 
@@ -309,24 +308,28 @@ class HyperNet(nn.Module):
             )
         return self.encoder(pixels)
 
-    def forward(self, tokens: Tensor, iterations: int | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, iterations: int | None = None, code: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Factors of B people.
 
         Args:
             tokens: (B, T, D) face tokens; those of several photos of one person stand side by side.
             iterations: k; None is the configured one.
+            code: (B, K) where it is known; None predicts it from the tokens.
 
         Returns:
             down (B, L, R, a), up (B, L, b, R), float32, differentiable.
         """
-        return self.factors(self.refinements(tokens, iterations)[-1])
+        return self.factors(self.refinements(tokens, iterations, code)[-1])
 
-    def refinements(self, tokens: Tensor, iterations: int | None = None) -> list[Tensor]:
+    def refinements(self, tokens: Tensor, iterations: int | None = None, code: Tensor | None = None) -> list[Tensor]:
         """θ_1 … θ_k, each (B, L, outputs) in units of `scale`, of which `factors` makes people."""
         faces = self.face_in(tokens)
         theta = tokens.new_zeros(len(tokens), *self.offset.shape)
         if self.config.code:
-            code = (self.summed(tokens) - self.code_mean) @ self.code_map
+            if code is None:
+                code = (self.summed(tokens) - self.code_mean) @ self.code_map
             theta = theta + torch.einsum("bk,lko->blo", code.to(self.direct), self.direct)
         states = []
         for _ in range(iterations or self.config.iterations):
@@ -344,44 +347,6 @@ class HyperNet(nn.Module):
         if self.config.free_down:
             down = down + theta[..., rank * b :].unflatten(-1, (rank, -1))
         return down, up
-
-
-def extend(net: HyperNet, layout: Layout) -> HyperNet:
-    """The same network for convolutions, too, of which it predicts little at first.
-
-    Args:
-        net: that predicts no convolutions yet.
-        layout: has all of its layers, in their order, and convolutions after them.
-
-    Raises:
-        LayoutError: if it has others.
-    """
-    require_layers(layout.without_convolutions(), net.config.layout, "The base model")
-    extended = HyperNet.create(replace(net.config, layout=layout))
-    weights = extended.state_dict()
-    for name, weight in net.state_dict().items():
-        weights[name][: len(weight)] = weight  # what there is a row of for every layer, and all else as a whole
-    return extended
-
-
-def with_code(net: HyperNet, code: int) -> HyperNet:
-    """The same network with a face code of ``code`` numbers, which changes nothing at first."""
-    coded = HyperNet.create(replace(net.config, code=code))
-    coded.load_state_dict({**coded.state_dict(), **net.state_dict()})
-    return coded
-
-
-def rebase(net: HyperNet, basis: BasisRecipe, rank: int | None = None) -> HyperNet:
-    """The same network for people in another basis, or of another rank, of whom it predicts little at first.
-
-    What it knows of photos and layers stays; all that is in the coordinates of the basis begins anew.
-    """
-    rebased = HyperNet.create(replace(net.config, basis=basis, rank=rank or net.config.rank))
-    weights = rebased.state_dict()
-    for name, weight in net.state_dict().items():
-        if not name.startswith(_IN_COORDINATES):
-            weights[name].copy_(weight)
-    return rebased
 
 
 def predict(net: HyperNet, tokens: Tensor, iterations: int | None = None) -> LiDB:

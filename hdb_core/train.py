@@ -35,19 +35,19 @@ from tqdm import tqdm
 from . import basis_file, hypernet_file
 from .basis import BasisRecipe, bases_of
 from .errors import HDBError, HyperNetError
-from .hypernet import EncoderConfig, HyperNet, HyperNetConfig, extend, initialised, rebase, with_code
+from .hypernet import EncoderConfig, HyperNet, HyperNetConfig, initialised
 from .layout import Layout
 from .prompt import CLASS_PROMPT
 from .training.base_model import BaseModel, load_base_model
 from .training.basis import BasisConfig, Photos, held_share, learn_basis
-from .training.code import fit_code
+from .training.code import MOST_PHOTOS, codes_of, fit_code
 from .training.faces import AUGMENTATIONS, Faces, PhotoPixels
 from .training.fit import FitConfig
 from .training.loop import FromFaces, PersonLoss, TrainConfig
 from .training.losses import mean_predictor_loss
 from .training.people import FittedPerson, encode, precompute, read_people, regions, stacked
 from .training.photos import Person, find_people
-from .training.pretrain import MOST_PHOTOS, PhotoLoss, PhotoPredictor, shown_of
+from .training.pretrain import PhotoLoss, PhotoPredictor
 from .training.samples import SampleConfig, SampleGrid
 from .training.tokens import PhotoTokens, precompute_tokens
 from .training.trainer import Trainer, parts_of
@@ -177,7 +177,9 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     people, kept = held_out(_fitted(args, run), args.held_out)
     faces, encoder = _faces(args, accelerator)
     _require_same_encoder(run, encoder)
-    loss_of = PersonLoss(base.denoiser, people, _net_config(args, base, encoder), config, faces)
+    # Another hypernetwork's code is in coordinates of its own, which its map alone knows.
+    codes = codes_of(people, args.code) if args.code and args.begin_with is None else None
+    loss_of = PersonLoss(base.denoiser, people, _net_config(args, base, encoder), config, faces, codes)
     if config.regression_weight and not bool(loss_of.energy.any()):
         raise HyperNetError(
             "Nobody was fitted in this basis, so there is nobody to regress onto. Give --regression-weight 0, or run "
@@ -189,8 +191,13 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
         net.net.load_state_dict(_beginning(args.begin_with, loss_of.net).state_dict())
     elif net.net.encoder is not None and (args.encoder or run.encoder.exists()):
         _load_encoder(net.net.encoder, args.encoder or run.encoder)
-    if args.code and not bool(net.net.code_map.any()) and not run.state.exists():
-        _learn_code(net.net.to(accelerator.device), people, faces)
+    elif net.net.encoder is not None and not config.encoder_rate and not run.state.exists():
+        raise HyperNetError(
+            "The image encoder has learned nothing yet, and stays as it is. Run pretrain first, give --encoder a file "
+            "with one, or train it here: --code 0 --encoder-rate 0.2."
+        )
+    if codes is not None and not run.state.exists():
+        _learn_code(net.net.to(accelerator.device), people, faces, codes)
     rates = {"net.down_start": config.down_rate, "net.encoder": config.encoder_rate, "net.direct": config.direct_rate}
     trainer = Trainer(accelerator, net, config, run.state, run.log, args.accumulate, rates)
     notes = {}
@@ -214,15 +221,14 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
 
 
 @torch.no_grad()
-def _learn_code(net: HyperNet, people: Sequence[FittedPerson], faces: Faces) -> None:
-    """The face code: what everybody's last photo tells of their first one, which is a portrait where there are some."""
-    some = people[:MOST_PHOTOS]
-    seen = []
+def _learn_code(net: HyperNet, people: Sequence[FittedPerson], faces: Faces, codes: Tensor) -> None:
+    """The map to the face code, from what everybody's last photo tells."""
+    some, seen = people[:MOST_PHOTOS], []
     for first in range(0, len(some), 64):
         read = faces.read([(p.person, len(p.latents) - 1) for p in some[first : first + 64]]).to(net.code_mean.device)
         tokens = read if net.encoder is None else net.encode(read)
         seen.append(net.summed(tokens).float().cpu())
-    net.set_code(*fit_code(torch.cat(seen), torch.stack([shown_of(person, 0) for person in some]), net.config.code))
+    net.set_code(*fit_code(torch.cat(seen), codes[: len(some)]))
 
 
 def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
@@ -310,20 +316,12 @@ def _load_encoder(encoder: Module, path: Path) -> None:
 
 
 def _beginning(path: Path, config: HyperNetConfig) -> HyperNet:
-    """The hypernetwork that a training begins with, extended by convolutions if those are trained and it has none.
-
-    In another basis, or of another rank, its read-outs begin anew.
+    """The hypernetwork that a training begins with.
 
     Raises:
-        HyperNetError: if its sizes or layers are others than those of the training.
+        HyperNetError: if its sizes, layers or basis are others than those of the training.
     """
     net = hypernet_file.load(path)
-    if net.config.layout == config.layout.without_convolutions() != config.layout:
-        net = extend(net, config.layout)
-    if config.code and not net.config.code:
-        net = with_code(net, config.code)
-    if (net.config.basis, net.config.rank) != (config.basis, config.rank):
-        net = rebase(net, config.basis, config.rank)
     own, other = ({**c.fields(), "iterations": 0, "layout": c.layout, "basis": c.basis} for c in (config, net.config))
     if different := sorted(name for name in own if own[name] != other[name]):
         raise HyperNetError(
@@ -394,12 +392,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out", type=float, default=0.02, help="share of the people kept for evaluate")
     fit, basis, encoder, basic = FitConfig(), BasisRecipe(), EncoderConfig(), HyperNetConfig(Layout("sd1", ()))
     numbers = {
-        "basis_people": 64, "group": 32, "fit_steps": fit.steps, "fit_rate": fit.learning_rate, "image_size": 512, "basis_seed": basis.seed,
+        "basis_people": 64, "group": 32, "fit_steps": 0, "fit_rate": fit.learning_rate, "image_size": 512, "basis_seed": basis.seed,
         "down_dim": basis.down_dim, "up_dim": basis.up_dim, "encoder_size": encoder.image_size,
         "encoder_width": encoder.token_width, "encoder_depth": encoder.depth, "patch_size": encoder.patch_size,
         "summary": encoder.summary,
         "pretrain_steps": 2000, "pretrain_people": 64, "pretrain_rate": 1e-3,
-        "width": basic.width, "depth": basic.depth, "rank": basic.rank, "code": basic.code,
+        "width": basic.width, "depth": basic.depth, "rank": basic.rank, "code": 96,
         **{f.name: f.default for f in fields(TrainConfig) if f.name != "same_photo"},
         **{f"sample_{f.name}": f.default for f in fields(SampleConfig)},
     }  # fmt: skip

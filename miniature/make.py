@@ -20,17 +20,12 @@ WEIGHTS = ROOT / "weights"
 RUNS = ROOT / ".runs"
 _TRAIN = "--model .runs/diffusers --image-size 128"
 _FITTED = f"{_TRAIN} --photos .runs/fitted --folder .runs/regression"
-_PEOPLE = f"{_TRAIN} --photos .runs/people"
-_ATTENTION = f"{_PEOPLE} --folder .runs/attention"
-_LEARNED = f"{_PEOPLE} --folder .runs/basis --convolutions"
-_NARROW = f"{_PEOPLE} --folder .runs/narrow --convolutions --down-dim 25 --up-dim 12"
-_ALL_LAYERS = f"{_PEOPLE} --folder .runs/hypernet --convolutions"
-# Of both trainings through the base model.
-_DIFFUSION = (
-    "--regression-weight 0 --learning-rate 1e-3 --warmup 20 --depth 2 --down-rate 3 --max-photos 2 --min-timestep 0.05"
-)
-# In another basis than the shipped one, from which it begins.
-_REBASED = f"--begin-with weights/miniature_hypernet.safetensors {_DIFFUSION} --encoder-rate 0.2 --sample-every 0"
+_FACES = f"{_TRAIN} --photos .runs/faces --convolutions"
+_HYPERNET = f"{_FACES} --folder .runs/hypernet"
+_LEARNED = f"{_FACES} --folder .runs/basis"
+_NARROW = f"{_FACES} --folder .runs/narrow --down-dim 25 --up-dim 12"
+_DIFFUSION = "--rank 4 --depth 2 --warmup 20 --max-photos 2 --min-timestep 0.05 --max-timestep 0.95 --sample-every 0"
+_IN_ANOTHER_BASIS = f"--encoder .runs/hypernet/encoder.safetensors {_DIFFUSION} --steps 400"
 STAGES = {
     "pictures": "miniature.pictures",
     "vae": "miniature.vae",
@@ -41,34 +36,28 @@ STAGES = {
     "judge_b": "miniature.judge --architecture b",
     "pack": "miniature.checkpoint pack",
     "diffusers": "miniature.checkpoint diffusers",
-    "people": "miniature.photos --people 3400 --photos 4",
-    "latents_of_people": f"hdb_core.train precompute {_ATTENTION} --fit-steps 0",
-    "pretrain": f"hdb_core.train pretrain {_ATTENTION} --portraits --pretrain-steps 2000",
-    "fitted": "miniature.photos --folder .runs/fitted --people 384 --photos 4",
-    "precompute": f"hdb_core.train precompute {_FITTED} --min-timestep 0.15",
-    "regression": f"hdb_core.train train {_FITTED} --encoder .runs/attention/encoder.safetensors --diffusion-weight 0 "
-    "--steps 150 --people 64 --learning-rate 2e-3 --warmup 20 --depth 2 --down-rate 0 --encoder-rate 0 --max-photos 2 "
-    "--held-out 0.05 --sample-every 0",
-    "attention": f"hdb_core.train train {_ATTENTION} --begin-with .runs/regression/hypernet.safetensors {_DIFFUSION} "
-    "--steps 230 --encoder-rate 0.1",
-    "latents_for_all_layers": f"hdb_core.train precompute {_ALL_LAYERS} --fit-steps 0",
-    "hypernet": f"hdb_core.train train {_ALL_LAYERS} --begin-with .runs/attention/hypernet.safetensors {_DIFFUSION} "
-    "--steps 800 --encoder-rate 0.2 --sample-every 0",
-    "evaluate": f"hdb_core.train evaluate {_ALL_LAYERS}",
+    "faces": "miniature.photos --folder .runs/faces --people 13400 --photos 4 --masks face",
+    "latents_of_faces": f"hdb_core.train precompute {_HYPERNET}",
+    "pretrain": f"hdb_core.train pretrain {_HYPERNET} --portraits --pretrain-steps 5000",
+    "hypernet": f"hdb_core.train train {_HYPERNET} {_DIFFUSION} --steps 1400",
+    "evaluate": f"hdb_core.train evaluate {_HYPERNET} --max-photos 3 --min-timestep 0.05 --max-timestep 0.95",
     "pack_hypernet": "miniature.checkpoint pack",
-    # Of no shipped file: people and hypernetworks in a learned basis and in a narrow one, for the benchmarks.
-    "basis": f"hdb_core.train basis {_LEARNED} --draws 4 --min-timestep 0 --max-timestep 0.8 --held-out 0.005",
-    "latents_in_basis": f"hdb_core.train precompute {_LEARNED} --fit-steps 0",
-    "hypernet_in_basis": f"hdb_core.train train {_LEARNED} {_REBASED} --steps 600",
-    "latents_in_narrow_basis": f"hdb_core.train precompute {_NARROW} --fit-steps 0",
-    "hypernet_in_narrow_basis": f"hdb_core.train train {_NARROW} {_REBASED} --steps 400",
+    # Of no shipped file, for the benchmarks: fitted people, and hypernetworks in a learned basis and in a narrow one.
+    "fitted": "miniature.photos --folder .runs/fitted --people 384 --photos 4",
+    "precompute": f"hdb_core.train precompute {_FITTED} --fit-steps 40 --min-timestep 0.15",
+    "people": "miniature.photos --folder .runs/people --people 3400 --photos 4",
+    "basis": f"hdb_core.train basis {_TRAIN} --photos .runs/people --folder .runs/basis --convolutions --draws 4 "
+    "--min-timestep 0 --max-timestep 0.8 --held-out 0.005",
+    "latents_in_basis": f"hdb_core.train precompute {_LEARNED}",
+    "hypernet_in_basis": f"hdb_core.train train {_LEARNED} {_IN_ANOTHER_BASIS}",
+    "latents_in_narrow_basis": f"hdb_core.train precompute {_NARROW}",
+    "hypernet_in_narrow_basis": f"hdb_core.train train {_NARROW} {_IN_ANOTHER_BASIS}",
 }
 MADE_BY = {
     "miniature_vae.safetensors": ("pictures", "vae", "latents", "pack"),
     "miniature_base.safetensors": ("pictures", "vae", "latents", "text", "base", "pack"),
     "miniature_hypernet.safetensors": (
-        *("diffusers", "people", "latents_of_people", "pretrain"),
-        *("fitted", "precompute", "regression", "attention", "latents_for_all_layers", "hypernet", "evaluate"),
+        *("diffusers", "faces", "latents_of_faces", "pretrain", "hypernet", "evaluate"),
         "pack_hypernet",
     ),
     "judge_a.safetensors": ("pictures", "judge_a"),

@@ -1,35 +1,91 @@
-"""The face code: of what is in the face tokens, that which tells how another photo of the person looks.
+"""The face code: what of a person the face tokens tell of a portrait of theirs, number by number.
 
-It is the linear prediction of the principal components of that photo, each in units of its standard deviation. So it has
-no more of the photo's own clothes and background than help to know the person, and the small shapes of a face count in
-it as much as the colours.
+It is the principal components of the portrait, each in units of its standard deviation, so that the small shapes of a
+face count in it as much as the colours. Training takes it from the portrait itself, and a photo's is predicted from its
+tokens, linearly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .pretrain import Components
+from ..hypernet import initialised
+from .people import FittedPerson
 
 RIDGES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
+MOST_PHOTOS = 4096  # that components and maps are found from
+_COMPONENTS = 160
 
 
-def fit_code(seen: Tensor, shown: Tensor, count: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Components:
+    """Principal components of photos.
+
+    Attributes:
+        mean: (P,) of the latents, flat.
+        directions: (P, K), orthonormal columns.
+        variance: (K,), falling.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, latents: Tensor) -> Components:
+        """Of photos (N, C, h, w); the global generator is left as it was."""
+        flat = latents.float().flatten(1)
+        mean, count = flat.mean(0), min(_COMPONENTS, *flat.shape)
+        with initialised(0):
+            _, singular, directions = torch.svd_lowrank(flat - mean, count, niter=4)
+        return cls(mean, directions, singular.square() / len(flat))
+
+    def codes(self, latents: Tensor, count: int) -> Tensor:
+        """The first ``count`` components (N, count) of photos (N, C, h, w), each in units of its standard deviation.
+
+        Those beyond the number of components are zero.
+        """
+        found = (latents.float().flatten(1) - self.mean) @ self.directions[:, :count]
+        found = found / self.variance[:count].sqrt().clamp(min=1e-6)
+        return torch.nn.functional.pad(found, (0, count - found.shape[1]))
+
+    def loss(self, predicted: Tensor, latents: Tensor) -> Tensor:
+        """The error of components (B, K), each in units of its standard deviation, of photos (B, C, h, w).
+
+        Predicting the mean photo costs 1. Components count alike, but for the smallest, which fade out.
+        """
+        weight = 1 / (self.variance + self.variance[len(self.variance) // 2])
+        error = predicted * self.variance.sqrt() - (latents.flatten(1) - self.mean) @ self.directions
+        return (error.square() * weight).sum(1).mean() / (weight * self.variance).sum()
+
+
+def shown_of(person: FittedPerson, number: int) -> Tensor:
+    """What there is to predict of a photo: its latents (C, h, w), each place by the root of how much it counts."""
+    latents = person.latents[number].float()
+    return latents * person.person.photos[number].region(*latents.shape[-2:]).sqrt()
+
+
+def codes_of(people: Sequence[FittedPerson], count: int) -> Tensor:
+    """The codes (N, count) float32 of everybody's first photo, which is a portrait where there are some."""
+    shown = torch.stack([shown_of(person, 0) for person in people])
+    return Components.of(shown[:MOST_PHOTOS]).codes(shown, count)
+
+
+def fit_code(seen: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """The map from tokens to code, by ridge regression.
 
     Args:
         seen: (N, S), the summed face tokens of one photo of each of N people.
-        shown: (N, C, h, w), the latents of another photo of theirs, each place by the root of how much it counts.
-        count: K.
+        codes: (N, K) of these people.
 
     Returns:
-        mean (S,) and map (S, K) float32: the code of x is (x − mean) @ map. K columns, of which those beyond the number
-        of components are zero.
+        mean (S,) and map (S, K) float32: the code of x is (x − mean) @ map.
     """
-    components = Components.of(shown)
-    flat = (shown.float().flatten(1) - components.mean) @ components.directions[:, :count]
-    targets = (flat / components.variance[:count].sqrt().clamp(min=1e-6)).double()
+    targets = codes.double()
     mean, spread = seen.double().mean(0), seen.double().std(0).clamp(min=1e-6)
     inputs = (seen.double() - mean) / spread
     kept = max(1, len(inputs) // 5)
@@ -39,8 +95,7 @@ def fit_code(seen: Tensor, shown: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return float((inputs[:kept] @ weights - targets[:kept]).square().mean())
 
     best = ridge_weights(inputs, targets, min(RIDGES, key=error)) / spread[:, None]
-    padded = torch.nn.functional.pad(best, (0, count - best.shape[1]))
-    return mean.float(), padded.float()
+    return mean.float(), best.float()
 
 
 def ridge_weights(inputs: Tensor, targets: Tensor, ridge: float) -> Tensor:

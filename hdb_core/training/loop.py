@@ -50,7 +50,7 @@ class TrainConfig:
         same_photo: denoise the photo that the person was predicted from, even if there are others.
         max_grad_norm: of the clipped gradient.
         down_rate: of the down side that all people share, as a multiple of the learning rate.
-        encoder_rate: of the encoder, likewise.
+        encoder_rate: of the encoder, likewise; at 0 it stays as it is.
         direct_rate: of the straight line from the face code, likewise.
         seed: of everything that is drawn.
     """
@@ -58,10 +58,10 @@ class TrainConfig:
     steps: int = 3000
     people: int = 32
     draws: int = 1
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     warmup: int = 100
     weight_decay: float = 0.01
-    regression_weight: float = 1.0
+    regression_weight: float = 0.0
     regression_steps: int = 0
     diffusion_weight: float = 1.0
     diffusion_start: int = 0
@@ -72,8 +72,8 @@ class TrainConfig:
     max_iterations: int = 2
     same_photo: bool = False
     max_grad_norm: float = 1.0
-    down_rate: float = 10.0
-    encoder_rate: float = 0.2
+    down_rate: float = 3.0
+    encoder_rate: float = 0.0
     direct_rate: float = 3.0
     seed: int = 0
 
@@ -126,6 +126,12 @@ def turns_of(step: int, counts: Sequence[int], config: TrainConfig) -> tuple[lis
     return turns, iterations, generator
 
 
+def ordinary(count: int, wanted: int) -> list[int]:
+    """``wanted`` of somebody's ``count`` photos, none of them the last, and the first only if there is no other."""
+    first = 1 if count > 2 else 0
+    return [first + n % max(1, count - 1 - first) for n in range(wanted)]
+
+
 class PersonLoss:
     """The losses of a step, or of one process's part of it.
 
@@ -135,6 +141,7 @@ class PersonLoss:
         net: whose layers, basis, prompt and preprocessing count.
         config: settings.
         faces: what the hypernetwork reads of the photos.
+        codes: (N, K), everybody's face code, if the hypernetwork starts from one; `evaluate` does without.
 
     Raises:
         HyperNetError: if the people were fitted to other layers.
@@ -147,6 +154,7 @@ class PersonLoss:
         net: HyperNetConfig,
         config: TrainConfig,
         faces: Faces,
+        codes: Tensor | None = None,
     ) -> None:
         self.denoiser, self.people, self.net, self.config, self.faces = denoiser, people, net, config, faces
         device = denoiser.sigmas().device
@@ -156,6 +164,7 @@ class PersonLoss:
                 "Give --convolutions to both stages or to none; for another choice, use another --folder."
             )
         self.down = start_down(net.basis, net.layout, people[0].up.shape[-1]).to(device)
+        self.codes = None if codes is None else codes.to(device)
         self.bases = bases_of(net.basis, net.layout, device)
         self.energy = layer_energy(stacked(people, self.down))
         self.counts = [len(person.latents) for person in people]
@@ -174,7 +183,8 @@ class PersonLoss:
         seeds = None
         if self.faces.augments:  # one for each photo of the whole batch, whoever takes it
             seeds = torch.randint(2**62, (len(turns), len(turns[0].seen)), generator=generator)[part]
-        predicted = Factors(*net(self._faces(own, seeds), iterations))
+        codes = None if self.codes is None else self.codes[[turn.person for turn in own]]
+        predicted = Factors(*net(self._faces(own, seeds), iterations, codes))
         losses, total = {}, torch.zeros((), device=self.down.device)
         if config.regression_weight:
             targets = stacked([self.people[turn.person] for turn in own], self.down)
@@ -210,14 +220,17 @@ class PersonLoss:
 
     @torch.no_grad()
     def evaluate(self, net: nn.Module, photos: int, iterations: int, seed: int = 0) -> dict[str, float]:
-        """Losses on everybody's last photo, with the person predicted from their first ``photos``.
+        """Losses on everybody's last photo, with the person predicted from ``photos`` of the others.
+
+        The first photo, which may be a portrait, is one of them only if there is no third.
 
         The diffusion loss on the same noise with their ``own`` prediction, the ``mean`` one, a ``stranger``'s and
         ``nobody``'s; and if they were fitted, ``regression`` beside that of the ``mean_predictor``.
         """
         generator = torch.Generator().manual_seed(seed)
-        turns = [Turn(i, [n % max(1, count - 1) for n in range(photos)], [count - 1] * self.config.draws)
-                 for i, count in enumerate(self.counts)]  # fmt: skip
+        turns = [
+            Turn(i, ordinary(count, photos), [count - 1] * self.config.draws) for i, count in enumerate(self.counts)
+        ]
         parts = [turns[i : i + self.config.people] for i in range(0, len(turns), self.config.people)]
         predicted = Factors(
             *(torch.cat(f) for f in zip(*(net(self._faces(p), iterations) for p in parts), strict=True))
@@ -266,8 +279,10 @@ class FromFaces(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, faces: Tensor, iterations: int | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, faces: Tensor, iterations: int | None = None, code: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Factors of B people from pixels (B, N, 3, H, W), or from the tokens (B, N, T, D) of a frozen encoder."""
         photos = faces.flatten(0, 1)
         tokens = photos if self.net.encoder is None else self.net.encode(photos)
-        return self.net(tokens.unflatten(0, faces.shape[:2]).flatten(1, 2), iterations)
+        return self.net(tokens.unflatten(0, faces.shape[:2]).flatten(1, 2), iterations, code)

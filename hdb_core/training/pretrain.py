@@ -9,7 +9,6 @@ The diffusion loss teaches the same, but with the noise of single draws and a pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,47 +16,12 @@ from torch.nn import functional
 
 from ..errors import HyperNetError
 from ..finetune import Denoiser
-from ..hypernet import EncoderConfig, PhotoEncoder, initialised
+from ..hypernet import EncoderConfig, PhotoEncoder
 from ..prompt import caption
+from .code import MOST_PHOTOS, Components, shown_of
 from .faces import Faces
 from .loop import TrainConfig, Turn, turns_of
 from .people import FittedPerson
-
-_COMPONENTS = 160
-MOST_PHOTOS = 4096  # that the components are found from
-
-
-@dataclass(frozen=True)
-class Components:
-    """Principal components of photos.
-
-    Attributes:
-        mean: (P,) of the latents, flat.
-        directions: (P, K), orthonormal columns.
-        variance: (K,), falling.
-    """
-
-    mean: Tensor
-    directions: Tensor
-    variance: Tensor
-
-    @classmethod
-    def of(cls, latents: Tensor) -> Components:
-        """Of photos (N, C, h, w); the global generator is left as it was."""
-        flat = latents.float().flatten(1)
-        mean, count = flat.mean(0), min(_COMPONENTS, *flat.shape)
-        with initialised(0):
-            _, singular, directions = torch.svd_lowrank(flat - mean, count, niter=4)
-        return cls(mean, directions, singular.square() / len(flat))
-
-    def loss(self, predicted: Tensor, latents: Tensor) -> Tensor:
-        """The error of components (B, K), each in units of its standard deviation, of photos (B, C, h, w).
-
-        Predicting the mean photo costs 1. Components count alike, but for the smallest, which fade out.
-        """
-        weight = 1 / (self.variance + self.variance[len(self.variance) // 2])
-        error = predicted * self.variance.sqrt() - (latents.flatten(1) - self.mean) @ self.directions
-        return (error.square() * weight).sum(1).mean() / (weight * self.variance).sum()
 
 
 class PhotoPredictor(nn.Module):
@@ -142,9 +106,3 @@ class PhotoLoss:
                 states = self.denoiser.encode_prompts(missing)[:, -1].float()
             self._text |= dict(zip(missing, states, strict=True))
         return torch.stack([self._text[c] for c in captions])
-
-
-def shown_of(person: FittedPerson, number: int) -> Tensor:
-    """What there is to predict of a photo: its latents (C, h, w), each place by the root of how much it counts."""
-    latents = person.latents[number].float()
-    return latents * person.person.photos[number].region(*latents.shape[-2:]).sqrt()

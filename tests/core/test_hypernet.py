@@ -22,7 +22,6 @@ from hdb_core.hypernet import (
     initialised,
     predict,
     preprocess,
-    with_code,
 )
 from hdb_core.lidb import delta_weight, expand_factors
 
@@ -175,6 +174,13 @@ def test_a_hypernetwork_for_clip_vision_says_so(toy, recipe):
     assert predict(net, torch.randn(1, 257, 24, generator=torch.Generator().manual_seed(0))).up.any()
 
 
+def with_code(net, code):
+    """The same network with a face code of so many numbers."""
+    coded = HyperNet.create(replace(net.config, code=code))
+    coded.load_state_dict({**coded.state_dict(), **net.state_dict()})
+    return coded
+
+
 @pytest.fixture
 def path(net, tmp_path):
     hypernet_file.save(net, tmp_path / "net.safetensors", {"people": "5000"}, torch.float32)
@@ -252,10 +258,10 @@ def test_narrow_layers(toy):
 
 def test_a_face_code_reaches_the_factors_in_a_straight_line(net, tmp_path):
     """At first it changes nothing; then everything that it says is there before the first refinement; files keep it."""
-    coded, tokens = with_code(net, 5), torch.randn(3, 4, net.config.encoder.token_width)
+    generator = torch.Generator().manual_seed(0)
+    coded, tokens = with_code(net, 5), torch.randn(3, 4, net.config.encoder.token_width, generator=generator)
     for here, before in zip(coded(tokens), net(tokens), strict=True):
         torch.testing.assert_close(here, before)
-    generator = torch.Generator().manual_seed(0)
     size = coded.code_mean.shape[0]
     coded.set_code(torch.randn(size, generator=generator), torch.randn(size, 5, generator=generator))
     with torch.no_grad():
@@ -265,6 +271,8 @@ def test_a_face_code_reaches_the_factors_in_a_straight_line(net, tmp_path):
     straight = [coded(tokens * share)[1] for share in (0.0, 0.5, 1.0)]
     torch.testing.assert_close(straight[1], (straight[0] + straight[2]) / 2)
     assert not torch.allclose(straight[0], straight[2])
+    code = (coded.summed(tokens) - coded.code_mean) @ coded.code_map
+    torch.testing.assert_close(coded(0 * tokens, code=code)[1], straight[2])  # a code that is given is taken
     hypernet_file.save(coded, tmp_path / "coded.safetensors", {}, torch.float32)
     torch.testing.assert_close(hypernet_file.load(tmp_path / "coded.safetensors")(tokens)[1], straight[2])
 

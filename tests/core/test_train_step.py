@@ -43,7 +43,7 @@ def loss_of(toy, recipe, tmp_path):
         toy,
         people,
         config,
-        TrainConfig(people=6, draws=2),
+        TrainConfig(people=6, draws=2, regression_weight=1),
         PhotoPixels(config.encoder, ("crop", "flip")),
     )
 
