@@ -52,6 +52,7 @@ SHUFFLE_BUFFER = 4096  # people
 BLOCK_BYTES = 4096  # the least that a file takes in common file systems
 SEEK_SECONDS = 60 / 7200 / 2 + 0.008  # half a turn of a disk of 7,200 turns a minute, and its arm
 ENCODER_SIZE = 224  # pixels, of ViT-H
+FACE_CODE = 96  # numbers: the default of hdb_core.train
 HALF, SINGLE = 2, 4  # bytes
 UNITS = {1: "B", 10**3: "KB", 10**6: "MB", 10**9: "GB", 10**12: "TB"}
 
@@ -273,7 +274,7 @@ def _vision() -> nn.Module:
 
 def _hypernet(layout: Layout, width: int, depth: int) -> HyperNet:
     encoder = EncoderConfig("clip_vision", ENCODER_SIZE, 1280, num_tokens=257, name="CLIP ViT-H/14")
-    config = HyperNetConfig(layout, BasisRecipe(), encoder, width=width, depth=depth, heads=width // 64)
+    config = HyperNetConfig(layout, BasisRecipe(), encoder, width=width, depth=depth, heads=width // 64, code=FACE_CODE)
     return HyperNet.create(config).to("meta")
 
 
@@ -354,7 +355,7 @@ def text_of(result: Mapping[str, Any]) -> str:
         (f"The hypernetwork is {result['hypernet']['width']} wide with {result['hypernet']['depth']} decoder layers (the paper "
         f"names 2 layers and no width). It has {c['hypernet'] / 1e6:.1f} M values ({size(c['hypernet'] * HALF)} at float16) beside ViT-H."),
         f"## {work['people']:,} people",
-        (f"{work['photos']} photo(s) of each; {work['fit_steps']} steps of fitting; {work['steps']:,} steps of {work['batch']} "
+        (f"{work['photos']} photo(s) of each; {work['fit_steps']} steps of fitting, which may be left out; {work['steps']:,} steps of {work['batch']} "
         f"people with {work['draws']} draw(s), so that everybody is seen {work['times_seen']} times: an assumption, the time "
         f"is proportional to it. {work['held_out']:.0%} of the people are judged."),
         markdown(["stage", "samples", "PFLOP, bfloat16", "PFLOP, float32"], stage_rows),
