@@ -74,6 +74,11 @@ class EncoderConfig:
         if self.kind not in ("vit", "clip_vision"):
             raise HyperNetError(f"Expected an encoder of kind vit or clip_vision, got {self.kind!r}. Update this pack.")
 
+    @property
+    def num_summed(self) -> int:
+        """Tokens that a photo is summed up in: the summary of ``vit``, or 1, the mean of all tokens."""
+        return max(1, self.summary) if self.kind == "vit" else 1
+
 
 @dataclass(frozen=True)
 class HyperNetConfig:
@@ -263,7 +268,7 @@ class HyperNet(nn.Module):
         self.down_start = nn.Parameter(start_down(config.basis, config.layout, config.rank))
         self.register_buffer("scale", torch.full((count,), 0.3))
         if config.code:
-            seen = config.encoder.token_width * max(1, config.encoder.summary)
+            seen = config.encoder.token_width * config.encoder.num_summed
             self.register_buffer("code_mean", torch.zeros(seen))
             self.register_buffer("code_map", torch.zeros(seen, config.code))
             self.direct = nn.Parameter(torch.zeros(count, config.code, config.num_outputs))
@@ -292,8 +297,7 @@ class HyperNet(nn.Module):
 
     def summed(self, tokens: Tensor) -> Tensor:
         """What the face code is linear in, (B, S): the photos' summaries side by side, or the mean of all tokens."""
-        count = max(1, self.config.encoder.summary)
-        return tokens.unflatten(1, (-1, count)).mean(1).flatten(1)
+        return tokens.unflatten(1, (-1, self.config.encoder.num_summed)).mean(1).flatten(1)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Face tokens (N, T, D) of preprocessed photos (N, 3, image_size, image_size), with the encoder of the file.

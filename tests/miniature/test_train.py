@@ -482,6 +482,9 @@ def test_behind_a_frozen_encoder(model, photos, fitted, clip_vision, tmp_path):
     assert run("evaluate", model, photos, folder) == 0
     table = [json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines()]
     assert all(row["own"] != row["nobody"] != row["stranger"] for row in table)
+    coded = copied(fitted, tmp_path / "coded")
+    assert run("train", model, photos, coded, "--steps", "2", *CODE, *encoder) == 0
+    assert weights(coded)["net.code_map"].shape == (24, 4) and weights(coded)["net.direct"].any()
 
 
 def test_tokens_are_those_of_the_photo(photos, clip_vision, tmp_path):
