@@ -39,7 +39,7 @@ STAGES = {
     "faces": "miniature.photos --folder .runs/faces --people 8000 --photos 4 --masks face",
     "latents_of_faces": f"hdb_core.train precompute {_HYPERNET}",
     "pretrain": f"hdb_core.train pretrain {_HYPERNET} --portraits --pretrain-steps 8000 --pretrain-people 32",
-    "hypernet": f"hdb_core.train train {_HYPERNET} {_DIFFUSION} --steps 1400",
+    "hypernet": f"hdb_core.train train {_HYPERNET} {_DIFFUSION} --steps 720",
     "evaluate": f"hdb_core.train evaluate {_HYPERNET} --max-photos 3 --min-timestep 0.05 --max-timestep 0.95",
     "pack_hypernet": "miniature.checkpoint pack",
     # Of no shipped file, for the benchmarks: fitted people, and hypernetworks in a learned basis and in a narrow one.
