@@ -21,6 +21,7 @@ RUNS = ROOT / ".runs"
 _TRAIN = "--model .runs/diffusers --image-size 128"
 _FITTED = f"{_TRAIN} --photos .runs/fitted --folder .runs/regression"
 _FACES = f"{_TRAIN} --photos .runs/faces --convolutions"
+_ENCODER = f"{_FACES} --folder .runs/encoder"
 _HYPERNET = f"{_FACES} --folder .runs/hypernet"
 _LEARNED = f"{_FACES} --folder .runs/basis"
 _NARROW = f"{_FACES} --folder .runs/narrow --down-dim 25 --up-dim 12"
@@ -37,9 +38,12 @@ STAGES = {
     "pack": "miniature.checkpoint pack",
     "diffusers": "miniature.checkpoint diffusers",
     "faces": "miniature.photos --folder .runs/faces --people 8000 --photos 4 --masks face",
+    "latents_for_encoder": f"hdb_core.train precompute {_ENCODER}",
+    "encoder": f"hdb_core.train pretrain {_ENCODER} --portraits --pretrain-steps 8000 --pretrain-people 32",
     "latents_of_faces": f"hdb_core.train precompute {_HYPERNET}",
-    "pretrain": f"hdb_core.train pretrain {_HYPERNET} --portraits --pretrain-steps 8000 --pretrain-people 32",
-    "hypernet": f"hdb_core.train train {_HYPERNET} {_DIFFUSION} --steps 720",
+    "pretrain": f"hdb_core.train pretrain {_HYPERNET} --portraits --pretrain-steps 1300 "
+    "--encoder .runs/encoder/encoder.safetensors",
+    "hypernet": f"hdb_core.train train {_HYPERNET} {_DIFFUSION} --steps 520",
     "evaluate": f"hdb_core.train evaluate {_HYPERNET} --max-photos 3 --min-timestep 0.05 --max-timestep 0.95",
     "pack_hypernet": "miniature.checkpoint pack",
     # Of no shipped file, for the benchmarks: fitted people, and hypernetworks in a learned basis and in a narrow one.
@@ -57,8 +61,8 @@ MADE_BY = {
     "miniature_vae.safetensors": ("pictures", "vae", "latents", "pack"),
     "miniature_base.safetensors": ("pictures", "vae", "latents", "text", "base", "pack"),
     "miniature_hypernet.safetensors": (
-        *("diffusers", "faces", "latents_of_faces", "pretrain", "hypernet", "evaluate"),
-        "pack_hypernet",
+        *("diffusers", "faces", "latents_for_encoder", "encoder", "latents_of_faces", "pretrain"),
+        *("hypernet", "evaluate", "pack_hypernet"),
     ),
     "judge_a.safetensors": ("pictures", "judge_a"),
     "judge_b.safetensors": ("pictures", "judge_b"),
