@@ -49,8 +49,7 @@ class Components:
 
         Those beyond the number of components are zero.
         """
-        found = (latents.float().flatten(1) - self.mean) @ self.directions[:, :count]
-        found = found / self.variance[:count].sqrt().clamp(min=1e-6)
+        found = self._of(latents)[:, :count] / self.variance[:count].sqrt().clamp(min=1e-6)
         return torch.nn.functional.pad(found, (0, count - found.shape[1]))
 
     def loss(self, predicted: Tensor, latents: Tensor) -> Tensor:
@@ -59,8 +58,12 @@ class Components:
         Predicting the mean photo costs 1. Components count alike, but for the smallest, which fade out.
         """
         weight = 1 / (self.variance + self.variance[len(self.variance) // 2])
-        error = predicted * self.variance.sqrt() - (latents.flatten(1) - self.mean) @ self.directions
+        error = predicted * self.variance.sqrt() - self._of(latents)
         return (error.square() * weight).sum(1).mean() / (weight * self.variance).sum()
+
+    def _of(self, latents: Tensor) -> Tensor:
+        """All components (N, K) of photos (N, C, h, w)."""
+        return (latents.float().flatten(1) - self.mean) @ self.directions
 
 
 def shown_of(person: FittedPerson, number: int) -> Tensor:
