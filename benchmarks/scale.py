@@ -135,7 +135,7 @@ def stages(counted: Counted, work: Workload) -> list[Stage]:
     refinements = (1 + work.max_iterations) / 2  # drawn evenly
     held_out = max(1, round(work.held_out * work.people))
     settings = work.max_photos * work.max_iterations
-    judged = 3 * held_out * settings * work.draws  # own, nobody's, a stranger's
+    judged = 4 * held_out * settings * work.draws  # own, mean, nobody's, a stranger's
     predicted = held_out * work.max_photos * sum(range(1, work.max_iterations + 1))
     train = denoised * counted.fit_step + learned * refinements * counted.learn
     return [

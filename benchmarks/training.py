@@ -4,9 +4,9 @@
 precompute``) and the encoder of the shipped hypernetwork, which has learned to see people; the rest begins anew. It trains
 every variant on them with the same seed, and writes ``benchmarks/results/training.json`` and ``training.md``. The error
 is that of v on the face in a photo that was not given, of people kept from training, with the person's own prediction,
-the mean one, nobody's and a stranger's. ``--masked`` holds the same photos with masks (``python -m miniature.photos
---folder .runs/masked --people 384 --masks face``), ``--basis`` is the learned one (``python -m miniature.make basis``).
-Variants are trained in ``.runs/training`` and go on where they were stopped; finished ones are not trained again, and
+the mean one, nobody's and a stranger's; *outside* is the person's own and nobody's beside the head. ``--masked`` holds
+the same photos with masks (``python -m miniature.photos --folder .runs/masked --people 384 --masks face``), ``--basis``
+is the learned one (``python -m miniature.make basis``). Variants are trained in ``.runs/training`` and go on where they were stopped; finished ones are not trained again, and
 rows of other variants, or of other numbers of steps, stay in the table.
 """
 
@@ -41,6 +41,7 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "diffusion, no face code, encoder trained": ("--code", "0", "--encoder-rate", "0.2"),
     "diffusion, as ε": ("--weighting", "native"),
     "diffusion, masked": ("--photos", MASKED),
+    "diffusion, masked, the rest free": ("--photos", MASKED, "--rest", "0"),
     "diffusion, same photo": SAME,
     "diffusion, same photo, masked": (*SAME, "--photos", MASKED),
     "diffusion, same photo, masked, crops, flips, tints":
@@ -53,7 +54,7 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "diffusion, rank 4": ("--rank", "4"),
     "diffusion, learned basis": ("--basis", LEARNED),
 }  # fmt: skip
-COLUMNS = ("own", "nobody", "stranger", "mean", "regression", "mean_predictor")
+COLUMNS = ("own", "nobody", "stranger", "mean", "own_outside", "nobody_outside", "regression", "mean_predictor")
 
 
 def prepared(source: Run, folder: Path) -> Run:
@@ -100,13 +101,14 @@ def trained(
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows in Markdown, with how much of the error a person's own prediction takes away."""
     lines = [
-        "| variant | steps | own | mean person | stranger | nobody | own below nobody | regression (mean person) |",
-        "|---|" + "---:|" * 7,
+        "| variant | steps | own | mean person | stranger | nobody | own below nobody | outside (nobody) | regression (mean person) |",
+        "|---|" + "---:|" * 8,
     ]
     for row in rows:
         gain = f"{1 - row['own'] / row['nobody']:.1%}"
+        outside = f"{row['own_outside']:.4f} ({row['nobody_outside']:.4f})" if "own_outside" in row else ""
         fits = f"{row['regression']:.3f} ({row['mean_predictor']:.3f})" if "regression" in row else ""
-        lines.append(f"| {row['variant']} | {row['steps']} | {row['own']:.4f} | {row['mean']:.4f} | {row['stranger']:.4f} | {row['nobody']:.4f} | {gain} | {fits} |")  # fmt: skip
+        lines.append(f"| {row['variant']} | {row['steps']} | {row['own']:.4f} | {row['mean']:.4f} | {row['stranger']:.4f} | {row['nobody']:.4f} | {gain} | {outside} | {fits} |")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

@@ -17,7 +17,7 @@ from ..hypernet import initialised
 from .people import FittedPerson
 
 RIDGES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
-MOST_PHOTOS = 4096  # that components and maps are found from
+MOST_PHOTOS = 8192  # that components and maps are found from
 _COMPONENTS = 160
 
 
@@ -27,7 +27,8 @@ class Components:
 
     Attributes:
         mean: (P,) of the latents, flat.
-        directions: (P, K), orthonormal columns.
+        directions: (P, K), orthonormal columns, the largest number of each positive: a training that goes on finds
+            the same codes as before, and not their opposites.
         variance: (K,), falling.
     """
 
@@ -42,6 +43,7 @@ class Components:
         mean, count = flat.mean(0), min(_COMPONENTS, *flat.shape)
         with initialised(0):
             _, singular, directions = torch.svd_lowrank(flat - mean, count, niter=4)
+        directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
         return cls(mean, directions, singular.square() / len(flat))
 
     def codes(self, latents: Tensor, count: int) -> Tensor:

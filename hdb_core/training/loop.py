@@ -45,6 +45,8 @@ class TrainConfig:
         weighting: of its noise levels, one of `finetune.WEIGHTINGS`.
         min_timestep: lower end of its noise levels, as a fraction of the schedule.
         max_timestep: upper end.
+        rest: how much the places that a photo's mask leaves out count, where its white counts 1. At 0 nothing keeps a
+            person out of them, and backgrounds suffer.
         max_photos: a person is predicted from 1 to so many photos.
         max_iterations: and with k from 1 to so many refinements.
         same_photo: denoise the photo that the person was predicted from, even if there are others.
@@ -68,6 +70,7 @@ class TrainConfig:
     weighting: str = "v"
     min_timestep: float = 0.1
     max_timestep: float = 1.0
+    rest: float = 0.2
     max_photos: int = 1
     max_iterations: int = 2
     same_photo: bool = False
@@ -203,7 +206,7 @@ class PersonLoss:
         weight = torch.full((len(denoised),), 1 / len(rows), device=self.down.device)
         batch = draw(self._levels(), latents, weight, generator)
         own = [denoised[row] for row in rows]
-        batch = Batch(*(tensor[rows] for tensor in batch))._replace(mask=self._masks(own))
+        batch = Batch(*(tensor[rows] for tensor in batch))._replace(mask=self._masks(own, self.config.rest))
         words = [self.people[person].person.photos[photo].words for person, photo in own]
         repeated = Factors(*(factor.repeat(self.config.draws, 1, 1, 1) for factor in predicted))
         return self.denoising(repeated, batch, words)
@@ -225,7 +228,8 @@ class PersonLoss:
         The first photo, which may be a portrait, is one of them only if there is no third.
 
         The diffusion loss on the same noise with their ``own`` prediction, the ``mean`` one, a ``stranger``'s and
-        ``nobody``'s; and if they were fitted, ``regression`` beside that of the ``mean_predictor``.
+        ``nobody``'s; ``own_outside`` and ``nobody_outside`` where masks are black; and if they were fitted,
+        ``regression`` beside that of the ``mean_predictor``.
         """
         generator = torch.Generator().manual_seed(seed)
         turns = [
@@ -241,7 +245,12 @@ class PersonLoss:
             "stranger": Factors(*(factor.roll(1, 0) for factor in predicted)),
             "nobody": Factors(predicted.down, torch.zeros_like(predicted.up)),
         }
-        losses = dict.fromkeys(chosen, 0.0)
+        losses: dict[str, float] = dict.fromkeys(chosen, 0.0)
+        masks = self._masks([(i, -1) for i in range(len(self.people))], rest=0.0)
+        outside = (masks == 0).float()
+        if bool(outside.any()):
+            outside = outside / outside.mean()  # over everybody: photos count by how much of them is outside
+            losses |= {"own_outside": 0.0, "nobody_outside": 0.0}
         for _ in range(self.config.draws):
             for first in range(0, len(turns), self.config.people):
                 rows = slice(first, first + self.config.people)
@@ -249,21 +258,25 @@ class PersonLoss:
                 latents = torch.stack([person.latents[-1] for person in own]).to(self.down)
                 weight = torch.full((len(own),), 1 / len(turns) / self.config.draws, device=self.down.device)
                 batch = draw(self._levels(), latents, weight, generator)
-                batch = batch._replace(mask=self._masks([(i, -1) for i in range(len(self.people))[rows]]))
                 words = [person.person.photos[-1].words for person in own]
-                for name, factors in chosen.items():
-                    losses[name] += float(self.denoising(Factors(*(f[rows] for f in factors)), batch, words))
+                for name in losses:
+                    mask = masks if name in chosen else outside
+                    shown = batch._replace(mask=mask[rows])
+                    factors = Factors(*(f[rows] for f in chosen[name.removesuffix("_outside")]))
+                    losses[name] += float(self.denoising(factors, shown, words))
         if not bool(self.energy.any()):
             return losses
         targets = stacked(self.people, self.down)
         return {"regression": float(regression_loss(predicted, targets, self.energy)),
                 "mean_predictor": float(mean_predictor_loss(targets, self.energy)), **losses}  # fmt: skip
 
-    def _masks(self, photos: Sequence[tuple[int, int]]) -> Tensor:
-        """(B, 1, h, w), how much each place counts of some photos, each by its person and its number."""
+    def _masks(self, photos: Sequence[tuple[int, int]], rest: float) -> Tensor:
+        """(B, 1, h, w) of mean 1, how much each place counts of some photos, each by its person and its number."""
         sizes = [self.people[person].latents.shape[-2:] for person, _ in photos]
         chosen = [self.people[person].person.photos[number] for person, number in photos]
-        return torch.stack([p.region(*size) for p, size in zip(chosen, sizes, strict=True)]).to(self.down)
+        masks = torch.stack([p.region(*size) for p, size in zip(chosen, sizes, strict=True)]).to(self.down)
+        masks = masks.maximum(rest * masks.amax((1, 2, 3), keepdim=True))
+        return masks / masks.mean((1, 2, 3), keepdim=True)
 
     def _faces(self, turns: Sequence[Turn], seeds: Tensor | None = None) -> Tensor:
         """(B, N, …) of the photos to predict from, augmented if there are seeds (B, N)."""

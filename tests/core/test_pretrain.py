@@ -43,6 +43,11 @@ def test_a_small_component_counts_as_much_as_the_largest(latents):
     assert cost(11) < 0.1 * cost(0)
 
 
+def test_directions_do_not_turn_round_with_the_numbers_they_are_found_from(latents):
+    codes, opposite = (Components.of(sign * latents).codes(sign * latents, 12) for sign in (1, -1))
+    torch.testing.assert_close(codes, -opposite, atol=1e-3, rtol=0)
+
+
 def test_an_encoder_without_a_summary_is_refused():
     with pytest.raises(HyperNetError, match="Set --summary"):
         PhotoPredictor(EncoderConfig(image_size=32, token_width=24, summary=0), 8, 10)

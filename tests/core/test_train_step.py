@@ -87,6 +87,31 @@ def test_masks_and_augmentations_count(loss_of, accelerator, tmp_path):
     assert unmasked["diffusion"] != first["diffusion"] and unmasked["regression"] == first["regression"]
 
 
+def test_what_a_mask_leaves_out_counts_less_and_is_measured(loss_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_of.denoiser, "denoise", lambda noisy, sigma, text: torch.zeros_like(noisy))
+    left = Image.new("L", (32, 32))
+    left.paste(255, (0, 0, 16, 32))
+    for photo in tmp_path.glob("*/?.png"):
+        left.save(photo.with_suffix(".mask.png"))
+    people = [replace(p, person=person) for p, person in zip(loss_of.people, find_people(tmp_path), strict=True)]
+
+    def losses(rest, where=slice(0)):
+        changed = [replace(person, latents=person.latents.clone()) for person in people]
+        for person in changed:
+            person.latents[..., where] *= 2
+        config = replace(loss_of.config, rest=rest)
+        loss = PersonLoss(loss_of.denoiser, changed, loss_of.net, config, PhotoPixels(loss_of.net.encoder))
+        net = FromFaces(HyperNet.create(loss_of.net))
+        return loss(net, 3)["diffusion"].item(), loss.evaluate(net, 1, 1)
+
+    inside, outside = slice(0, 2), slice(4, 6)  # of six places, the middle ones being partly masked
+    alone, little, alike = (losses(rest, outside)[0] - losses(rest)[0] for rest in (0.0, 0.2, 1.0))
+    assert alone == 0 < little < alike / 2
+    (_, before), (_, in_face), (_, beside) = losses(0.2), losses(0.2, inside), losses(0.2, outside)
+    assert beside["own"] == before["own"] and beside["own_outside"] > before["own_outside"]
+    assert in_face["own_outside"] == before["own_outside"] and in_face["own"] > before["own"]
+
+
 def test_pretraining_does_not_predict_what_masks_leave_out(loss_of, tmp_path):
     left = Image.new("L", (32, 32))
     left.paste(255, (0, 0, 16, 32))
