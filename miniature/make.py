@@ -37,13 +37,13 @@ STAGES = {
     "judge_b": "miniature.judge --architecture b",
     "pack": "miniature.checkpoint pack",
     "diffusers": "miniature.checkpoint diffusers",
-    "faces": "miniature.photos --folder .runs/faces --people 8000 --photos 4 --masks face",
+    "faces": "miniature.photos --folder .runs/faces --people 13400 --photos 4 --masks face",
     "latents_for_encoder": f"hdb_core.train precompute {_ENCODER}",
     "encoder": f"hdb_core.train pretrain {_ENCODER} --portraits --pretrain-steps 8000 --pretrain-people 32",
     "latents_of_faces": f"hdb_core.train precompute {_HYPERNET}",
-    "pretrain": f"hdb_core.train pretrain {_HYPERNET} --portraits --pretrain-steps 1300 "
+    "pretrain": f"hdb_core.train pretrain {_HYPERNET} --portraits --pretrain-steps 2800 "
     "--encoder .runs/encoder/encoder.safetensors",
-    "hypernet": f"hdb_core.train train {_HYPERNET} {_DIFFUSION} --steps 520",
+    "hypernet": f"hdb_core.train train {_HYPERNET} {_DIFFUSION} --steps 1000",
     "evaluate": f"hdb_core.train evaluate {_HYPERNET} --max-photos 3 --min-timestep 0.05 --max-timestep 0.95",
     "pack_hypernet": "miniature.checkpoint pack",
     # Of no shipped file, for the benchmarks: fitted people, and hypernetworks in a learned basis and in a narrow one.
