@@ -32,7 +32,7 @@ def test_stages():
     assert precompute == Stage("precompute", 1000, 1000 * 2000, 200 * 1800)
     assert WORK.steps == 50
     assert train == Stage("train", 2400, 2400 * 2000 + 800 * 2 * 60, 0)
-    assert evaluate == Stage("evaluate", 3 * 2 * 6 * 3, 108 * 1010 + 2 * 2 * 6 * 20, 0)
+    assert evaluate == Stage("evaluate", 4 * 2 * 6 * 3, 144 * 1010 + 2 * 2 * 6 * 20, 0)
 
 
 def test_hours():
