@@ -87,13 +87,18 @@ def test_masks_and_augmentations_count(loss_of, accelerator, tmp_path):
     assert unmasked["diffusion"] != first["diffusion"] and unmasked["regression"] == first["regression"]
 
 
-def test_what_a_mask_leaves_out_counts_less_and_is_measured(loss_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(loss_of.denoiser, "denoise", lambda noisy, sigma, text: torch.zeros_like(noisy))
+def left_halves_masked(people, folder):
+    """The same people with masks that are white on the left half of every photo."""
     left = Image.new("L", (32, 32))
     left.paste(255, (0, 0, 16, 32))
-    for photo in tmp_path.glob("*/?.png"):
+    for photo in folder.glob("*/?.png"):
         left.save(photo.with_suffix(".mask.png"))
-    people = [replace(p, person=person) for p, person in zip(loss_of.people, find_people(tmp_path), strict=True)]
+    return [replace(p, person=person) for p, person in zip(people, find_people(folder), strict=True)]
+
+
+def test_what_a_mask_leaves_out_counts_less_and_is_measured(loss_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_of.denoiser, "denoise", lambda noisy, sigma, text: torch.zeros_like(noisy))
+    people = left_halves_masked(loss_of.people, tmp_path)
 
     def losses(rest, where=slice(0)):
         changed = [replace(person, latents=person.latents.clone()) for person in people]
@@ -113,11 +118,7 @@ def test_what_a_mask_leaves_out_counts_less_and_is_measured(loss_of, tmp_path, m
 
 
 def test_pretraining_does_not_predict_what_masks_leave_out(loss_of, tmp_path):
-    left = Image.new("L", (32, 32))
-    left.paste(255, (0, 0, 16, 32))
-    for photo in tmp_path.glob("*/?.png"):
-        left.save(photo.with_suffix(".mask.png"))
-    found = [replace(p, person=person) for p, person in zip(loss_of.people, find_people(tmp_path), strict=True)]
+    found = left_halves_masked(loss_of.people, tmp_path)
 
     def loss(places):
         changed = [replace(person, latents=person.latents.clone()) for person in found]
