@@ -9,7 +9,7 @@
 * ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` from nothing; ``_described``: it is
   told what the photo shows besides the person; ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB;
   ``_as_lora``: applied as any LoRA is, at full strength and without guidance of its own; ``_narrow``: with a basis of
-  25 × 12, if ``python -m miniature.make latents_in_narrow_basis hypernet_in_narrow_basis`` has made the hypernetwork;
+  25 × 12, if ``python -m miniature.make hypernet_in_narrow_basis`` has made the hypernetwork;
 * ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
 * ``dreambooth@N``, ``dreambooth_described@N``, ``textual_inversion@N``: checkpoints; without a number the one with the
   best joint score; ``_base_negative``: the negative prompt encoded as before the training;

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hdb_core.adapters import attach
 from hdb_core.basis import BasisRecipe
-from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig
+from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig, PhotoEncoder
 from hdb_core.layout import Layout, find_targets, layout_of
 from hdb_core.training.fit import FitConfig
 from hdb_core.training.loop import TrainConfig
@@ -71,6 +71,7 @@ class Counted:
         fit_step: forward and backward of these, gradients only for activations and the LiDB.
         predict: forward of the hypernetwork, one refinement.
         learn: forward and backward of the hypernetwork, one refinement.
+        learn_to_see: forward and backward of the ViT that is trained where there is no ViT-H.
         latents: values of a photo in the VAE.
         tokens: values of a photo behind ViT-H.
         person: values of a fitted person.
@@ -87,6 +88,7 @@ class Counted:
     fit_step: int
     predict: int
     learn: int
+    learn_to_see: int
     latents: int
     tokens: int
     person: int
@@ -101,6 +103,7 @@ class Workload:
     people: int = 15_000
     photos: int = 1
     fit_steps: int = FitConfig().steps
+    times_pretrained: int = 32
     times_seen: int = 40
     batch: int = TrainConfig().people
     draws: int = TrainConfig().draws
@@ -115,7 +118,7 @@ class Workload:
 
 
 class Stage(NamedTuple):
-    """Samples through the UNet, and floating-point operations at bfloat16 and at float32."""
+    """Samples through the UNet (of ``pretrain``, through the encoder), and floating-point operations at bfloat16 and at float32."""
 
     name: str
     samples: int
@@ -128,9 +131,9 @@ class Stage(NamedTuple):
 
 
 def stages(counted: Counted, work: Workload) -> list[Stage]:
-    """The stages of `hdb_core.train`. VAE and image encoder compute at float32, everything else at bfloat16."""
+    """The stages of `hdb_core.train`. VAE and frozen encoder compute at float32, everything else at bfloat16."""
     photos, fits = work.people * work.photos, work.people * work.fit_steps
-    learned = work.steps * work.batch
+    pretrained, learned = work.people * work.times_pretrained, work.steps * work.batch
     denoised = learned * work.draws
     refinements = (1 + work.max_iterations) / 2  # drawn evenly
     held_out = max(1, round(work.held_out * work.people))
@@ -140,6 +143,7 @@ def stages(counted: Counted, work: Workload) -> list[Stage]:
     train = denoised * counted.fit_step + learned * refinements * counted.learn
     return [
         Stage("precompute", fits, fits * counted.fit_step, photos * (counted.vae + counted.vision)),
+        Stage("pretrain", pretrained, pretrained * counted.learn_to_see, 0),
         Stage("train", denoised, train, 0),
         Stage("evaluate", judged, judged * counted.denoise + predicted * counted.predict, 0),
     ]
@@ -206,6 +210,9 @@ def count(width: int, depth: int) -> Counted:
     text.to("meta")
     layout = layout_of(modules, "sd1")
     net = _hypernet(layout, width, depth)
+    trained = EncoderConfig()
+    vit = PhotoEncoder(trained).to("meta")
+    seen = torch.zeros(1, 3, trained.image_size, trained.image_size, device="meta")
     words, time = torch.zeros(1, 77, dtype=torch.long, device="meta"), torch.zeros(1, device="meta")
 
     def denoise() -> Tensor:
@@ -226,6 +233,7 @@ def count(width: int, depth: int) -> Counted:
         fit_step=counted_flops(lambda: denoise().sum().backward()),
         predict=counted_flops(predict),
         learn=counted_flops(lambda: predict().sum().backward()),
+        learn_to_see=counted_flops(lambda: vit(seen).sum().backward()),
         latents=latents.numel(),
         tokens=tokens.numel(),
         person=len(layout.layers) * net.config.num_outputs,
@@ -340,6 +348,7 @@ def text_of(result: Mapping[str, Any]) -> str:
         ("the same, forward and backward to the LiDB", c["fit_step"]),
         ("hypernetwork, one refinement, forward", c["predict"]),
         ("the same, forward and backward", c["learn"]),
+        ("the ViT of `pretrain`, forward and backward", c["learn_to_see"]),
     ]  # fmt: skip
     stage_rows = [[s["name"], f"{s['samples']:,}", number(s["bf16"], 1e15), number(s["float32"], 1e15)]
                   for s in result["stages"]]  # fmt: skip
@@ -355,14 +364,15 @@ def text_of(result: Mapping[str, Any]) -> str:
         (f"The hypernetwork is {result['hypernet']['width']} wide with {result['hypernet']['depth']} decoder layers (the paper "
         f"names 2 layers and no width). It has {c['hypernet'] / 1e6:.1f} M values ({size(c['hypernet'] * HALF)} at float16) beside ViT-H."),
         f"## {work['people']:,} people",
-        (f"{work['photos']} photo(s) of each; {work['fit_steps']} steps of fitting, which may be left out; {work['steps']:,} steps of {work['batch']} "
+        (f"{work['photos']} photo(s) of each; {work['fit_steps']} steps of fitting, which may be left out; `pretrain`, which a frozen ViT-H does "
+        f"without, sees everybody {work['times_pretrained']} times, as the miniature's did; {work['steps']:,} steps of {work['batch']} "
         f"people with {work['draws']} draw(s), so that everybody is seen {work['times_seen']} times: an assumption, the time "
         f"is proportional to it. {work['held_out']:.0%} of the people are judged."),
         markdown(["stage", "samples", "PFLOP, bfloat16", "PFLOP, float32"], stage_rows),
         (f"Hours at {result['utilisation']:.0%} of the peak rates, in TFLOP/s of bfloat16 and of float32: {peaks}. Reading and "
         "decoding photos is not counted, and eight GPUs are taken to be eight times as fast as one."),
         markdown(["hours", *names, "together"], hour_rows),
-        "VAE and image encoder compute at float32, as `hdb_core` runs them.",
+        "VAE and image encoder compute at float32, as `hdb_core` runs them, but for the ViT of `pretrain`.",
         markdown(["on disk", "", "a person"], disk_rows),
         (f"`read_people` holds latents and people in memory, {size(disk['latents'] + disk['fitted people'])} in every "
         "process; tokens stay on disk."),
@@ -384,7 +394,7 @@ What breaks, in the order in which it is met:
 to compare its settings, and again to learn who is in it.
 - **Everybody in memory.** `read_people` would hold {size(m["people in memory"])} in every process, \
 {size(NUM_GPUS[-1] * m["people in memory"])} on a node of {NUM_GPUS[-1]}. `PersonLoss` puts the up sides of everybody onto \
-the GPU at once to measure their energy: {size(m["all ups"])}. `evaluate` makes one batch of all {m["held out"]:,.0f} \
+the GPU at once to measure their energy: {size(m["all ups"])}. `evaluate` keeps the predictions of all {m["held out"]:,.0f} \
 people who were kept from training (of {m["held out now"]:,.0f} in the table above).
 - **Random access.** People are drawn evenly from all. On {node} at {utilisation:.0%}, `train` takes \
 {m["samples a second"]:,.0f} samples a second: as many reads at random places of {size(m["tokens"])} of tokens, \
@@ -419,7 +429,17 @@ def main() -> None:
         prog="dev.py bench scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     defaults = Workload()
-    for name in ("people", "photos", "fit_steps", "times_seen", "batch", "draws", "max_photos", "max_iterations"):
+    for name in (
+        "people",
+        "photos",
+        "fit_steps",
+        "times_pretrained",
+        "times_seen",
+        "batch",
+        "draws",
+        "max_photos",
+        "max_iterations",
+    ):
         options.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
     options.add_argument("--utilisation", type=float, default=0.4, help="part of the peak rates that is reached")
     options.add_argument("--width", type=int, default=1024, help="of the hypernetwork's tokens, a multiple of 64")

@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from hdb_core.train import Run
 
 from .common.bench import RESULTS, ROOT
 from .common.files import rounded, write_json, write_text
@@ -57,17 +54,6 @@ VARIANTS: Mapping[str, Sequence[str]] = {
 COLUMNS = ("own", "nobody", "stranger", "mean", "own_outside", "nobody_outside", "regression", "mean_predictor")
 
 
-def prepared(source: Run, folder: Path) -> Run:
-    """A folder to train in, with the people of another."""
-    run = Run(folder)
-    run.people.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.people.iterdir()):
-        target = run.people / path.name
-        if not target.exists():
-            os.link(path.resolve(), target)
-    return run
-
-
 def trained(
     name: str, folder: Path, steps: int, options: Sequence[str], masked: Path, basis: Path = BASIS
 ) -> dict[str, Any]:
@@ -75,7 +61,7 @@ def trained(
 
     Args:
         name: of the variant.
-        folder: to train in, as `prepared`.
+        folder: to train in.
         steps: of the training.
         options: of ``hdb_core.train``, for all variants.
         masked: the photos with masks beside them.
@@ -136,7 +122,7 @@ def main() -> None:
     args = options.parse_args()
     shared = [
         *("--model", str(args.model.resolve()), "--photos", str(args.photos.resolve()), "--cpu", "--image-size", "128"),
-        *("--encoder", str(args.encoder.resolve()), "--held-out", "0.1"),
+        *("--encoder", str(args.encoder.resolve()), "--precomputed", str(args.folder.resolve()), "--held-out", "0.1"),
         *("--warmup", "20", "--depth", "2", "--max-photos", "2"),
         *("--min-timestep", "0.05", "--max-timestep", "0.95", "--sample-every", "0"),
     ]
@@ -144,16 +130,7 @@ def main() -> None:
     rows: list[Mapping[str, Any]] = []
     for name in args.variants:
         folder = ROOT / ".runs" / "training" / f"{name.replace(', ', '_').replace(' ', '_')}_{args.steps}"
-        row = rounded(
-            trained(
-                name,
-                prepared(Run(args.folder), folder).folder,
-                args.steps,
-                shared,
-                args.masked.resolve(),
-                args.basis.resolve(),
-            )
-        )
+        row = rounded(trained(name, folder, args.steps, shared, args.masked.resolve(), args.basis.resolve()))
         rows = merged(json.loads(path.read_text()) if path.exists() else [], row)  # others may write, too
         write_json(path, rows)
         write_text(path.with_suffix(".md"), table(rows))

@@ -243,10 +243,19 @@ def weighted(denoiser: Denoiser, batch: Batch, weighting: str) -> Batch:
 
 def diffusion_loss(denoiser: Denoiser, batch: Batch, conditioning: Any) -> Tensor:
     """The weighted error of the model's native target, a scalar."""
+    return weighted_mean(squared_error(denoiser, batch, conditioning), batch)
+
+
+def squared_error(denoiser: Denoiser, batch: Batch, conditioning: Any) -> Tensor:
+    """Of the model's native target, at every place: (B, C, h, w) float32, without the batch's mask and weights."""
     noisy = denoiser.add_noise(batch.latents, batch.noise, batch.sigma)
     denoised = denoiser.denoise(noisy, batch.sigma, conditioning)
-    error = ((denoised.float() - batch.latents).square() * batch.mask).mean((1, 2, 3))
-    return (batch.weight * denoiser.loss_weight(batch.sigma) * error).sum()
+    return denoiser.loss_weight(batch.sigma)[:, None, None, None] * (denoised.float() - batch.latents).square()
+
+
+def weighted_mean(error: Tensor, batch: Batch) -> Tensor:
+    """The scalar of an error (B, C, h, w) under the batch's mask and weights."""
+    return (batch.weight * (error * batch.mask).mean((1, 2, 3))).sum()
 
 
 class TrainableFactors(nn.Module):

@@ -62,6 +62,7 @@ _PATHS = (
     "encoder",
     "tokenizer",
     "basis",
+    "precomputed",
 )  # of a machine, in no file
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,14 +71,18 @@ Someone = TypeVar("Someone")
 
 
 class Run:
-    """A folder with everything of one training."""
+    """A folder with everything of one training; what `precompute` wrote may be in another, for several of them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.people, self.tokens, self.samples = folder / "people", folder / "tokens", folder / "samples"
-        self.state, self.log = folder / "state.pt", folder / "log.csv"
+    def __init__(self, folder: Path, precomputed: Path | None = None) -> None:
+        self.folder, read = folder, precomputed or folder
+        self.people, self.tokens = read / "people", read / "tokens"
+        self.state, self.log, self.samples = folder / "state.pt", folder / "log.csv", folder / "samples"
         self.encoder, self.file = folder / "encoder.safetensors", folder / "hypernet.safetensors"
         self.basis = folder / "basis.safetensors"
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> Run:
+        return Run(args.folder, args.precomputed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         base = load_base_model(
             args.model, accelerator.device, dtype, args.tokenizer, args.prediction_type, args.convolutions
         )
+        args.folder.mkdir(parents=True, exist_ok=True)
         _STAGES[args.stage](args, accelerator, base)
     except (HDBError, FileNotFoundError) as error:
         accelerator.print(error, file=sys.stderr)
@@ -109,7 +115,7 @@ def _basis(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     """One process learns it; how much it holds of people who are kept from training is measured beside a random one."""
     if not accelerator.is_main_process:
         return
-    run, denoiser = Run(args.folder), base.denoiser
+    run, denoiser = Run.of(args), base.denoiser
     config = BasisConfig(down_dim=args.down_dim, up_dim=args.up_dim, prompt=args.prompt, draws=args.draws, weighting=args.weighting, min_timestep=args.min_timestep, max_timestep=args.max_timestep, seed=args.seed)  # fmt: skip
     people, kept = held_out(find_people(args.photos), args.held_out)
     people, kept = people[: args.basis_people], kept[: args.basis_people]
@@ -117,7 +123,6 @@ def _basis(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
         with tqdm(total=config.passes * len(people), unit="person") as bar:
             shown = [_photos_of(base, person, args.image_size) for person in people]
             bases = learn_basis(denoiser, shown, config, lambda: bar.update() and None)
-        run.folder.mkdir(parents=True, exist_ok=True)
         info = {**{name: str(value) for name, value in asdict(config).items()}, "people": str(len(people))}
         basis_file.save(denoiser.layout, bases, (config.down_dim, config.up_dim), run.basis, info)
     _, recipe = basis_file.load(run.basis)
@@ -142,7 +147,7 @@ def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseMo
     size = args.image_size
     with tqdm(total=len(people), unit="person", disable=not accelerator.is_main_process) as bar:
         share = (accelerator.process_index, accelerator.num_processes)
-        precompute(base, people, Run(args.folder).people, config, size, args.group, share,
+        precompute(base, people, Run.of(args).people, config, size, args.group, share,
                    lambda done, _: bar.update(done - bar.n))  # fmt: skip
     accelerator.wait_for_everyone()
 
@@ -150,7 +155,7 @@ def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseMo
 def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
     if args.clip_vision is not None:
         raise HyperNetError("The encoder of --clip-vision stays as it is. Leave the stage pretrain out.")
-    run, encoder = Run(args.folder), _vit(args)
+    run, encoder = Run.of(args), _vit(args)
     config = TrainConfig(
         steps=args.pretrain_steps, people=args.pretrain_people, learning_rate=args.pretrain_rate, encoder_rate=1.0, seed=args.seed
     )  # fmt: skip
@@ -172,7 +177,7 @@ def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
 
 
 def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
-    run, config = Run(args.folder), TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    run, config = Run.of(args), TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
     parts_of(config.people, args.accumulate, accelerator)  # refused before the people are read
     people, kept = held_out(_fitted(args, run), args.held_out)
     faces, encoder = _faces(args, accelerator)
@@ -233,7 +238,7 @@ def _learn_code(net: HyperNet, people: Sequence[FittedPerson], faces: Faces, cod
 
 def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
     """Losses on held-out people, by number of photos and of refinements."""
-    run = Run(args.folder)
+    run = Run.of(args)
     _, people = held_out(_fitted(args, run), args.held_out)
     net = FromFaces(hypernet_file.load(run.file).to(accelerator.device))
     encoder = net.net.config.encoder
@@ -270,7 +275,7 @@ def _faces(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Faces, E
         config = _vit(args)
         return PhotoPixels(config, args.augment), config
     encoder = load_vision_encoder(args.clip_vision, accelerator.device)
-    people, folder = find_people(args.photos), Run(args.folder).tokens
+    people, folder = find_people(args.photos), Run.of(args).tokens
     share = (accelerator.process_index, accelerator.num_processes)
     precompute_tokens(encoder, people, folder, args.group, share)
     accelerator.wait_for_everyone()
@@ -340,7 +345,7 @@ def _net_config(args: argparse.Namespace, base: BaseModel, encoder: EncoderConfi
 
 def _recipe(args: argparse.Namespace) -> BasisRecipe:
     """The basis of --basis, or what `basis` wrote into the folder, or a random one."""
-    path = args.basis or Run(args.folder).basis
+    path = args.basis or Run.of(args).basis
     if args.basis is not None or path.exists():
         return basis_file.load(path)[1]
     return BasisRecipe(args.basis_seed, args.down_dim, args.up_dim)
@@ -379,6 +384,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="what `pretrain` wrote into another folder, or a hypernetwork's file, of whatever base model, whose encoder "
         "`train` begins with, or another `pretrain` goes on with",
+    )
+    parser.add_argument(
+        "--precomputed", type=Path, help="where `precompute` writes to and all others read, if not in --folder"
     )
     parser.add_argument("--basis", type=Path, help="what `basis` wrote, if it was not into --folder")
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")

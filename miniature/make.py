@@ -20,7 +20,7 @@ WEIGHTS = ROOT / "weights"
 RUNS = ROOT / ".runs"
 _TRAIN = "--model .runs/diffusers --image-size 128"
 _FITTED = f"{_TRAIN} --photos .runs/fitted --folder .runs/regression"
-_FACES = f"{_TRAIN} --photos .runs/faces --convolutions"
+_FACES = f"{_TRAIN} --photos .runs/faces --convolutions --precomputed .runs/latents_of_faces"
 _ENCODER = f"{_FACES} --folder .runs/encoder"
 _HYPERNET = f"{_FACES} --folder .runs/hypernet"
 _LEARNED = f"{_FACES} --folder .runs/basis"
@@ -38,9 +38,8 @@ STAGES = {
     "pack": "miniature.checkpoint pack",
     "diffusers": "miniature.checkpoint diffusers",
     "faces": "miniature.photos --folder .runs/faces --people 13400 --photos 4 --masks face",
-    "latents_for_encoder": f"hdb_core.train precompute {_ENCODER}",
+    "latents_of_faces": f"hdb_core.train precompute {_ENCODER}",
     "encoder": f"hdb_core.train pretrain {_ENCODER} --portraits --pretrain-steps 8000 --pretrain-people 32",
-    "latents_of_faces": f"hdb_core.train precompute {_HYPERNET}",
     "pretrain": f"hdb_core.train pretrain {_HYPERNET} --portraits --pretrain-steps 2800 "
     "--encoder .runs/encoder/encoder.safetensors",
     "hypernet": f"hdb_core.train train {_HYPERNET} {_DIFFUSION} --steps 1000",
@@ -52,17 +51,14 @@ STAGES = {
     "people": "miniature.photos --folder .runs/people --people 3400 --photos 4",
     "basis": f"hdb_core.train basis {_TRAIN} --photos .runs/people --folder .runs/basis --convolutions --draws 4 "
     "--min-timestep 0 --max-timestep 0.8 --held-out 0.005",
-    "latents_in_basis": f"hdb_core.train precompute {_LEARNED}",
     "hypernet_in_basis": f"hdb_core.train train {_LEARNED} {_IN_ANOTHER_BASIS}",
-    "latents_in_narrow_basis": f"hdb_core.train precompute {_NARROW}",
     "hypernet_in_narrow_basis": f"hdb_core.train train {_NARROW} {_IN_ANOTHER_BASIS}",
 }
 MADE_BY = {
     "miniature_vae.safetensors": ("pictures", "vae", "latents", "pack"),
     "miniature_base.safetensors": ("pictures", "vae", "latents", "text", "base", "pack"),
     "miniature_hypernet.safetensors": (
-        *("diffusers", "faces", "latents_for_encoder", "encoder", "latents_of_faces", "pretrain"),
-        *("hypernet", "evaluate", "pack_hypernet"),
+        *("diffusers", "faces", "latents_of_faces", "encoder", "pretrain", "hypernet", "evaluate", "pack_hypernet"),
     ),
     "judge_a.safetensors": ("pictures", "judge_a"),
     "judge_b.safetensors": ("pictures", "judge_b"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..adapters import attach
 from ..basis import bases_of
 from ..errors import HyperNetError
-from ..finetune import Batch, Denoiser, between, diffusion_loss, require_noise_levels, weighted
+from ..finetune import Batch, Denoiser, between, require_noise_levels, squared_error, weighted, weighted_mean
 from ..hypernet import HyperNet, HyperNetConfig
 from ..lidb import Factors, expand_factors, start_down
 from ..prompt import caption
@@ -207,19 +207,19 @@ class PersonLoss:
         batch = draw(self._levels(), latents, weight, generator)
         own = [denoised[row] for row in rows]
         batch = Batch(*(tensor[rows] for tensor in batch))._replace(mask=self._masks(own, self.config.rest))
+        batch = weighted(self.denoiser, batch, self.config.weighting)
         words = [self.people[person].person.photos[photo].words for person, photo in own]
         repeated = Factors(*(factor.repeat(self.config.draws, 1, 1, 1) for factor in predicted))
-        return self.denoising(repeated, batch, words)
+        return weighted_mean(self._error(repeated, batch, words), batch)
 
     def _levels(self) -> Tensor:
         return between(self.denoiser.sigmas(), self.config.min_timestep, self.config.max_timestep)
 
-    def denoising(self, factors: Factors, batch: Batch, words: Sequence[str]) -> Tensor:
-        """The diffusion loss of a batch whose samples carry these people."""
-        batch = weighted(self.denoiser, batch, self.config.weighting)
+    def _error(self, factors: Factors, batch: Batch, words: Sequence[str]) -> Tensor:
+        """(B, C, h, w) of a batch whose samples carry these people."""
         with attach(self.denoiser.modules, expand_factors(self.bases, *factors)):
             text = self.denoiser.encode_prompts([caption(self.net.prompt, w) for w in words])
-            return diffusion_loss(self.denoiser, batch, text)
+            return squared_error(self.denoiser, batch, text)
 
     @torch.no_grad()
     def evaluate(self, net: nn.Module, photos: int, iterations: int, seed: int = 0) -> dict[str, float]:
@@ -228,8 +228,8 @@ class PersonLoss:
         The first photo, which may be a portrait, is one of them only if there is no third.
 
         The diffusion loss on the same noise with their ``own`` prediction, the ``mean`` one, a ``stranger``'s and
-        ``nobody``'s; ``own_outside`` and ``nobody_outside`` where masks are black; and if they were fitted,
-        ``regression`` beside that of the ``mean_predictor``.
+        ``nobody``'s; ``own_outside`` and so on, where masks are black; and if they were fitted, ``regression`` beside
+        that of the ``mean_predictor``.
         """
         generator = torch.Generator().manual_seed(seed)
         turns = [
@@ -245,25 +245,23 @@ class PersonLoss:
             "stranger": Factors(*(factor.roll(1, 0) for factor in predicted)),
             "nobody": Factors(predicted.down, torch.zeros_like(predicted.up)),
         }
-        losses: dict[str, float] = dict.fromkeys(chosen, 0.0)
-        masks = self._masks([(i, -1) for i in range(len(self.people))], rest=0.0)
-        outside = (masks == 0).float()
+        masks = {"": self._masks([(i, -1) for i in range(len(self.people))], rest=0.0)}
+        outside = (masks[""] == 0).float()
         if bool(outside.any()):
-            outside = outside / outside.mean()  # over everybody: photos count by how much of them is outside
-            losses |= {"own_outside": 0.0, "nobody_outside": 0.0}
+            masks["_outside"] = outside / outside.mean()  # of everybody: photos count by how much of them is outside
+        losses = {name + where: 0.0 for where in masks for name in chosen}
         for _ in range(self.config.draws):
             for first in range(0, len(turns), self.config.people):
                 rows = slice(first, first + self.config.people)
                 own = self.people[rows]
                 latents = torch.stack([person.latents[-1] for person in own]).to(self.down)
                 weight = torch.full((len(own),), 1 / len(turns) / self.config.draws, device=self.down.device)
-                batch = draw(self._levels(), latents, weight, generator)
+                batch = weighted(self.denoiser, draw(self._levels(), latents, weight, generator), self.config.weighting)
                 words = [person.person.photos[-1].words for person in own]
-                for name in losses:
-                    mask = masks if name in chosen else outside
-                    shown = batch._replace(mask=mask[rows])
-                    factors = Factors(*(f[rows] for f in chosen[name.removesuffix("_outside")]))
-                    losses[name] += float(self.denoising(factors, shown, words))
+                for name, factors in chosen.items():
+                    error = self._error(Factors(*(f[rows] for f in factors)), batch, words)
+                    for where, mask in masks.items():
+                        losses[name + where] += float(weighted_mean(error, batch._replace(mask=mask[rows])))
         if not bool(self.energy.any()):
             return losses
         targets = stacked(self.people, self.down)

@@ -21,15 +21,26 @@ from benchmarks.scale import (
 )
 
 ROUND = Counted(
-    unet=1000, unet_sdxl=8000, text=10, vae=1400, vision=400, denoise=1010, fit_step=2000, predict=20, learn=60,
+    unet=1000, unet_sdxl=8000, text=10, vae=1400, vision=400, denoise=1010, fit_step=2000, predict=20, learn=60, learn_to_see=30,
     latents=100, tokens=500, person=50, core=70, hypernet=900,
 )  # fmt: skip
-WORK = Workload(people=100, photos=2, fit_steps=10, times_seen=8, batch=16, draws=3, max_photos=2, max_iterations=3)
+WORK = Workload(
+    people=100,
+    photos=2,
+    fit_steps=10,
+    times_pretrained=5,
+    times_seen=8,
+    batch=16,
+    draws=3,
+    max_photos=2,
+    max_iterations=3,
+)
 
 
 def test_stages():
-    precompute, train, evaluate = stages(ROUND, WORK)
+    precompute, pretrain, train, evaluate = stages(ROUND, WORK)
     assert precompute == Stage("precompute", 1000, 1000 * 2000, 200 * 1800)
+    assert pretrain == Stage("pretrain", 500, 500 * 30, 0)
     assert WORK.steps == 50
     assert train == Stage("train", 2400, 2400 * 2000 + 800 * 2 * 60, 0)
     assert evaluate == Stage("evaluate", 4 * 2 * 6 * 3, 144 * 1010 + 2 * 2 * 6 * 20, 0)

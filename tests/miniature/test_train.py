@@ -298,14 +298,16 @@ def test_people_of_other_layers_are_refused(model, photos, fitted, tmp_path, cap
 
 def test_ways_to_train_are_compared(model, photos, fitted, tmp_path):
     """The benchmark trains and evaluates a variant once."""
-    options = ["--model", str(model), "--photos", str(photos), *SIZES]
+    options = ["--model", str(model), "--photos", str(photos), "--precomputed", str(fitted), *SIZES]
+    before = sorted(fitted.rglob("*"))
     rows = []
     for name in ("regression", "diffusion, k = 1"):
-        run = comparison.prepared(train.Run(fitted), tmp_path / name)
+        run = train.Run(tmp_path / name)
         rows.append(comparison.trained(name, run.folder, 2, options, photos))
-        before = run.state.stat().st_mtime_ns
+        written = run.state.stat().st_mtime_ns
         assert comparison.trained(name, run.folder, 2, options, photos) == rows[-1]
-        assert run.state.stat().st_mtime_ns == before
+        assert run.state.stat().st_mtime_ns == written
+    assert sorted(fitted.rglob("*")) == before
     assert [row["steps"] for row in rows] == [2, 2]
     assert hypernet_file.read_header(run.file).config.iterations == 1
     assert "diffusion" not in (tmp_path / "regression" / "log.csv").read_text().splitlines()[0]
