@@ -69,21 +69,17 @@ def all_methods(
         settings: fields of NodeConfig that are not at their default when going on from a prediction.
         dreambooth: of full DreamBooth.
         inversion: of Textual Inversion.
-        narrow: file of a hypernetwork in a narrow basis; without it, its rows are left out.
+        narrow: file of a hypernetwork in a narrow basis.
     """
     predicted = Predicted("hyper", hypernet, strengths=BOTH)
     recommended = {**settings, "steps": STEPS_FROM_A_PREDICTION}
-    narrow_rows: list[Method] = []
-    if narrow.is_file():
-        start = Predicted("hyper_narrow", narrow)
-        told = FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}_described_narrow", recommended, start, described=True)
-        narrow_rows = [start, told]
+    start = Predicted("hyper_narrow", narrow)
     return [
         Base(), Caption(),
         Predicted("hyper_k1", hypernet, iterations=1), predicted, Predicted("hyper_3photos", hypernet, photos=3),
         *(FastFinetuning(f"hyper_{n}_described", {**settings, "steps": n}, predicted, True) for n in STEPS),
         FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}", recommended, predicted),
-        *narrow_rows,
+        start, FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}_described_narrow", recommended, start, True),
         *(FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in COLD_STEPS),
         FastFinetuning(f"lidb_{COLD_STEPS[0]}", {"steps": COLD_STEPS[0]}),
         *(LoRA(f"lora{rank}", {**LORA, "rank": rank}, strengths=(AS_LORA,)) for rank in RANKS),

@@ -46,7 +46,7 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig, basis: Path =
     Args:
         steps: of FastFinetune from nothing, a row each.
         reference: of full DreamBooth.
-        basis: file of the learned basis; without it, its row is left out.
+        basis: file of the learned basis.
     """
     persons = [FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in steps]
     fewest = {"steps": min(steps)}
@@ -61,7 +61,7 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig, basis: Path =
         *persons,
         untold,
         narrow,
-        *([learned] if basis.is_file() else []),
+        learned,
         DreamBooth(reference),
         Stranger(persons[0]),
         RealPictures(),

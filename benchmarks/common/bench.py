@@ -15,7 +15,7 @@ from miniature.people import SPLITS
 
 from .cells import Cells
 from .kept import KeptScores
-from .studio import Sampling, Studio, file_hash
+from .studio import MISSING, Sampling, Studio, file_hash
 from .subjects import Subject
 
 RUNS = ROOT / ".runs" / "bench"
@@ -54,7 +54,18 @@ class Bench:
     def finished(self, row: str, settings: Mapping[str, Any], person: int) -> bool:
         """Whether a cell is here, or its scores are kept."""
         here = self.cells.path(row, settings, person).exists()
-        return here or self.kept.has(row, self.cells.key(settings), person)
+        return here or self.kept.has(row, self.key(row, settings), person)
+
+    def key(self, row: str, settings: Mapping[str, Any]) -> str:
+        """Of a row's settings; where a file is missing that they name, the one that most of the row's people have."""
+        return self.kept.key(row) if self.misses_file(settings) else self.cells.key(settings)
+
+    @staticmethod
+    def misses_file(settings: Mapping[str, Any]) -> bool:
+        """Whether a row cannot be made here, but reported from its kept scores."""
+        return any(
+            value == MISSING or (isinstance(value, Mapping) and Bench.misses_file(value)) for value in settings.values()
+        )
 
     @cached_property
     def studio(self) -> Studio:

@@ -8,6 +8,7 @@ its picture and its lines.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,11 @@ class KeptScores:
         """Whether a cell has been judged by every judge."""
         places = [Place(row, key, person, judge) for judge in self.judges.values()]
         return bool(places) and all(place in self._lines for place in places)
+
+    def key(self, row: str) -> str:
+        """The key that most people of a row are kept under; "" if there is none."""
+        counts = Counter(place.key for place in self._lines if place.row == row)
+        return counts.most_common(1)[0][0] if counts else ""
 
     def add(self, place: Place, values: Mapping[str, Any]) -> dict[str, Any]:
         """Keeps values, rounded; these."""

@@ -25,7 +25,7 @@ from .bench import Bench
 from .cells import Cell
 from .dreambooth import DreamBoothConfig, dreambooth
 from .reference import Checkpoint
-from .studio import Made, Models, file_hash
+from .studio import Made, Models, hash_or_missing
 from .subjects import CLASS_PROMPT, Subject
 from .textual_inversion import TextualInversionConfig, textual_inversion
 
@@ -138,7 +138,7 @@ class Predicted:
     @cached_property
     def settings(self) -> Mapping[str, Any]:
         """All that decides the prediction."""
-        return {"hypernet": file_hash(self.hypernet), "iterations": self.iterations, "photos": self.photos}
+        return {"hypernet": hash_or_missing(self.hypernet), "iterations": self.iterations, "photos": self.photos}
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
@@ -173,7 +173,7 @@ class LearnedBasis:
     @cached_property
     def settings(self) -> Mapping[str, Any]:
         """All that decides where a training starts."""
-        return {"basis": file_hash(self.path)}
+        return {"basis": hash_or_missing(self.path)}
 
     def made(self, bench: Bench, subject: Subject) -> Made:
         return Made(bench.studio.nobody(self.path), 0.0, 0)
@@ -410,9 +410,9 @@ def chosen_rows(methods: Iterable[Method], names: Sequence[str] | None, left_out
 
 def fill(bench: Bench, methods: Sequence[Method], rows: Container[str], subject: Subject,
          report: Callable[[str], None]) -> None:  # fmt: skip
-    """Makes the cells of a person that are neither there nor judged yet, of the named rows."""
+    """Makes the cells of a person that are neither there nor judged yet, of the named rows that can be made here."""
     for method in methods:
-        own = {row: settings for row, settings in method.rows.items() if row in rows}
+        own = {row: made for row, made in method.rows.items() if row in rows and not bench.misses_file(made)}
         wanted = {row for row, made in own.items() if not bench.finished(row, made, subject.seed)}
         start = time.perf_counter()
         for row, cell in method.run(bench, subject, wanted) if wanted else ():

@@ -50,7 +50,7 @@ class Table:
         return self.bench.cells.read(row, self.settings[row], subject.seed)
 
     def place(self, row: str, subject: Subject, judge: str) -> Place:
-        return Place(row, self.bench.cells.key(self.settings[row]), subject.seed, judge)
+        return Place(row, self.bench.key(row, self.settings[row]), subject.seed, judge)
 
     def judged(self, key: str, judge: Judge) -> list[Row]:
         """All rows that have a cell or scores, with the best checkpoint of each reference as its row.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hdb_core.lidb import LiDB
 
 SIZE = 128
+MISSING = "missing"  # instead of the hash of a file
 TIMED = 5  # predictions: a single one of milliseconds says more of what else the machine did
 
 
@@ -228,6 +229,11 @@ def file_hash(path: Path) -> str:
     """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_or_missing(path: Path) -> str:
+    """The same, or `MISSING` where the file is not on this machine."""
+    return file_hash(path) if path.is_file() else MISSING
 
 
 def counted_flops(work: Callable[[], object]) -> int:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.common.bench import Bench, judge_keys
 from benchmarks.common.cells import Cell
 from benchmarks.common.kept import KeptScores, Place
-from benchmarks.common.methods import Base, FastFinetuning
+from benchmarks.common.methods import Base, FastFinetuning, LearnedBasis, fill
 from benchmarks.common.results import Table, make_and_report
 from benchmarks.common.studio import Sampling
 from benchmarks.common.subjects import CLASS_PROMPT, Subject
@@ -100,6 +100,28 @@ def test_a_report_is_the_same_where_the_pictures_are_not(table, tmp_path):
     elsewhere = table()
     assert elsewhere.objects({key: BlindJudge()}) == first
     assert elsewhere.grid(elsewhere.subjects[:0]) is None
+
+
+def test_a_row_whose_file_is_gone_is_reported_and_not_made(table, tmp_path):
+    basis = tmp_path / "basis.safetensors"
+    basis.write_bytes(b"vectors")
+
+    def opened() -> Table:
+        bench, row = table().bench, "learned"
+        return Table(bench, [Base(), FastFinetuning(row, {}, LearnedBasis(basis))], ["base", row], table().subjects)
+
+    here = opened()
+    key = here.bench.kept.judges["a"]
+    write(here, "base", 3)
+    write(here, "learned", 0)
+    first = here.objects({key: Judge()})
+    here.bench.kept.save()
+    basis.unlink()
+    elsewhere = opened()
+    assert elsewhere.objects({key: BlindJudge()}) == first
+    lines: list[str] = []
+    fill(elsewhere.bench, elsewhere.methods, ["learned"], Subject(SPLITS["dev"].start + 1, True), lines.append)
+    assert not lines and opened().bench.kept.key("another") == ""
 
 
 def test_a_grid_stays_where_its_pictures_are_not(table, tmp_path, monkeypatch):
