@@ -199,6 +199,8 @@ def make_and_report(args: argparse.Namespace, made: Table, reference_people: int
         reference_people: how many of them, from the first, get the slow references: DreamBooth, Textual Inversion, LoRA.
         keep: write the scores to the file that other machines read.
     """
+    if missing := [row for row, settings in made.settings.items() if made.bench.misses_file(settings)]:
+        print(f"Not made, as a file is not on this machine, and reported as far as kept: {', '.join(missing)}.")
     part, parts = args.share
     for i, subject in enumerate(() if args.report_only else made.subjects):
         if i % parts == part:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.common.bench import Bench, judge_keys
 from benchmarks.common.cells import Cell
 from benchmarks.common.kept import KeptScores, Place
-from benchmarks.common.methods import Base, FastFinetuning, LearnedBasis, fill
+from benchmarks.common.methods import Base, FastFinetuning, LearnedBasis, Predicted, fill
 from benchmarks.common.results import Table, make_and_report
 from benchmarks.common.studio import Sampling
 from benchmarks.common.subjects import CLASS_PROMPT, Subject
@@ -122,6 +122,16 @@ def test_a_row_whose_file_is_gone_is_reported_and_not_made(table, tmp_path):
     lines: list[str] = []
     fill(elsewhere.bench, elsewhere.methods, ["learned"], Subject(SPLITS["dev"].start + 1, True), lines.append)
     assert not lines and opened().bench.kept.key("another") == ""
+
+
+def test_rows_that_cannot_be_made_are_named(table, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.common.results.load_judges", lambda _: {"a": Judge()})
+    args = Namespace(weights=tmp_path, results=tmp_path, name="tune", share=(0, 1), report_only=False, grid_people=1)
+    here = table()
+    write(here, "base", 3)
+    method = Predicted("hyper", tmp_path / "gone.safetensors")
+    make_and_report(args, Table(here.bench, [Base(), method], ["base", "hyper"], here.subjects), 1)
+    assert "Not made, as a file is not on this machine, and reported as far as kept: hyper." in capsys.readouterr().out
 
 
 def test_a_grid_stays_where_its_pictures_are_not(table, tmp_path, monkeypatch):

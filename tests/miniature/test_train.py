@@ -296,6 +296,12 @@ def test_people_of_other_layers_are_refused(model, photos, fitted, tmp_path, cap
     assert "differs from the hypernetwork to be trained in: layout" in capsys.readouterr().err
 
 
+def test_precompute_may_write_elsewhere(model, photos, tmp_path):
+    folder, shared = tmp_path / "run", tmp_path / "shared"
+    assert run("precompute", model, photos, folder, "--precomputed", str(shared), "--fit-steps", "0") == 0
+    assert len(list((shared / "people").glob("group_*.safetensors"))) == 3 and not list(folder.iterdir())
+
+
 def test_ways_to_train_are_compared(model, photos, fitted, tmp_path):
     """The benchmark trains and evaluates a variant once."""
     options = ["--model", str(model), "--photos", str(photos), "--precomputed", str(fitted), *SIZES]
