@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -31,7 +31,7 @@ from .lidb import LiDB, expand_factors, extend, start_down
 from .prompt import CLASS_PROMPT, caption, rare_token
 
 # A power of two: exact in float32 and bfloat16, and keeps float16 gradients above underflow.
-_GRAD_SCALE = 1024.0
+GRAD_SCALE = 1024.0
 # A model that predicts nothing has a native-target error of about 1, so a loss of about the sum of the batch's weights;
 # ten times that is no training noise.
 _EXPLODED_LOSS = 10.0
@@ -258,6 +258,13 @@ def weighted_mean(error: Tensor, batch: Batch) -> Tensor:
     return (batch.weight * (error * batch.mask).mean((1, 2, 3))).sum()
 
 
+def backward(loss: Tensor, parameters: Iterable[Tensor]) -> None:
+    """Fill the gradients of float32 parameters from a loss whose model may compute in float16."""
+    (loss * GRAD_SCALE).backward()
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        gradient.div_(GRAD_SCALE)
+
+
 class TrainableFactors(nn.Module):
     """The factors of one person as parameters, with their bases on the training device.
 
@@ -466,10 +473,8 @@ def _backward(
     """Fill the gradients. The loss, that of a model that predicts nothing, and the gradient norm leave the device in the
     step's only synchronisation."""
     loss = diffusion_loss(denoiser, batch, conditioning)
-    (loss * _GRAD_SCALE).backward()
     parameters = [p for p in factors.parameters() if p.requires_grad]
-    for gradient in (p.grad for p in parameters if p.grad is not None):
-        gradient.div_(_GRAD_SCALE)
+    backward(loss, parameters)
     norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
     loss_value, of_nothing, norm_value = torch.stack([loss.detach(), batch.weight.sum(), norm]).tolist()
     return loss_value, of_nothing, norm_value

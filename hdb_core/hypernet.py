@@ -92,7 +92,7 @@ class HyperNetConfig:
         depth: decoder layers.
         heads: attention heads.
         rank: of the predicted people.
-        iterations: k that measured best, used unless another one is asked for.
+        iterations: k, used unless another one is asked for; the most that training draws.
         free_down: predict the down side too, instead of sharing it.
         prompt: that the people are trained for, with the rare token.
         code: K; 0 starts from nothing.
@@ -162,7 +162,7 @@ def preprocess(images: Tensor, encoder: EncoderConfig) -> Tensor:
 def initialised(seed: int) -> Iterator[None]:
     """Modules made here get their weights from a seed; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of the CPU alone, where modules are made
         yield
 
 

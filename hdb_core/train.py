@@ -19,14 +19,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
@@ -50,7 +53,7 @@ from .training.photos import Person, find_people
 from .training.pretrain import PhotoLoss, PhotoPredictor
 from .training.samples import SampleConfig, SampleGrid
 from .training.tokens import PhotoTokens, precompute_tokens
-from .training.trainer import Trainer, parts_of
+from .training.trainer import Trainer, differing, parts_of
 from .training.vision import load_vision_encoder
 
 _PATHS = (
@@ -64,10 +67,12 @@ _PATHS = (
     "basis",
     "precomputed",
 )  # of a machine, in no file
+_OF_THE_STAGE = ("draws", "min_timestep", "max_timestep")  # what is best for one is not for another
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 Someone = TypeVar("Someone")
+Config = TypeVar("Config", BasisConfig, FitConfig, TrainConfig)
 
 
 class Run:
@@ -94,7 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--code needs --encoder-rate 0: the code is found once, in the tokens of the encoder as it is.")
     if args.augment and args.clip_vision:
         parser.error("--augment is for a trained ViT: the tokens of --clip-vision are computed once for every photo.")
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
+    # Processes wait for the one with the most to do, which may take longer than collectives otherwise may.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu, kwargs_handlers=[patience])
     try:
         accelerator.print(f"{args.stage}, processes: {accelerator.num_processes}")
         dtype = _DTYPES[accelerator.mixed_precision]
@@ -104,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.folder.mkdir(parents=True, exist_ok=True)
         _STAGES[args.stage](args, accelerator, base)
     except (HDBError, FileNotFoundError) as error:
-        accelerator.print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")  # of whichever process
         return 1
     finally:
         accelerator.end_training()
@@ -116,7 +123,7 @@ def _basis(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     if not accelerator.is_main_process:
         return
     run, denoiser = Run.of(args), base.denoiser
-    config = BasisConfig(down_dim=args.down_dim, up_dim=args.up_dim, prompt=args.prompt, draws=args.draws, weighting=args.weighting, min_timestep=args.min_timestep, max_timestep=args.max_timestep, seed=args.seed)  # fmt: skip
+    config = _given(BasisConfig, args)
     people, kept = held_out(find_people(args.photos), args.held_out)
     people, kept = people[: args.basis_people], kept[: args.basis_people]
     if not run.basis.exists():
@@ -141,7 +148,7 @@ def _photos_of(base: BaseModel, person: Person, image_size: int) -> Photos:
 
 
 def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
-    config = FitConfig(basis=_recipe(args), prompt=args.prompt, rank=args.rank, steps=args.fit_steps, learning_rate=args.fit_rate, weighting=args.weighting, min_timestep=args.min_timestep, max_timestep=args.max_timestep)  # fmt: skip
+    config = _given(FitConfig, args, basis=_recipe(args), steps=args.fit_steps, learning_rate=args.fit_rate)
     _faces(args, accelerator)
     people = find_people(args.photos)
     size = args.image_size
@@ -149,7 +156,6 @@ def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseMo
         share = (accelerator.process_index, accelerator.num_processes)
         precompute(base, people, Run.of(args).people, config, size, args.group, share,
                    lambda done, _: bar.update(done - bar.n))  # fmt: skip
-    accelerator.wait_for_everyone()
 
 
 def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
@@ -159,29 +165,31 @@ def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
     config = TrainConfig(
         steps=args.pretrain_steps, people=args.pretrain_people, learning_rate=args.pretrain_rate, encoder_rate=1.0, seed=args.seed
     )  # fmt: skip
-    people, _ = held_out(_fitted(args, run), args.held_out)
+    people, _ = held_out(_fitted(args, run, _recipe(args)), args.held_out)
     loss_of = PhotoLoss(base.denoiser, people, PhotoPixels(encoder), args.class_prompt, config, args.portraits)
     with initialised(config.seed):
         net = PhotoPredictor(encoder, loss_of.text([""]).shape[-1], len(loss_of.components.variance))
     if args.encoder:
         _load_encoder(net.encoder, args.encoder)
+    sizes = {"encoder": encoder_sizes(encoder), "portraits": args.portraits, "class prompt": args.class_prompt}
     trainer = Trainer(
-        accelerator, net, config, run.folder / "pretrain.pt", run.folder / "pretrain.csv", args.accumulate
+        accelerator, net, config, run.folder / "pretrain.pt", run.folder / "pretrain.csv", args.accumulate, sizes=sizes
     )
 
     def save() -> None:
         weights = {n.removeprefix("encoder."): w for n, w in trainer.average.items() if n.startswith("encoder.")}
-        save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, run.encoder)
+        partial = run.encoder.with_suffix(".partial")
+        save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, partial)
+        os.replace(partial, run.encoder)
 
     trainer.run(loss_of, save)
 
 
 def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
-    run, config = Run.of(args), TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    run, config = Run.of(args), _given(TrainConfig, args)
     parts_of(config.people, args.accumulate, accelerator)  # refused before the people are read
-    people, kept = held_out(_fitted(args, run), args.held_out)
+    people, kept = held_out(_fitted(args, run, _recipe(args)), args.held_out)
     faces, encoder = _faces(args, accelerator)
-    _require_same_encoder(run, encoder)
     # Another hypernetwork's code is in coordinates of its own, which its map alone knows.
     codes = codes_of(people, args.code) if args.code and args.begin_with is None else None
     loss_of = PersonLoss(base.denoiser, people, _net_config(args, base, encoder), config, faces, codes)
@@ -204,7 +212,8 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     if codes is not None and not run.state.exists():
         _learn_code(net.net.to(accelerator.device), people, faces, codes)
     rates = {"net.down_start": config.down_rate, "net.encoder": config.encoder_rate, "net.direct": config.direct_rate}
-    trainer = Trainer(accelerator, net, config, run.state, run.log, args.accumulate, rates)
+    sizes = {**net_sizes(loss_of.net), "face code": codes is not None}
+    trainer = Trainer(accelerator, net, config, run.state, run.log, args.accumulate, rates, sizes)
     notes = {}
     if config.regression_weight:
         notes["mean_predictor"] = float(mean_predictor_loss(stacked(people, loss_of.down), loss_of.energy))
@@ -239,14 +248,13 @@ def _learn_code(net: HyperNet, people: Sequence[FittedPerson], faces: Faces, cod
 def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
     """Losses on held-out people, by number of photos and of refinements."""
     run = Run.of(args)
-    _, people = held_out(_fitted(args, run), args.held_out)
     net = FromFaces(hypernet_file.load(run.file).to(accelerator.device))
+    _, people = held_out(_fitted(args, run, net.net.config.basis), args.held_out)
     encoder = net.net.config.encoder
     frozen = encoder.kind == "clip_vision"
     faces = PhotoTokens(run.tokens, [p.person for p in people], encoder) if frozen else PhotoPixels(encoder)
-    span = {"min_timestep": args.min_timestep, "max_timestep": args.max_timestep}
-    config = TrainConfig(draws=args.draws, weighting=args.weighting, **span)
-    loss_of = PersonLoss(base.denoiser, people, net.net.config, config, faces)
+    batches = {"people": TrainConfig.people, "regression_weight": 1.0}  # the same noise, whatever was trained with
+    loss_of = PersonLoss(base.denoiser, people, net.net.config, _given(TrainConfig, args, **batches), faces)
     combinations = [(photos, k) for photos in range(1, args.max_photos + 1) for k in range(1, args.max_iterations + 1)]
     rows = [{"photos": p, "iterations": k, **loss_of.evaluate(net, p, k, args.seed)} for p, k in combinations]
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -265,8 +273,8 @@ def held_out(people: Sequence[Someone], share: float) -> tuple[list[Someone], li
     return list(people[:-count]), list(people[-count:])
 
 
-def _fitted(args: argparse.Namespace, run: Run) -> list[FittedPerson]:
-    return list(read_people(run.people, find_people(args.photos), _recipe(args)))
+def _fitted(args: argparse.Namespace, run: Run, basis: BasisRecipe) -> list[FittedPerson]:
+    return list(read_people(run.people, find_people(args.photos), basis))
 
 
 def _faces(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Faces, EncoderConfig]:
@@ -290,27 +298,38 @@ def _vit(args: argparse.Namespace) -> EncoderConfig:
     )  # fmt: skip
 
 
-def _require_same_encoder(run: Run, encoder: EncoderConfig) -> None:
-    """The encoder of a training that is to go on must be that of its beginning."""
-    if not run.file.exists():
-        return
-    found = hypernet_file.read_header(run.file).config.encoder
-    if replace(found, name="") != replace(encoder, name=""):
-        raise HyperNetError(
-            f"{run.folder} trains a hypernetwork behind the encoder {found.name or found.kind!r} "
-            f"({found.image_size} px, width {found.token_width}), not {encoder.name or encoder.kind!r} "
-            f"({encoder.image_size} px, width {encoder.token_width}). Give the options that it was begun with, or use "
-            "another --folder."
-        )
+def _given(config: type[Config], args: argparse.Namespace, **others: Any) -> Config:
+    """The settings of a stage: others, the options of their names, or, where none was given, its own defaults."""
+    options = {f.name: getattr(args, f.name, None) for f in fields(config)}
+    return config(**{**{name: value for name, value in options.items() if value is not None}, **others})
+
+
+def encoder_sizes(config: EncoderConfig) -> dict[str, Any]:
+    """What two encoders must share to be one; not the name, for the same may lie in another folder."""
+    return {name: value for name, value in asdict(config).items() if name != "name"}
+
+
+def net_sizes(config: HyperNetConfig) -> dict[str, Any]:
+    """What two hypernetworks must share for the weights of one to go on in the other."""
+    sizes = {name: value for name, value in config.fields().items() if name != "iterations"}
+    return {
+        **sizes,
+        "encoder": encoder_sizes(config.encoder),
+        "layout": config.layout.hash,
+        "basis": config.basis.fields(),
+    }
 
 
 def _load_encoder(encoder: Module, path: Path) -> None:
     """What `pretrain` wrote, or the encoder of a hypernetwork's file.
 
     Raises:
-        HyperNetError: if it is of another size.
+        HyperNetError: if it is damaged, or of another size.
     """
-    weights = load_file(path)
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise HyperNetError(f"{path} is damaged or no safetensors file ({error}). Make or copy it again.") from error
     inside = {name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")}
     try:
         encoder.load_state_dict(inside or weights)
@@ -327,8 +346,7 @@ def _beginning(path: Path, config: HyperNetConfig) -> HyperNet:
         HyperNetError: if its sizes, layers or basis are others than those of the training.
     """
     net = hypernet_file.load(path)
-    own, other = ({**c.fields(), "iterations": 0, "layout": c.layout, "basis": c.basis} for c in (config, net.config))
-    if different := sorted(name for name in own if own[name] != other[name]):
+    if different := differing(net_sizes(config), net_sizes(net.config)):
         raise HyperNetError(
             f"{path} differs from the hypernetwork to be trained in: {', '.join(different)}. "
             "Give the options that it was trained with."
@@ -411,7 +429,10 @@ def _parser() -> argparse.ArgumentParser:
     }  # fmt: skip
     for name, default in numbers.items():
         parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default, help="default: %(default)s"
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            default=None if name in _OF_THE_STAGE else default,
+            help="default: the stage's own" if name in _OF_THE_STAGE else "default: %(default)s",
         )
     parser.add_argument("--prompt", default=basic.prompt, help="of everybody, with a rare token; default: %(default)s")
     parser.add_argument("--class-prompt", default=CLASS_PROMPT, help="the same without it; default: %(default)s")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..basis import orthonormal_columns
 from ..errors import BasisError
-from ..finetune import Batch, Denoiser, between, diffusion_loss, require_noise_levels, weighted
+from ..finetune import GRAD_SCALE, Batch, Denoiser, between, diffusion_loss, require_noise_levels, weighted
 from ..layout import Layer
 from ..prompt import caption
 from .fit import draw
@@ -220,8 +220,8 @@ def _gradients(denoiser: Denoiser, photos: Photos, config: BasisConfig, seed: in
     for own in weights.values():
         own.grad = None
     batch = weighted(denoiser, batch, config.weighting)
-    diffusion_loss(denoiser, batch, denoiser.encode_prompts(prompts)).backward()
-    return {name: own.grad.flatten(1).float() for name, own in weights.items() if own.grad is not None}
+    (diffusion_loss(denoiser, batch, denoiser.encode_prompts(prompts)) * GRAD_SCALE).backward()
+    return {name: own.grad.flatten(1).float() / GRAD_SCALE for name, own in weights.items() if own.grad is not None}
 
 
 def _mixed(directions: Directions, layer: Layer, side: str) -> Tensor:

@@ -39,12 +39,13 @@ class Components:
     @classmethod
     def of(cls, latents: Tensor) -> Components:
         """Of photos (N, C, h, w); the global generator is left as it was."""
-        flat = latents.float().flatten(1)
+        flat = latents.cpu().float().flatten(1)  # where the seed counts
         mean, count = flat.mean(0), min(_COMPONENTS, *flat.shape)
         with initialised(0):
             _, singular, directions = torch.svd_lowrank(flat - mean, count, niter=4)
         directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
-        return cls(mean, directions, singular.square() / len(flat))
+        found = mean, directions, singular.square() / len(flat)
+        return cls(*(tensor.to(latents.device) for tensor in found))
 
     def codes(self, latents: Tensor, count: int) -> Tensor:
         """The first ``count`` components (N, count) of photos (N, C, h, w), each in units of its standard deviation.

@@ -61,7 +61,7 @@ class PhotoPixels:
     def _augmented(self, pixels: Tensor, seed: int) -> Tensor:
         picture = pixels.movedim(-1, 0)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             for transform in self._transforms:
                 picture = transform(picture)
         return picture.movedim(0, -1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adapters import attach
 from ..basis import BasisRecipe, bases_of
 from ..errors import FinetuneError
-from ..finetune import Batch, Denoiser, between, diffusion_loss, require_noise_levels, weighted
+from ..finetune import Batch, Denoiser, backward, between, diffusion_loss, require_noise_levels, weighted
 from ..lidb import expand_factors, start_down
 from ..prompt import caption
 
@@ -90,7 +90,7 @@ def fit_people(
             live.update(expand_factors(bases, down, up))
             prompts = [caption(config.prompt, own[turn]) for own, turn in zip(words, turns, strict=True)]
             loss = diffusion_loss(denoiser, batch, denoiser.encode_prompts(prompts))
-            loss.backward()
+            backward(loss, [up])
             if not bool(loss.isfinite()):
                 raise FinetuneError(f"Fitting diverged at step {step + 1}: the loss is {loss.item()}. Lower the rate.")
             optimizer.step()

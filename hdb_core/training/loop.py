@@ -55,6 +55,10 @@ class TrainConfig:
         encoder_rate: of the encoder, likewise; at 0 it stays as it is.
         direct_rate: of the straight line from the face code, likewise.
         seed: of everything that is drawn.
+
+    Raises:
+        FinetuneError: if the noise levels make no sense.
+        HyperNetError: if there is nothing to train by at the first step.
     """
 
     steps: int = 3000
@@ -82,11 +86,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_noise_levels(self.weighting, self.min_timestep, self.max_timestep)
+        from_the_start = self.diffusion_weight if self.diffusion_start == 0 else 0
+        if self.regression_weight <= 0 and from_the_start <= 0:
+            raise HyperNetError(
+                "No loss would count at the first step. Give --regression-weight above 0, or --diffusion-weight above 0 "
+                "with --diffusion-start 0."
+            )
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / self.steps)).item())
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * cosine
+        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup)) * cosine
 
     def regression(self, step: int) -> float:
         """The weight of the regression at a step."""
@@ -227,8 +237,8 @@ class PersonLoss:
 
         The first photo, which may be a portrait, is one of them only if there is no third.
 
-        The diffusion loss on the same noise with their ``own`` prediction, the ``mean`` one, a ``stranger``'s and
-        ``nobody``'s; ``own_outside`` and so on, where masks are black; and if they were fitted, ``regression`` beside
+        The diffusion loss on the same noise with their ``own`` prediction, the ``mean`` one and a ``stranger``'s, where
+        there are others, and ``nobody``'s; ``own_outside`` and so on, where masks are black; and if they were fitted, ``regression`` beside
         that of the ``mean_predictor``.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -239,12 +249,10 @@ class PersonLoss:
         predicted = Factors(
             *(torch.cat(f) for f in zip(*(net(self._faces(p), iterations) for p in parts), strict=True))
         )
-        chosen = {
-            "own": predicted,
-            "mean": Factors(*(factor.mean(0, keepdim=True).expand_as(factor) for factor in predicted)),
-            "stranger": Factors(*(factor.roll(1, 0) for factor in predicted)),
-            "nobody": Factors(predicted.down, torch.zeros_like(predicted.up)),
-        }
+        chosen = {"own": predicted, "nobody": Factors(predicted.down, torch.zeros_like(predicted.up))}
+        if len(turns) > 1:
+            chosen["mean"] = Factors(*(factor.mean(0, keepdim=True).expand_as(factor) for factor in predicted))
+            chosen["stranger"] = Factors(*(factor.roll(1, 0) for factor in predicted))
         masks = {"": self._masks([(i, -1) for i in range(len(self.people))], rest=0.0)}
         outside = (masks[""] == 0).float()
         if bool(outside.any()):

@@ -108,5 +108,5 @@ def regions(person: Person, latents: Tensor) -> Tensor:
 
 def encode(base: BaseModel, person: Person, image_size: int) -> Tensor:
     """Somebody's photos as model-space latents (N, C, h, w) float32 on the model's device."""
-    pixels = torch.stack([photo.pixels(image_size) for photo in person.photos])
-    return base.encode(pixels.movedim(-1, 1)).to(base.denoiser.device)
+    pixels = (photo.pixels(image_size).movedim(-1, 0)[None] for photo in person.photos)
+    return torch.cat([base.encode(one) for one in pixels]).to(base.denoiser.device)  # a full VAE needs much memory

@@ -103,20 +103,25 @@ def find_people(folder: Path) -> list[Person]:
     """All people of a folder, by name.
 
     Raises:
-        HyperNetError: if there is none.
+        HyperNetError: if there is none, or two have one name.
     """
     if not folder.is_dir():
         raise HyperNetError(f"There is no folder {folder}. Give --photos a folder with a sub-folder for each person.")
-    people = []
+    people: dict[str, Person] = {}
     for entry in sorted(folder.iterdir()):
         files = sorted(entry.iterdir()) if entry.is_dir() else [entry]
         pictures = (file for file in files if file.suffix.lower() in SUFFIXES and not file.name.endswith(MASK))
         photos = tuple(_photo(file) for file in pictures)
+        name = entry.name if entry.is_dir() else entry.stem
+        if photos and name in people:
+            raise HyperNetError(
+                f"{folder} holds two people named {name!r}. Rename one, or put all photos into its folder."
+            )
         if photos:
-            people.append(Person(entry.stem, photos))
+            people[name] = Person(name, photos)
     if not people:
         raise HyperNetError(f"{folder} holds no photos ({', '.join(sorted(SUFFIXES))}) of anybody.")
-    return people
+    return list(people.values())
 
 
 def _photo(path: Path) -> Photo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,10 +42,14 @@ class Trainer:
         log: CSV file of mean losses.
         accumulate: parts that each process's people of a step are taken in.
         rates: beginnings of parameter names with their rate, as a multiple of the configured one.
+        sizes: what must be the same to go on from a state, as JSON takes it; kept in it.
 
     Attributes:
         average: the averaged weights by name.
         step: the next one.
+
+    Raises:
+        HyperNetError: if the people of a step cannot be shared out evenly, or the state is of a training with other sizes.
     """
 
     def __init__(
@@ -56,10 +61,11 @@ class Trainer:
         log: Path,
         accumulate: int = 1,
         rates: Mapping[str, float] | None = None,
+        sizes: Mapping[str, Any] | None = None,
     ) -> None:
         self.accelerator, self.config, self.state, self.log = accelerator, config, state, log
         self.parts = parts_of(config.people, accumulate, accelerator)
-        self._net = net
+        self._net, self._sizes = net, dict(sizes or {})
         optimizer: Any = torch.optim.AdamW(_groups(net, rates or {}), config.learning_rate, (0.9, 0.99), weight_decay=config.weight_decay)  # fmt: skip
         self.average = {name: weight.clone() for name, weight in net.state_dict().items()}
         self.step = self._resume(optimizer)
@@ -77,7 +83,8 @@ class Trainer:
 
         Args:
             loss_of: what is trained.
-            save: called on the main process after every state that is written, and at the end.
+            save: called on the main process after every state that is written, the last one even if a training that
+                was stopped behind it only has this left to do.
             after: called on the main process after every step.
             notes: further columns of the log.
         """
@@ -87,20 +94,22 @@ class Trainer:
         while self.step < self.config.steps:
             logged.append(self._advance(loss_of))
             bar.update()
-            last = self.step == self.config.steps
-            if last or self.step % LOG_EVERY == 0:
+            if self.step == self.config.steps or self.step % LOG_EVERY == 0:
                 row = {name: float(torch.stack([r[name] for r in logged if name in r]).mean()) for name in logged[-1]}
                 bar.set_postfix({name: f"{value:.4f}" for name, value in row.items()})
                 if is_main:
                     rate = self.config.rate(self.step - 1)
                     _append(self.log, {"step": self.step, "rate": rate, **(notes or {}), **row})
                 logged = []
-            if is_main and (last or time.monotonic() - saved > SAVE_EVERY):
+            if is_main and time.monotonic() - saved > SAVE_EVERY:
                 self._save()
                 save()
                 saved = time.monotonic()
             if is_main and after is not None:
                 after()
+        if is_main:
+            self._save()
+            save()
         self.accelerator.wait_for_everyone()
 
     def _advance(self, loss_of: LossOf) -> dict[str, Tensor]:
@@ -122,16 +131,36 @@ class Trainer:
         if not self.state.exists():
             return 0
         state = torch.load(self.state, map_location="cpu", weights_only=True)
-        self._net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
+        if different := differing(json.loads(state["sizes"]), self._sizes):
+            raise HyperNetError(
+                f"{self.state} is of a training with another {', '.join(different)}. Give the options that it was begun "
+                "with, or use another --folder."
+            )
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        try:
+            self._net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise HyperNetError(
+                f"{self.state} trains other weights ({error}). Give the options that it was begun with, or use another "
+                "--folder."
+            ) from error
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            group.update(settings)  # rates and decay are those of now
         self.average.update(state["average"])
         return state["step"]
 
     def _save(self) -> None:
         parts = {"net": self._net.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
         partial = self.state.with_suffix(".partial")
-        torch.save({**parts, "step": self.step}, partial)
+        torch.save({**parts, "step": self.step, "sizes": json.dumps(self._sizes)}, partial)
         os.replace(partial, self.state)
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The names under which two settings hold other values, as JSON keeps them."""
+    both = [json.loads(json.dumps(settings)) for settings in (one, other)]
+    return sorted(name for name in {**both[0], **both[1]} if both[0].get(name) != both[1].get(name))
 
 
 def parts_of(people: int, accumulate: int, accelerator: Accelerator) -> list[slice]:
@@ -176,13 +205,15 @@ def _groups(net: nn.Module, rates: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def _append(log: Path, row: Mapping[str, float]) -> None:
-    """Add a row to a CSV file, whose columns are those of its first row."""
-    new = not log.exists()
-    if not new:
+    """Add a row to a CSV file, in place of those of the same step or later ones, which a kill has undone."""
+    rows: list[Mapping[str, Any]] = []
+    if log.exists():
         with log.open(newline="") as file:
-            columns = next(csv.reader(file))
-    with log.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row) if new else columns, extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+            rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
+    rows.append(row)
+    partial = log.with_name(log.name + ".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for known in rows for column in known)))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, log)

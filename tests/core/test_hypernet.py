@@ -67,13 +67,14 @@ def test_encoder_has_a_token_for_each_place_or_a_summary(stem, tokens):
 
 
 @pytest.mark.parametrize("free_down", [False, True])
-@pytest.mark.parametrize("rank", [1, 3])
-def test_every_predicted_factor_has_a_gradient_at_step_0(toy, recipe, rank, free_down):
+@pytest.mark.parametrize(("rank", "code"), [(1, 0), (3, 0), (3, 5)])
+def test_every_predicted_factor_has_a_gradient_at_step_0(toy, recipe, rank, code, free_down):
     """Through the frozen model, with another person for every sample."""
-    config = HyperNetConfig(toy.layout, recipe, ENCODER, 32, 2, 2, rank=rank, free_down=free_down)
+    config = HyperNetConfig(toy.layout, recipe, ENCODER, 32, 2, 2, rank=rank, free_down=free_down, code=code)
     net = HyperNet.create(config)
     generator = torch.Generator().manual_seed(0)
-    down, up = net(net.encode(preprocess(photos(4), ENCODER)))
+    known = torch.randn(4, code, generator=generator) if code else None
+    down, up = net(net.encode(preprocess(photos(4), ENCODER)), code=known)
     assert down.shape == (4, len(toy.layout.layers), rank, recipe.down_dim)
     assert up.shape == (4, len(toy.layout.layers), recipe.up_dim, rank)
     up.retain_grad()

@@ -62,6 +62,26 @@ def test_parts_add_up_to_the_whole(loss_of, accelerator, accumulate):
     assert (parts[1] - whole[1]).norm() < 1e-5 * whole[1].norm()
 
 
+def test_every_step_draws_other_people_and_noise(loss_of, monkeypatch):
+    toy, drawn = loss_of.denoiser, []
+    add_noise, net = toy.add_noise, FromFaces(HyperNet.create(loss_of.net))
+    monkeypatch.setattr(toy, "add_noise", lambda latents, noise, s: drawn.append((latents, noise, s)) or add_noise(latents, noise, s))  # fmt: skip
+    for step in (3, 4, 3):
+        loss_of(net, step)
+    first, second, again = drawn
+    assert not any(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"diffusion_weight": 0.0}, {"diffusion_start": 5}, {"diffusion_weight": 0.0, "regression_weight": 0.0}]
+)
+def test_a_training_without_a_loss_is_refused(settings):
+    with pytest.raises(HyperNetError, match="No loss would count at the first step"):
+        TrainConfig(**settings)
+    assert TrainConfig(warmup=0).rate(0) > 0
+
+
 @pytest.mark.parametrize("config", [TrainConfig, FitConfig])
 @pytest.mark.parametrize(
     "settings", [{"weighting": "x0"}, {"min_timestep": 0.8, "max_timestep": 0.8}, {"max_timestep": 1.1}]

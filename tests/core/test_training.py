@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from PIL import ExifTags, Image
@@ -80,6 +82,14 @@ def test_two_steps_draw_different_noise(toy):
     assert toy.sigmas()[20] <= first.sigma.min() and first.sigma.max() <= toy.sigmas()[159]
 
 
+def test_every_step_of_a_fit_draws_other_noise(toy, config, monkeypatch):
+    drawn, add_noise = [], toy.add_noise
+    monkeypatch.setattr(toy, "add_noise", lambda latents, noise, s: drawn.append(noise) or add_noise(latents, noise, s))
+    fitted(toy, [pictures(1, 1)], config)
+    assert len(drawn) == config.steps
+    assert all(not torch.equal(one, other) for one, other in pairwise(drawn))
+
+
 def test_captions():
     assert caption("a [v] face", "smiling") == "a [v] face, smiling"
     assert caption("a [v] face", "") == "a [v] face"
@@ -99,6 +109,13 @@ def test_people_on_disk(tmp_path):
     anna, ben = find_people(tmp_path)
     assert [(p.path.name, p.words) for p in anna.photos] == [("1.png", "smiling, at the beach"), ("2.JPG", "")]
     assert (ben.name, len(ben.photos)) == ("ben", 1)
+    for name in ("dr.ina/1.png", "dr.ira/1.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (40, 30), "red").save(tmp_path / name)
+    assert [person.name for person in find_people(tmp_path)] == ["anna", "ben", "dr.ina", "dr.ira"]
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "anna.png")
+    with pytest.raises(HyperNetError, match="two people named 'anna'"):
+        find_people(tmp_path)
     pixels = anna.photos[0].pixels(16)
     assert pixels.shape == (16, 16, 3) and pixels[..., 0].min() > 0.999
 

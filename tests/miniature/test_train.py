@@ -133,7 +133,10 @@ def test_train_and_evaluate(model, photos, fitted, tmp_path):
     assert run("evaluate", model, photos, folder) == 0
     table = [json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines()]
     assert [(row["photos"], row["iterations"]) for row in table] == [(1, 1), (1, 2), (2, 1), (2, 2)]
-    assert all(row["own"] != row["nobody"] != row["stranger"] for row in table)
+    assert all(len({row[name] for name in ("own", "mean", "stranger", "nobody")}) == 4 for row in table)
+    assert run("evaluate", model, photos, folder, "--held-out", "0.1") == 0  # of one person
+    (row, *_) = (json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines())
+    assert "own" in row and "mean" not in row and "stranger" not in row
 
 
 @pytest.mark.usefixtures("clean_state")
@@ -189,6 +192,10 @@ def test_an_encoder_of_another_folder(model, photos, fitted, tmp_path, capsys):
     (third / "state.pt").unlink()
     assert run("train", model, photos, third, "--steps", "1", "--encoder-width", "64", *theirs) == 1
     assert "an image encoder of other sizes" in capsys.readouterr().err
+    whole = (folder / "encoder.safetensors").read_bytes()
+    (folder / "encoder.safetensors").write_bytes(whole[:-100])
+    assert run("train", model, photos, third, "--steps", "1", *theirs) == 1
+    assert "damaged or no safetensors file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("other", ["--begin-with", "--clip-vision"])
@@ -395,6 +402,59 @@ def test_a_stopped_run_ends_as_one_that_was_not(model, photos, fitted, straight,
     assert_same_weights(folder, straight, atol=1e-4, rtol=1e-3)
 
 
+def test_steps_that_a_kill_undid_are_logged_once(model, photos, fitted, tmp_path):
+    folder, late = copied(fitted, tmp_path), ["--steps", "8", "--diffusion-start", "6"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "LOG_EVERY", 2)
+        with pytest.MonkeyPatch.context() as killed, pytest.raises(KeyboardInterrupt):
+            stopping(killed, 5)
+            killed.setattr(trainer.Trainer, "_save", lambda self: None)
+            run("train", model, photos, folder, *late)
+        assert len((folder / "log.csv").read_text().splitlines()) == 3
+        assert run("train", model, photos, folder, *late) == 0
+    rows = list(csv.DictReader((folder / "log.csv").open()))
+    assert [int(row["step"]) for row in rows] == [2, 4, 6, 8]
+    assert [bool(row["diffusion"]) for row in rows] == [False, False, False, True]
+
+
+def ended(straight, target):
+    """The run of eight steps, its file lost."""
+    os.link(straight / "state.pt", copied(straight, target) / "state.pt")
+    return target
+
+
+def test_a_run_that_ended_before_its_file_writes_it(model, photos, straight, tmp_path):
+    folder = ended(straight, tmp_path / "run")
+    assert run("train", model, photos, folder, "--steps", "8") == 0
+    written, kept = (hypernet_file.load(f / "hypernet.safetensors").state_dict() for f in (folder, straight))
+    assert all(torch.equal(weight, kept[name]) for name, weight in written.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--basis-seed", "1"], "basis"),
+        (["--rank", "2"], "rank"),
+        (["--prompt", "a [w] face"], "prompt"),
+        (["--depth", "2"], "depth"),
+    ],
+)
+def test_a_run_goes_on_as_it_was_begun(model, photos, straight, tmp_path, capsys, options, name):
+    folder = ended(straight, tmp_path / "run")
+    assert run("train", model, photos, folder, "--steps", "9", "--regression-weight", "0", *options) == 1
+    assert f"of a training with another {name}." in capsys.readouterr().err
+
+
+def test_rates_are_those_of_now(model, photos, straight, tmp_path):
+    folder = ended(straight, tmp_path / "run")
+    assert run("train", model, photos, folder, "--steps", "9", "--encoder-rate", "1e-9", "--weight-decay", "0") == 0
+    groups = torch.load(folder / "state.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0}
+    assert 1e-9 in {group["scale"] for group in groups}
+    moved = {n for n, w in weights(folder).items() if not torch.allclose(w, weights(straight)[n], atol=1e-7)}
+    assert moved and not any("encoder" in name for name in moved)
+
+
 @pytest.mark.parametrize("parts", ["2", "4"])
 def test_accumulated_gradients_are_those_of_the_whole(model, photos, fitted, straight, tmp_path, parts):
     folder = copied(fitted, tmp_path)
@@ -489,7 +549,7 @@ def test_behind_a_frozen_encoder(model, photos, fitted, clip_vision, tmp_path):
     assert not any(str(tmp_path) in value for value in header.info.values())
     assert run("evaluate", model, photos, folder) == 0
     table = [json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines()]
-    assert all(row["own"] != row["nobody"] != row["stranger"] for row in table)
+    assert all(len({row[name] for name in ("own", "mean", "stranger", "nobody")}) == 4 for row in table)
     coded = copied(fitted, tmp_path / "coded")
     assert run("train", model, photos, coded, "--steps", "2", *CODE, *encoder) == 0
     assert weights(coded)["net.code_map"].shape == (24, 4) and weights(coded)["net.direct"].any()
@@ -545,7 +605,7 @@ def test_another_encoder_than_that_of_the_run(model, photos, fitted, clip_vision
     assert run("train", model, photos, folder, "--steps", "2", "--clip-vision", clip_vision(seed=1, name="other")) == 1
     assert "another base model or image encoder" in capsys.readouterr().err
     assert run("train", model, photos, folder, "--steps", "2") == 1
-    assert "behind the encoder 'encoder' (28 px, width 24), not 'vit' (32 px, width 32)" in capsys.readouterr().err
+    assert "of a training with another encoder." in capsys.readouterr().err
     os.rename(first, tmp_path / "elsewhere")
     assert run("train", model, photos, folder, "--steps", "2", "--clip-vision", str(tmp_path / "elsewhere")) == 0
 
