@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..hdb_core import lidb_file
-from ..hdb_core.errors import FinetuneDiverged
+from ..hdb_core.errors import FinetuneDiverged, HDBError
 from ..hdb_core.finetune import STEPS_FROM_A_PREDICTION, FinetuneConfig
 from ..hdb_core.lidb import LiDB
 from .host.folders import save_to_output
@@ -164,9 +164,12 @@ class FastFinetune(io.ComfyNode):
 
 
 def kept(error: FinetuneDiverged) -> FinetuneDiverged:
-    """The same error after its last good state was saved, saying where."""
+    """The same error after its last good state was saved, saying where, or why not."""
     if not error.losses:
         return error
-    path = save_to_output("lidb/diverged", lambda path: lidb_file.save(error.lidb, path))
-    message = f"{error} The state before that step is kept in {path.name}; Load LiDB reads it."
+    try:
+        path = save_to_output("lidb/diverged", lambda path: lidb_file.save(error.lidb, path))
+        message = f"{error} The state before that step is kept in {path.name}; Load LiDB reads it."
+    except (HDBError, OSError) as unsaved:
+        message = f"{error} The state before that step could not be kept: {unsaved}"
     return FinetuneDiverged(message, error.lidb, error.losses, error.step)

@@ -66,14 +66,14 @@ class PredictLiDB(io.ComfyNode):
                 HYPERNET.Input("hypernet", tooltip="From Load HyperNet."),
                 io.Image.Input(
                     "image",
-                    tooltip="A photo of the person, cropped to the face as in training; a batch of photos of one person is better.",
+                    tooltip="A photo of the person, cropped to the face as in training; a batch of photos of one person gives one person.",
                 ),
                 io.Int.Input(
                     "iterations",
                     default=0,
                     min=0,
                     max=MAX_ITERATIONS,
-                    tooltip="How often the prediction is refined. 0: as often as measured best for this hypernetwork.",
+                    tooltip="How often the prediction is refined. 0: as often at most as in its training.",
                 ),
                 io.Model.Input(
                     "model",

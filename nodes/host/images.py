@@ -77,9 +77,13 @@ def checked_mask(mask: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
     """MASK (B, H, W) as (B, 1, H, W), of the size of the photos (N, 3, H, W).
 
     Raises:
-        FinetuneError: nothing is marked, or the mask is of another size.
+        FinetuneError: nothing is marked, or the mask is of another size or for another number of photos.
     """
     mask = mask.reshape(-1, 1, *mask.shape[-2:])
+    if len(mask) not in (1, len(photos)):
+        raise FinetuneError(
+            f"There are {len(photos)} photos and {len(mask)} masks. Connect one MASK for all, one for each, or none."
+        )
     if not (mask > 0).flatten(1).any(1).all():
         raise FinetuneError("The mask is empty. Paint the face in the Mask Editor of Load Image, or connect no MASK.")
     if mask.shape[-2:] != photos.shape[-2:]:

@@ -22,7 +22,7 @@ from comfy.sd import CLIP, VAE
 from torch import Tensor, nn
 
 from ...hdb_core.errors import FinetuneError
-from ...hdb_core.finetune import FinetuneConfig, FinetuneResult, finetune
+from ...hdb_core.finetune import FinetuneConfig, FinetuneResult, finetune, photo_captions, start_factors
 from ...hdb_core.images import resize_to_cover
 from ...hdb_core.layout import Layout, layout_of
 from ...hdb_core.lidb import LiDB
@@ -163,6 +163,8 @@ def finetune_in_host(
             f"Connect pictures of {config.class_prompt!r} made with the same checkpoint, or set prior_weight to 0."
         )
     pixels, mask, class_pixels = photos.prepare(family, vae.spacial_compression_encode())
+    photo_captions(config, len(pixels))
+    start_factors(config.basis if init is None else init.basis, layout_of(modules, family), config.rank, init)
     latents = encode(model, vae, pixels)
     prior_latents = encode(model, vae, class_pixels) if config.prior_weight > 0 else None
     samples = config.batch_size * (1 if prior_latents is None else 2)

@@ -25,7 +25,8 @@ BAD_INPUT = {
     "empty mask": ({"mask": mask()}, "mask is empty.*Mask Editor"),
     "empty mask of Load Image": ({"mask": mask(64, 64)}, "mask is empty"),
     "mask of another size": ({"mask": mask(64, 64, 1.0)}, "128 × 128 pixels, the mask 64 × 64"),
-    "two masks for one photo": ({"mask": mask(value=1.0).expand(2, -1, -1)}, "one MASK"),
+    "two masks for one photo": ({"mask": mask(value=1.0).expand(2, -1, -1)}, "1 photos and 2 masks"),
+    "words for two photos": ({"photo_words": "smiling\nat the beach"}, "line of photo_words or one for each of the 1"),
     "empty prompt": ({"prompt": "  "}, "prompt"),
     "rank 0": ({"rank": 0}, "rank"),
     "rank above the basis": ({"rank": 51}, "rank: 1 to 50"),
@@ -41,8 +42,9 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize(("inputs", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
-def test_fast_finetune_refuses(train, host, inputs, message):
+def test_fast_finetune_refuses(train, host, monkeypatch, inputs, message):
     errors = host.module("hdb_core.errors")
+    monkeypatch.setattr(host.module("nodes.host.training"), "encode", None)  # is not reached
     with pytest.raises(errors.HDBError, match=message):
         train(**inputs)
 
@@ -94,8 +96,9 @@ def test_another_family_trains_too(train, sd2):
 
 
 @pytest.mark.parametrize("node_id", ["FastFinetune", "ApplyLiDBToModel"])
-def test_model_of_another_family(run, train, host, loaded, sd2, person, node_id):
+def test_model_of_another_family(run, train, host, loaded, sd2, person, node_id, monkeypatch):
     errors = host.module("hdb_core.errors")
+    monkeypatch.setattr(host.module("nodes.host.training"), "encode", None)  # is not reached
     inputs = {"model": sd2.model, "clip": sd2.clip, "lidb": person(1)}
     with pytest.raises(errors.LayoutError, match=r"SD 1\.x, 32 UNet \+ 8 text layers.*SD 2\.x"):
         train(**inputs) if node_id == "FastFinetune" else run(node_id, **inputs)

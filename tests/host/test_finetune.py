@@ -179,6 +179,17 @@ def test_divergence_keeps_the_last_good_state(train, host, run, loaded, fingerpr
     assert kept.up.abs().sum() > 0
 
 
+def test_divergence_is_told_where_nothing_can_be_kept(host, monkeypatch):
+    node, errors = host.module("nodes.finetune"), host.module("hdb_core.errors")
+
+    def full(name, write):
+        raise errors.LiDBFileError("the disk is full")
+
+    monkeypatch.setattr(node, "save_to_output", full)
+    lost = errors.FinetuneDiverged("It diverged.", None, (0.5,), 3)
+    assert str(node.kept(lost)) == "It diverged. The state before that step could not be kept: the disk is full"
+
+
 def test_progress_and_preview(train):
     import comfy.utils
 
