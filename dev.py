@@ -33,14 +33,21 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("command", nargs="?", choices=("demo", "serve", "test", "bench", "thumbnails"))
     parser.add_argument(
-        "--comfyui", type=Path, metavar="PATH", help="use this ComfyUI with its own Python, change nothing in it"
+        "--comfyui", type=_absolute, metavar="PATH", help="use this ComfyUI with its own Python, change nothing in it"
     )
-    parser.add_argument("--python", type=Path, metavar="PATH", help="the Python of that ComfyUI, if it is not found")
+    parser.add_argument(
+        "--python", type=_absolute, metavar="PATH", help="the Python of that ComfyUI, if it is not found"
+    )
     args, rest = parser.parse_known_args(arguments)
     if args.command is None:
         parser.print_help()
         raise SystemExit(0 if rest in (["-h"], ["--help"]) else 2)
     return args, rest
+
+
+def _absolute(path: str) -> Path:
+    """As the user means it, from where they are; a link stays one, which makes a Python that of its environment."""
+    return Path(path).expanduser().absolute()
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from itertools import takewhile
 
-from .environment import ROOT
+from .environment import OF_THE_MINIATURE, ROOT, lacking
 
 
 def main() -> int:
@@ -16,6 +16,9 @@ def main() -> int:
     if not names:
         print(f"usage: dev.py bench NAME … [options]\nbenchmarks: {', '.join(known) or 'none yet'}")
         return 2
+    if lack := lacking(OF_THE_MINIATURE):
+        print(lack)
+        return 1
     for name in names:
         command = [sys.executable, "-m", f"benchmarks.{name}", *options]
         if code := subprocess.run(command, cwd=ROOT, check=False).returncode:

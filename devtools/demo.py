@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import workflow
 from .comfy_server import ComfyServer, Progress, PromptError, PromptInterrupted, ServerError, raise_on_terminate
-from .environment import CHECKPOINT, HYPERNET, ROOT, Host, SetupError
+from .environment import CHECKPOINT, HYPERNET, OF_THE_MINIATURE, ROOT, Host, SetupError, lacking
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,10 +83,14 @@ def run(host: Host, steps: int | None, seeds: int, cpu: bool) -> None:
         pictures = {column: {text: session.pictures(text, column) for text in (plain, *edits)} for column in COLUMNS}
     person = OUTPUT / "demo_person.safetensors"
     shutil.copy(session.saved, person)
-    print("Judging …", flush=True)
-    since = time.monotonic()
-    scores = judged(scenes, pictures)
-    session.seconds["judge"] = time.monotonic() - since
+    scores = {}
+    if lack := lacking(OF_THE_MINIATURE):  # a ComfyUI of the user's own
+        print(f"Not judged: {lack}", flush=True)
+    else:
+        print("Judging …", flush=True)
+        since = time.monotonic()
+        scores = judged(scenes, pictures)
+        session.seconds["judge"] = time.monotonic() - since
     report = {
         **sizes(person),
         **scores,
@@ -196,7 +200,11 @@ def summary(report: Mapping[str, Any]) -> str:
         f"On SD 1.5 it would be {report['lidb_bytes_sd15'] / 1000:.1f} KB ({report['sd15_layers']} layers, counted).",
         f"Predicted in {report['seconds'].get('predict', 0):.1f} s, the network's loading included.",
         f"Fine-tuned in {report['seconds'].get('finetune', 0):.0f} s, {report['steps']} steps.",
-        *(f"{k.capitalize()}: " + ", ".join(f"{report[k][c]:.2f} {LABELS[c]}" for c in COLUMNS) for k in SCORES),
+        *(
+            f"{k.capitalize()}: " + ", ".join(f"{report[k][c]:.2f} {LABELS[c]}" for c in COLUMNS)
+            for k in SCORES
+            if k in report
+        ),
         "Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items()),
         f"In {OUTPUT}: demo.png, demo_person.safetensors, demo.json",
     ]

@@ -14,8 +14,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ REQUIREMENTS = (ROOT / "requirements-dev.txt", ROOT / "constraints.txt")
 IMPORTED_BY_HOST = (
     "aiohttp, alembic, av, einops, numpy, PIL, safetensors, scipy, torch, torchsde, torchvision, transformers"
 )
+# What the miniature's people are drawn, judged and trained with; a ComfyUI has none of it.
+OF_THE_MINIATURE = ("accelerate", "diffusers", "python_avatars", "resvg_py")
 DISK_FOR_VENV = 9 * 2**30
 MODEL_FOLDERS = (
     "checkpoints", "clip_vision", "controlnet", "diffusion_models", "embeddings", "loras", "text_encoders", "vae",
@@ -98,6 +101,14 @@ def prepare(comfyui: Path | None = None, python: Path | None = None) -> Host:
 def venv_python(venv: Path) -> Path:
     """The interpreter of a virtual environment."""
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def lacking(packages: Iterable[str]) -> str:
+    """Which of these packages this Python lacks and how it gets them, or nothing."""
+    missing = [name for name in packages if find_spec(name) is None]
+    return f"{sys.executable} lacks {', '.join(missing)}: {sys.executable} -m pip install {' '.join(missing)}" * bool(
+        missing
+    )
 
 
 def _ensure_venv() -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 
-from .environment import ROOT
+from .environment import OF_THE_MINIATURE, ROOT, lacking
 
 # From pure functions in milliseconds to a browser. One process each: what a tier imports or patches stays in it.
 _LAST = ("host", "server", "browser")
@@ -22,8 +21,8 @@ def main() -> int:
     if arguments in (["-h"], ["--help"]):
         print(f"usage: dev.py test [TIER …] [pytest options]\ntiers: lint {' '.join(TIERS)}")
         return 0
-    if missing := [tool for tool in ("pytest", "ruff", "mypy") if find_spec(tool) is None]:
-        print(f"{sys.executable} lacks {', '.join(missing)}: {sys.executable} -m pip install {' '.join(missing)}")
+    if lack := lacking(("pytest", "ruff", "mypy", *OF_THE_MINIATURE)):
+        print(lack)
         return 1
     tiers = [a for a in arguments if a in ("lint", *TIERS)]
     options = [a for a in arguments if a not in tiers]

@@ -48,6 +48,12 @@ def test_a_person_has_as_many_components_a_layer_on_sd15(tmp_path):
     assert demo.sizes(tmp_path / "person.safetensors")["lidb_bytes_sd15"] - size == (3 * 234 - 6) * 150 * 2
 
 
+def test_without_a_judge_there_are_no_scores():
+    report = {"lidb_bytes": 1, "lidb_bytes_sd15": 1, "sd15_layers": 1, "rank": 1, "steps": 1, "seconds": {}}
+    assert "Identity" not in demo.summary(report)
+    assert "Identity: 0.10 before" in demo.summary({**report, "identity": dict.fromkeys(demo.COLUMNS, 0.1)})
+
+
 def test_the_sheet_holds_every_picture_and_label():
     tiles = {
         f"picture {i}": Image.new("RGB", (128, 128), color) for i, color in enumerate(("red", "lime", "blue", "black"))

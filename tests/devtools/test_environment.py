@@ -120,6 +120,12 @@ def test_what_is_no_comfyui_is_refused(tmp_path):
         environment._existing(tmp_path, None)
 
 
+def test_missing_packages_are_named():
+    assert environment.lacking(("json", "sys")) == ""
+    lack = environment.lacking(("json", "no_such_package", "nor_this"))
+    assert "lacks no_such_package, nor_this:" in lack and lack.endswith("-m pip install no_such_package nor_this")
+
+
 def test_a_comfyui_without_python_names_the_places(tmp_path):
     (tmp_path / "comfy").mkdir()
     (tmp_path / "main.py").touch()
