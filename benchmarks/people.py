@@ -6,8 +6,8 @@ continues. Scores are kept in ``benchmarks/results/cells.jsonl``: once that is c
 
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
 * ``lidb_N``: FastFinetune from nothing with N steps; ``_saved``: after Save LiDB and Load LiDB;
-  ``_described``: told what the photo shows besides the person; without, for the smallest N; ``_narrow``: with a basis
-  of 25 × 12, for the smallest N; ``_learned``: in a basis learned from people, if ``python -m miniature.make basis``
+  ``_described``: told what the photo shows besides the person; without, for the smallest N; ``_prior``: with class-prior
+  preservation, and ``_narrow``: with a basis of 25 × 12, both for the smallest N; ``_learned``: in a basis learned from people, if ``python -m miniature.make basis``
   has made it;
 * ``dreambooth@N``: checkpoints of full DreamBooth; ``dreambooth``: the one with the best joint score, the reference;
 * ``stranger``: the next person's LiDB; ``photo``: the given photo itself; ``render``: true pictures of the prompts.
@@ -52,6 +52,7 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig, basis: Path =
     fewest = {"steps": min(steps)}
     narrow = FastFinetuning(f"lidb_{min(steps)}_described_narrow", {**fewest, "basis": NARROW}, described=True)
     untold = FastFinetuning(f"lidb_{min(steps)}", fewest)
+    prior = FastFinetuning(f"lidb_{min(steps)}_described_prior", {**fewest, "prior_weight": 1.0}, described=True)
     learned = FastFinetuning(
         f"lidb_{LEARNED_STEPS}_described_learned", {"steps": LEARNED_STEPS}, LearnedBasis(basis), described=True
     )
@@ -60,6 +61,7 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig, basis: Path =
         Caption(),
         *persons,
         untold,
+        prior,
         narrow,
         learned,
         DreamBooth(reference),
@@ -83,7 +85,7 @@ def main() -> None:
     args = options.parse_args()
     config = DreamBoothConfig(rate=args.reference_rate, checkpoints=tuple(args.reference_steps))
     methods = all_methods(args.steps, config)
-    rows = chosen_rows(methods, args.rows, left_out=("_narrow_saved", "_learned_saved"))
+    rows = chosen_rows(methods, args.rows, left_out=("_narrow_saved", "_prior_saved", "_learned_saved"))
     bench, subjects = open_bench(args, args.short), chosen_subjects(args, args.short)
     make_and_report(args, Table(bench, methods, rows, subjects), args.reference_people)
 

@@ -40,6 +40,7 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "diffusion, masked": ("--photos", MASKED),
     "diffusion, masked, the rest free": ("--photos", MASKED, "--rest", "0"),
     "diffusion, same photo": SAME,
+    "diffusion, same photo, no face code": (*SAME, "--code", "0"),
     "diffusion, same photo, masked": (*SAME, "--photos", MASKED),
     "diffusion, same photo, masked, crops, flips, tints":
         (*SAME, "--photos", MASKED, "--augment", "crop", "flip", "color"),

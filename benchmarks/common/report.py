@@ -27,8 +27,8 @@ from .cells import Cell
 from .files import rounded
 from .subjects import CLASS_PROMPT, Subject
 
-SCORES = ("identity", "retrieval", "edit", "joint", "leak", "drift", "diversity")
-EXTRA_SCORES = ("identity_raw", "pull")
+SCORES = ("identity", "retrieval", "edit", "joint", "leak", "drift", "pull", "diversity")
+EXTRA_SCORES = ("identity_raw",)
 FACTS = ("steps", "seconds", "bytes", "flops")
 RESAMPLES = 2000
 COSTS = ("steps", "seconds", "flops")
