@@ -27,8 +27,9 @@ from .cells import Cell
 from .files import rounded
 from .subjects import CLASS_PROMPT, Subject
 
-SCORES = ("identity", "retrieval", "edit", "joint", "leak", "drift", "pull", "diversity")
-EXTRA_SCORES = ("identity_raw",)
+SCORES = ("identity", "retrieval", "edit", "joint", "leak", "drift", "diversity")
+EXTRA_SCORES = ("identity_raw", "pull")
+SHOWN = (*SCORES[:-1], "pull", SCORES[-1])  # in the tables
 FACTS = ("steps", "seconds", "bytes", "flops")
 RESAMPLES = 2000
 COSTS = ("steps", "seconds", "flops")
@@ -190,6 +191,8 @@ def cost_of_most(rows: Sequence[Row], name: str) -> Reached | None:
     scores = [float(np.mean([column[person] for person in people])) for column in columns]
     costs = [np.zeros(len(COSTS))] * len(base) + [np.array([row.fact(c) for c in COSTS]) for row in checkpoints]
     target = REACHED * max(scores[len(base) :])
+    if target <= 0:  # no checkpoint was ever right
+        return None
     # Without a base nothing is known of what comes before the first checkpoint.
     points = [(-1.0, costs[0]), *zip(scores, costs, strict=True)]
     (below, before), (score, cost) = next(pair for pair in pairwise(points) if pair[1][0] >= target)
@@ -226,11 +229,11 @@ def as_object(
     def differences(other: Row | None) -> dict[str, list[float]] | None:
         if other is None or other is row:
             return None
-        found = {name: difference(row, other, name) for name in SCORES}
+        found = {name: difference(row, other, name) for name in SHOWN}
         return {name: [d.value, d.error] for name, d in found.items() if d} or None
 
     shares = {name: gain_share(row, base, other) for name, other in best.items()} if base and row is not base else {}
-    errors = {name: mean.error for name in SCORES if (mean := row.mean(name))}
+    errors = {name: mean.error for name in SHOWN if (mean := row.mean(name))}
     kinds = {kind: {name: mean_over_people(people.values()).value for name, people in own.items()}
              for kind, own in row.kinds.items()}  # fmt: skip
     return rounded({
@@ -248,12 +251,12 @@ def as_object(
 
 def table(objects: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table: scores in percent with their standard errors, then what a row costs."""
-    head = ["row", "people", *SCORES, "share of gain", "steps", "seconds", "TFLOP", "KB"]
+    head = ["row", "people", *SHOWN, "share of gain", "steps", "seconds", "TFLOP", "KB"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row in objects:
         lines.append([
             row["row"], str(row["people"]),
-            *(percent(row[name], row["errors"].get(name)) for name in SCORES),
+            *(percent(row[name], row["errors"].get(name)) for name in SHOWN),
             percent(*row["share_of_gain"].get(MAIN_REFERENCE, [None])),
             number(row["steps"]), number(row["seconds"]), number(row["flops"], 1e12), number(row["bytes"], 1e3),
         ])  # fmt: skip
@@ -262,10 +265,10 @@ def table(objects: Sequence[Mapping[str, Any]]) -> str:
 
 def difference_table(objects: Sequence[Mapping[str, Any]], to: str) -> str:
     """A Markdown table of paired differences in points: ``to`` is "base", "reference" or "unsaved"."""
-    lines = [["row", *SCORES], ["---", *["---:"] * len(SCORES)]]
+    lines = [["row", *SHOWN], ["---", *["---:"] * len(SHOWN)]]
     for row in objects:
         if found := row[f"minus_{to}"]:
-            pairs = [found.get(name, (None, None)) for name in SCORES]
+            pairs = [found.get(name, (None, None)) for name in SHOWN]
             lines.append([row["row"], *(percent(value, error, sign=True) for value, error in pairs)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

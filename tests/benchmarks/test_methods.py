@@ -136,10 +136,11 @@ def test_rows_of_the_people_benchmark(tmp_path):
     basis = tmp_path / "basis.safetensors"
     basis.write_bytes(b"vectors")
     methods = people.all_methods([40, 400], DreamBoothConfig(checkpoints=(10, 20)), basis)
-    rows = chosen_rows(methods, None, ("_narrow_saved", "_learned_saved"))
+    rows = chosen_rows(methods, None, ("_narrow_saved", "_prior_saved", "_learned_saved"))
     assert rows == [
         "base", "caption", "lidb_40_described", "lidb_40_described_saved", "lidb_400_described",
-        "lidb_400_described_saved", "lidb_40", "lidb_40_saved", "lidb_40_described_narrow",
+        "lidb_400_described_saved", "lidb_40", "lidb_40_saved", "lidb_40_described_prior",
+        "lidb_40_described_narrow",
         f"lidb_{people.LEARNED_STEPS}_described_learned", "dreambooth@10", "dreambooth@20", "stranger", "photo", "render",
     ]  # fmt: skip
     assert chosen_rows(methods, ["lidb_40", "dreambooth"], "") == [

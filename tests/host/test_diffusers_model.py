@@ -10,6 +10,8 @@ import torch
 from miniature.checkpoint import expand, write_diffusers
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+HYPERNET = WEIGHTS / "miniature_hypernet.safetensors"
+PHOTO = WEIGHTS.parent / "example_workflows" / "input" / "hdb_photo.png"
 PROMPTS = ["a [v] face, smiling", "a face, wearing a red hoodie, at the beach"]
 
 
@@ -72,6 +74,58 @@ def test_same_latents(host, trained, in_host, photo):
     model, _, vae = in_host
     expected = host.module("nodes.host.images").encode(model, vae, photo.movedim(-1, 1))
     torch.testing.assert_close(trained.encode(photo.movedim(-1, 1)), expected, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("made", ["predicted", "fitted"])
+def test_people_of_the_training_look_the_same_in_the_host(host, run, trained, in_host, base_directory, made):
+    """A person whom the shipped hypernetwork predicts, and one fitted there, from their files, by the host's sampler."""
+    import comfy.sample
+    import comfy.samplers
+
+    faces, loop, people = (host.module(f"hdb_core.training.{name}") for name in ("faces", "loop", "photos"))
+    lidb, prompt, start = host.module("hdb_core.lidb"), "a [v] face, at the beach", trained.denoiser.layout
+    someone = people.Person("somebody", (people.Photo(PHOTO),))
+    with torch.inference_mode(False):
+        if made == "predicted":
+            net = host.module("hdb_core.hypernet_file").load(HYPERNET)
+            config = net.config
+            with torch.no_grad():
+                factors = loop.FromFaces(net)(faces.PhotoPixels(config.encoder).read([(someone, 0)])[None])
+            basis = config.basis
+        else:
+            fit = host.module("hdb_core.training.fit")
+            config = fit.FitConfig(steps=12, rank=2)
+            latents = trained.encode(someone.photos[0].pixels(128).movedim(-1, 0)[None])
+            up = fit.fit_people(trained.denoiser, [latents], [[""]], [torch.ones_like(latents[:, :1])], config, torch.Generator().manual_seed(0))  # fmt: skip
+            basis, factors = config.basis, (lidb.start_down(config.basis, start, 2)[None], up)
+        noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        bases = host.module("hdb_core.basis").bases_of(basis, start)
+        adapters = {
+            n: tuple(f.expand(2, -1, -1) for f in own) for n, own in lidb.expand_factors(bases, *factors).items()
+        }
+        there = host.module("hdb_core.training.samples").sample(trained.denoiser, noise, [prompt] * 2, adapters, 8, 3.0)
+        nobody = host.module("hdb_core.training.samples").sample(trained.denoiser, noise, [prompt] * 2, {}, 8, 3.0)
+        expected, without = trained.decode(there), trained.decode(nobody)
+    model, clip, vae = in_host
+    if made == "predicted":
+        (host.extra_hypernets / HYPERNET.name).symlink_to(HYPERNET)
+        (hypernet,) = run("LoadHyperNet", hypernet_name=HYPERNET.name)
+        same, _ = run("PredictLiDB", hypernet=hypernet, image=someone.photos[0].whole().movedim(0, -1)[None])
+    else:
+        path = host.extra / "fitted.safetensors"
+        person = lidb.LiDB(start, basis, *(f[0].float() for f in factors), {"prompt": "a [v] face", "token": "[v]"})
+        host.module("hdb_core.lidb_file").save(person, path)
+        same, _ = run("LoadLiDB", lidb_name=path.name)
+    model, clip, *_ = run("ApplyLiDBToModel", model=model, clip=clip, lidb=same, strength_model=1.0, strength_clip=1.0, person_guidance=1.0)  # fmt: skip
+    encode = host.stock["CLIPTextEncode"]().encode
+    positive, negative = encode(clip, prompt)[0], encode(clip, "")[0]
+    table = model.get_model_object("model_sampling").sigmas
+    index = torch.linspace(len(table) - 1, 0, 9)[:-1].round().long()
+    euler, sigmas = comfy.samplers.sampler_object("euler"), torch.cat([table[index], table.new_zeros(1)])
+    latents = comfy.sample.sample_custom(model, noise, 3.0, euler, sigmas, positive, negative, torch.zeros_like(noise))
+    found = vae.decode(latents).movedim(-1, 1)
+    assert (expected - without).abs().mean() > 0.05
+    assert (found - expected).abs().mean() < 1 / 255
 
 
 def test_an_incomplete_folder_says_what_is_missing(host, folder):
