@@ -1,4 +1,4 @@
-"""The text encoder's reading task, and the shipped encoder's answers to it."""
+"""The reading task that the text encoder is trained on."""
 
 from __future__ import annotations
 
