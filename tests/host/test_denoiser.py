@@ -11,6 +11,8 @@ def native_target(kind: str, latents, noise, sigma):
         return noise
     if kind == "x0":
         return latents
+    if kind == "flow":
+        return noise - latents
     velocity = (noise - sigma * latents) / (1 + sigma**2).sqrt()
     return -velocity if kind == "edm" else velocity
 
@@ -23,6 +25,8 @@ def predicting(host, loaded):
     def execute(kind: str):
         if kind == "edm":
             return stock.ModelSamplingContinuousEDM().patch(loaded.model, "edm", 100.0, 0.01)[0]
+        if kind == "flow":
+            return stock.ModelSamplingSD3().patch(loaded.model, 3.0)[0]
         name = {"eps": "eps", "v": "v_prediction", "x0": "x0"}[kind]
         return stock.ModelSamplingDiscrete().patch(loaded.model, name, zsnr=False)[0]
 
@@ -36,14 +40,14 @@ def denoiser(host, loaded):
     return lambda model: training.training(model, loaded.clip, *target_modules(model, loaded.clip), latent_pixels=64)
 
 
-@pytest.mark.parametrize("kind", ["eps", "v", "x0", "edm"])
+@pytest.mark.parametrize("kind", ["eps", "v", "x0", "edm", "flow"])
 def test_loss_weight_gives_the_error_of_the_native_target(denoiser, predicting, kind):
     model = predicting(kind)
     sampling = model.get_model_object("model_sampling")
     sampling.sigma_data = 1.0
     generator = torch.Generator().manual_seed(0)
     latents, noise, output = torch.randn(3, 2, 4, 8, 8, generator=generator)
-    sigma = torch.tensor([0.7, 3.0])
+    sigma = torch.tensor([0.2, 0.7] if kind == "flow" else [0.7, 3.0])
     with denoiser(model) as host_side:
         noisy = host_side.add_noise(latents.clone(), noise.clone(), sigma)
         denoised = sampling.calculate_denoised(sigma.view(-1, 1, 1, 1), output, noisy)
@@ -52,7 +56,7 @@ def test_loss_weight_gives_the_error_of_the_native_target(denoiser, predicting, 
     torch.testing.assert_close(weight * (denoised - latents).square(), native, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["v", "x0", "edm"])
+@pytest.mark.parametrize("kind", ["v", "x0", "edm", "flow"])
 def test_every_prediction_type_trains(train, predicting, kind):
     lidb = train(model=predicting(kind), steps=1)
     assert torch.isfinite(lidb.up).all()
