@@ -83,6 +83,31 @@ def loaded(host, checkpoint):
 
 
 @pytest.fixture(scope="session")
+def sd2(host):
+    """MODEL and CLIP of the SD 2.x family, random and small."""
+    from comfy.supported_models import SD20
+    from comfy.text_encoders import sd2_clip
+
+    return host.load_file("random_checkpoint.py").random_models(
+        SD20, {"context_dim": 1024}, sd2_clip.SD2Tokenizer, sd2_clip.SD2ClipModel
+    )
+
+
+@pytest.fixture(scope="session")
+def sdxl(host):
+    """MODEL and CLIP of the SDXL family, random and small: two text encoders, and pooled text in the UNet."""
+    from comfy import sdxl_clip
+    from comfy.supported_models import SDXL
+
+    return host.load_file("random_checkpoint.py").random_models(
+        SDXL,
+        {"context_dim": 2048, "num_classes": "sequential", "adm_in_channels": 2816},
+        sdxl_clip.SDXLTokenizer,
+        sdxl_clip.SDXLClipModel,
+    )
+
+
+@pytest.fixture(scope="session")
 def photo() -> torch.Tensor:
     """IMAGE (1, 128, 128, 3) in 0..1: a smooth random picture."""
     generator = torch.Generator().manual_seed(1)

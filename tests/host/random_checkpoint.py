@@ -5,8 +5,10 @@ ComfyUI's own modules give the keys and the shapes, so the files cannot drift fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -78,6 +80,32 @@ def state_dict_of(build, generator: torch.Generator) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         module: nn.Module = build()
     return randomise(module.state_dict(), generator)
+
+
+@torch.inference_mode()
+def random_models(supported: type, unet: Mapping[str, Any], tokenizer: type, text_encoder: type) -> SimpleNamespace:
+    """MODEL and CLIP of another family, as `model` and `clip`: the miniature's UNet, three layers a text encoder.
+
+    Args:
+        supported: the host's description of the family.
+        unet: in which its UNet differs.
+        tokenizer: of the family.
+        text_encoder: of the family.
+    """
+    import comfy.sd
+    from comfy.model_patcher import ModelPatcher
+    from comfy.supported_models_base import ClipTarget
+
+    heads = {"use_linear_in_transformer": True, "num_head_channels": 64, "num_heads": -1, "dtype": torch.float32}
+    config = supported({**MINIATURE_UNET, **heads, **unet})
+    config.unet_config = {**MINIATURE_UNET, **heads, **unet}
+    config.set_inference_dtype(torch.float32, None)
+    base, cpu, generator = config.get_model({}), torch.device("cpu"), torch.Generator().manual_seed(0)
+    base.diffusion_model.load_state_dict(randomise(base.diffusion_model.state_dict(), generator))
+    few = {f"{name}_model_config": {"num_hidden_layers": 3} for name in ("clip_l", "clip_h", "clip_g")}
+    clip = comfy.sd.CLIP(ClipTarget(tokenizer, text_encoder), model_options=few)
+    clip.cond_stage_model.load_state_dict(randomise(clip.cond_stage_model.state_dict(), generator))
+    return SimpleNamespace(model=ModelPatcher(base, cpu, cpu), clip=clip)
 
 
 def write_checkpoint(

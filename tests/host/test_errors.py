@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -55,38 +53,6 @@ def test_rank_below_the_connected_lidb(train, person):
 
 def test_huge_photo_is_made_smaller(train):
     assert train(image=image(4000, 6000), resolution=128, steps=1).up.isfinite().all()
-
-
-@pytest.fixture(scope="session")
-def sd2(host):
-    """MODEL and CLIP of the SD 2.x family, random and small, made by the host's own classes."""
-    import comfy.model_base
-    import comfy.model_patcher
-    import comfy.sd
-    import comfy.supported_models
-    from comfy.supported_models_base import ClipTarget
-    from comfy.text_encoders import sd2_clip
-
-    builder = host.load_file("random_checkpoint.py")
-    with torch.inference_mode():
-        unet = {
-            **builder.MINIATURE_UNET,
-            "context_dim": 1024,
-            "use_linear_in_transformer": True,
-            "num_head_channels": 64,
-            "num_heads": -1,
-        }
-        config = comfy.supported_models.SD20({**unet, "dtype": torch.float32})
-        config.unet_config = {**unet, "dtype": torch.float32}
-        config.set_inference_dtype(torch.float32, None)
-        base = comfy.model_base.BaseModel(config)
-        generator = torch.Generator().manual_seed(0)
-        base.diffusion_model.load_state_dict(builder.randomise(base.diffusion_model.state_dict(), generator))
-        model = comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
-        target = ClipTarget(sd2_clip.SD2Tokenizer, sd2_clip.SD2ClipModel)
-        clip = comfy.sd.CLIP(target, model_options={"clip_h_model_config": {"num_hidden_layers": 3}})
-        clip.cond_stage_model.load_state_dict(builder.randomise(clip.cond_stage_model.state_dict(), generator))
-    return SimpleNamespace(model=model, clip=clip)
 
 
 def test_another_family_trains_too(train, sd2):

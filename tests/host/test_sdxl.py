@@ -1,0 +1,43 @@
+"""SDXL: two text encoders, pooled text in the UNet. Random and small, through the nodes and the stock sampler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def learned(host, sdxl, loaded, photo):
+    inputs = {"model": sdxl.model, "clip": sdxl.clip, "vae": loaded.vae, "image": photo}
+    with torch.inference_mode():
+        return host.run("FastFinetune", **inputs, steps=2, batch_size=1, train_text_encoder=True, learning_rate=0.3)[0]
+
+
+def test_a_person_is_learned_in_unet_and_both_text_encoders(learned):
+    assert learned.layout.describe() == "SDXL, 52 UNet + 24 text layers"
+    dead = [layer.name for layer, up in zip(learned.layout.layers, learned.up, strict=True) if not up.any()]
+    # Pictures are made from the last layer but one; the last one of CLIP-G alone reaches them, in the pooled text.
+    assert len(dead) == 4
+    assert len({name.rsplit(".", 2)[0] for name in dead}) == 1, dead
+
+
+def test_applied_and_as_a_lora_of_the_host(learned, run, sdxl, sample):
+    import comfy.sd
+    import comfy.utils
+
+    before = sample(sdxl.model, sdxl.clip)
+    applied = run("ApplyLiDBToModel", model=sdxl.model, clip=sdxl.clip, lidb=learned, strength_model=1.0, strength_clip=1.0, person_guidance=1.0)  # fmt: skip
+    person = sample(*applied[:2])
+    assert (person - before).abs().mean() > 0.05
+    assert torch.equal(sample(sdxl.model, sdxl.clip), before)
+    (path,) = run("SaveLiDBAsLoRA", lidb=learned)
+    with_lora = comfy.sd.load_lora_for_models(sdxl.model, sdxl.clip, comfy.utils.load_torch_file(path), 1.0, 1.0)
+    assert (sample(*with_lora) - person).abs().mean() < 0.05 * (person - before).abs().mean()
+
+
+def test_saved_and_loaded(learned, host, run):
+    host.module("hdb_core.lidb_file").save(learned, host.extra / "sdxl.safetensors")
+    again, _ = run("LoadLiDB", lidb_name="sdxl.safetensors")
+    assert again.layout == learned.layout
+    core = host.module("hdb_core.lidb").core
+    assert (core(again) - core(learned)).norm() < 1e-3 * core(learned).norm()
