@@ -470,8 +470,8 @@ def _encode_once(denoiser: Denoiser) -> Callable[[Sequence[str]], Any]:
 def _backward(
     denoiser: Denoiser, batch: Batch, conditioning: Any, factors: TrainableFactors, config: FinetuneConfig
 ) -> tuple[float, float, float]:
-    """Fill the gradients. The loss, that of a model that predicts nothing, and the gradient norm leave the device in the
-    step's only synchronisation."""
+    """Fill the gradients. The loss, that of a model that predicts nothing, and the gradient norm leave the device
+    together."""
     loss = diffusion_loss(denoiser, batch, conditioning)
     parameters = [p for p in factors.parameters() if p.requires_grad]
     backward(loss, parameters)

@@ -2,7 +2,7 @@
 
 On several processes: ``accelerate launch -m`` or ``torchrun --nproc-per-node N -m`` in place of ``python -m``.
 
-Stages, each of which but the first, which takes minutes, goes on where it was stopped:
+Stages; all go on where they were stopped, but the first and the last, which take minutes and begin anew:
 
 * ``basis``: the directions of weight changes that people differ in, from some of them; without it, a random basis;
 * ``precompute``: the photos of all people as latents, and a LiDB fitted to each; behind a frozen image encoder

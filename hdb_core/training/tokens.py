@@ -6,7 +6,7 @@ A photo's tokens take T · D float16 numbers (CLIP ViT-H: 0.66 MB), so they are 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
@@ -30,7 +30,6 @@ def precompute_tokens(
     folder: Path,
     group: int = 32,
     share: tuple[int, int] = (0, 1),
-    report: Callable[[int, int], None] | None = None,
 ) -> None:
     """Encode the photos of all people, ``group`` people a file; finished files are left alone.
 
@@ -40,14 +39,13 @@ def precompute_tokens(
         folder: receives ``group_00000.safetensors`` and on.
         group: people in each file.
         share: (rank, processes): this process takes every processes-th file.
-        report: called with finished people and all, after every file of this process.
 
     Raises:
         HyperNetError: if a photo cannot be read or encoded, or the folder holds tokens of another encoder.
     """
     # Not the name: the same encoder may lie in another folder.
     settings = {"encoder": asdict(replace(encoder.config, name="")), "weights": encoder.weights}
-    for missing in missing_groups(folder, people, settings, group, share, report):
+    for missing in missing_groups(folder, people, settings, group, share):
         photos = [photo for person in missing.people for photo in person.photos]
         parts = [_encoded(encoder, photos[i : i + BATCH]) for i in range(0, len(photos), BATCH)]
         counts = torch.tensor([len(person.photos) for person in missing.people])
