@@ -106,9 +106,9 @@ def venv_python(venv: Path) -> Path:
 def lacking(packages: Iterable[str]) -> str:
     """Which of these packages this Python lacks and how it gets them, or nothing."""
     missing = [name for name in packages if find_spec(name) is None]
-    return f"{sys.executable} lacks {', '.join(missing)}: {sys.executable} -m pip install {' '.join(missing)}" * bool(
-        missing
-    )
+    if not missing:
+        return ""
+    return f"{sys.executable} lacks {', '.join(missing)}: {sys.executable} -m pip install {' '.join(missing)}"
 
 
 def _ensure_venv() -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,11 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("vit", "clip_vision"):
             raise HyperNetError(f"Expected an encoder of kind vit or clip_vision, got {self.kind!r}. Update this pack.")
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What two encoders must share to be one, as fields; not the name, for the same may lie in another folder."""
+        return asdict(replace(self, name=""))
 
     @property
     def num_summed(self) -> int:

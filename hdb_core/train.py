@@ -171,7 +171,7 @@ def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
         net = PhotoPredictor(encoder, loss_of.text([""]).shape[-1], len(loss_of.components.variance))
     if args.encoder:
         _load_encoder(net.encoder, args.encoder)
-    sizes = {"encoder": encoder_sizes(encoder), "portraits": args.portraits, "class prompt": args.class_prompt}
+    sizes = {"encoder": encoder.sizes, "portraits": args.portraits, "class prompt": args.class_prompt}
     trainer = Trainer(
         accelerator, net, config, run.folder / "pretrain.pt", run.folder / "pretrain.csv", args.accumulate, sizes=sizes
     )
@@ -222,7 +222,9 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     grid = SampleGrid(base, kept, args.prompt, loss_of.bases, faces, sampling, config.seed) if sampling.wanted else None
 
     def save() -> None:
-        info = {name: str(value) for name, value in sorted(vars(args).items()) if name not in _PATHS}
+        info = {
+            name: str(value) for name, value in sorted({**vars(args), **asdict(config)}.items()) if name not in _PATHS
+        }
         info |= {"made_by": "hdb_core.train", "step": str(trainer.step)}
         hypernet_file.save(_averaged(net.net.config, trainer.average), run.file, info)
 
@@ -253,7 +255,8 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
     encoder = net.net.config.encoder
     frozen = encoder.kind == "clip_vision"
     faces = PhotoTokens(run.tokens, [p.person for p in people], encoder) if frozen else PhotoPixels(encoder)
-    batches = {"people": TrainConfig.people, "regression_weight": 1.0}  # the same noise, whatever was trained with
+    # Whatever was trained with: the same noise, and a loss that counts.
+    batches = {"people": TrainConfig.people, "regression_weight": 1.0}
     loss_of = PersonLoss(base.denoiser, people, net.net.config, _given(TrainConfig, args, **batches), faces)
     combinations = [(photos, k) for photos in range(1, args.max_photos + 1) for k in range(1, args.max_iterations + 1)]
     rows = [{"photos": p, "iterations": k, **loss_of.evaluate(net, p, k, args.seed)} for p, k in combinations]
@@ -304,17 +307,12 @@ def _given(config: type[Config], args: argparse.Namespace, **others: Any) -> Con
     return config(**{**{name: value for name, value in options.items() if value is not None}, **others})
 
 
-def encoder_sizes(config: EncoderConfig) -> dict[str, Any]:
-    """What two encoders must share to be one; not the name, for the same may lie in another folder."""
-    return {name: value for name, value in asdict(config).items() if name != "name"}
-
-
 def net_sizes(config: HyperNetConfig) -> dict[str, Any]:
     """What two hypernetworks must share for the weights of one to go on in the other."""
     sizes = {name: value for name, value in config.fields().items() if name != "iterations"}
     return {
         **sizes,
-        "encoder": encoder_sizes(config.encoder),
+        "encoder": config.encoder.sizes,
         "layout": config.layout.hash,
         "basis": config.basis.fields(),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -69,7 +69,10 @@ class Table:
                 if values is not None:
                     row.add(subject.seed, values["scores"], values["kinds"], values["facts"])
         found = [row for row in rows.values() if row.people]
-        return [*found, *(best for name in references(found) if (best := best_checkpoint(found, name)))]
+        return [
+            *found,
+            *(best for name in references(row.name for row in found) if (best := best_checkpoint(found, name))),
+        ]
 
     def _scored(
         self, scorer: Scorer, place: Place, subject: Subject, before: Readings | None
@@ -90,7 +93,7 @@ class Table:
         rows, *others = ({row.name: row for row in self.judged(key, judge)} for key, judge in judges.items())
         second = others[0] if others else {}
         every = list(rows.values())
-        best = {name: rows[name] for name in references(every)}
+        best = {name: rows[name] for name in references(rows)}
         reached = {name: cost for name in best if (cost := cost_of_most(every, name))}
         return [
             as_object(row, rows.get("base"), best, rows.get(name.removesuffix("_saved")), second.get(name), reached)
@@ -116,9 +119,9 @@ class Table:
                 "How many times less the others cost; in brackets the paper's ratio. Seconds depend on what else ran",
                 speed_table(objects),
             ]
-        named = [row["row"] for row in objects]  # a reference's best checkpoint is there a second time
-        twice = {"photo", "render", *(name.split("@")[0] for name in named if "@" in name)}
-        agreeing = [row for row in objects if row["second_judge"] and row["row"] not in twice]
+        # The best checkpoint of a reference is there a second time, and true pictures say little of made ones.
+        left_out = {"photo", "render", *references(row["row"] for row in objects)}
+        agreeing = [row for row in objects if row["second_judge"] and row["row"] not in left_out]
         if len(agreeing) > 2:
             pairs = {s: ([r[s] for r in agreeing], [r["second_judge"][s] for r in agreeing]) for s in SCORES[:4]}
             ranked = {score: rank_correlation(*pair) for score, pair in pairs.items()}
@@ -147,9 +150,9 @@ class Table:
         return grid.grid(lines, columns) if lines else None
 
 
-def references(rows: Sequence[Row]) -> list[str]:
+def references(rows: Iterable[str]) -> list[str]:
     """The names that have checkpoints."""
-    return list(dict.fromkeys(row.name.split("@")[0] for row in rows if "@" in row.name))
+    return list(dict.fromkeys(name.split("@")[0] for name in rows if "@" in name))
 
 
 def add_options(options: argparse.ArgumentParser, grid_people: int) -> None:

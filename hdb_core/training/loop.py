@@ -238,8 +238,8 @@ class PersonLoss:
         The first photo, which may be a portrait, is one of them only if there is no third.
 
         The diffusion loss on the same noise with their ``own`` prediction, the ``mean`` one and a ``stranger``'s, where
-        there are others, and ``nobody``'s; ``own_outside`` and so on, where masks are black; and if they were fitted, ``regression`` beside
-        that of the ``mean_predictor``.
+        there are others, and ``nobody``'s; ``own_outside`` and so on, where masks are black; and if they were fitted,
+        ``regression`` beside that of the ``mean_predictor``.
         """
         generator = torch.Generator().manual_seed(seed)
         turns = [

@@ -112,13 +112,14 @@ def find_people(folder: Path) -> list[Person]:
         files = sorted(entry.iterdir()) if entry.is_dir() else [entry]
         pictures = (file for file in files if file.suffix.lower() in SUFFIXES and not file.name.endswith(MASK))
         photos = tuple(_photo(file) for file in pictures)
+        if not photos:
+            continue
         name = entry.name if entry.is_dir() else entry.stem
-        if photos and name in people:
+        if name in people:
             raise HyperNetError(
                 f"{folder} holds two people named {name!r}. Rename one, or put all photos into its folder."
             )
-        if photos:
-            people[name] = Person(name, photos)
+        people[name] = Person(name, photos)
     if not people:
         raise HyperNetError(f"{folder} holds no photos ({', '.join(sorted(SUFFIXES))}) of anybody.")
     return list(people.values())

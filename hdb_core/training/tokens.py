@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -43,8 +42,7 @@ def precompute_tokens(
     Raises:
         HyperNetError: if a photo cannot be read or encoded, or the folder holds tokens of another encoder.
     """
-    # Not the name: the same encoder may lie in another folder.
-    settings = {"encoder": asdict(replace(encoder.config, name="")), "weights": encoder.weights}
+    settings = {"encoder": encoder.config.sizes, "weights": encoder.weights}
     for missing in missing_groups(folder, people, settings, group, share):
         photos = [photo for person in missing.people for photo in person.photos]
         parts = [_encoded(encoder, photos[i : i + BATCH]) for i in range(0, len(photos), BATCH)]
@@ -112,7 +110,7 @@ def _encoded(encoder: VisionEncoder, photos: Sequence[Photo]) -> Tensor:
 
 def _require_encoder(path: Path, header: dict[str, str], encoder: EncoderConfig) -> None:
     settings = json.loads(header["settings"])
-    found, expected = settings["encoder"], json.loads(json.dumps(asdict(replace(encoder, name=""))))
+    found, expected = settings["encoder"], json.loads(json.dumps(encoder.sizes))
     if found != expected:
         raise HyperNetError(
             f"{path} holds {found['num_tokens']} tokens of width {found['token_width']} a photo, but the encoder is "

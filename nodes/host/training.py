@@ -163,6 +163,7 @@ def finetune_in_host(
             f"Connect pictures of {config.class_prompt!r} made with the same checkpoint, or set prior_weight to 0."
         )
     pixels, mask, class_pixels = photos.prepare(family, vae.spacial_compression_encode())
+    # What these refuse is refused before anything is encoded or loaded.
     photo_captions(config, len(pixels))
     start_factors(config.basis if init is None else init.basis, layout_of(modules, family), config.rank, init)
     latents = encode(model, vae, pixels)

@@ -98,7 +98,6 @@ def random_models(supported: type, unet: Mapping[str, Any], tokenizer: type, tex
 
     heads = {"use_linear_in_transformer": True, "num_head_channels": 64, "num_heads": -1, "dtype": torch.float32}
     config = supported({**MINIATURE_UNET, **heads, **unet})
-    config.unet_config = {**MINIATURE_UNET, **heads, **unet}
     config.set_inference_dtype(torch.float32, None)
     base, cpu, generator = config.get_model({}), torch.device("cpu"), torch.Generator().manual_seed(0)
     base.diffusion_model.load_state_dict(randomise(base.diffusion_model.state_dict(), generator))
