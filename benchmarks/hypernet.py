@@ -19,6 +19,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from hdb_core.lidb import AS_LORA, STRENGTHS
 
 from .common.bench import ROOT, chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
+from .common.files import write_text
 from .common.methods import (
     LORA,
     Base,
@@ -44,6 +46,7 @@ from .common.methods import (
     TextualInversion,
     chosen_rows,
 )
+from .common.report import short_table
 from .common.results import Table, add_options, make_and_report
 from .common.textual_inversion import TextualInversionConfig
 
@@ -112,6 +115,7 @@ def main() -> None:
     options.add_argument("--inversion-rate", type=float, default=inversion.rate, help="of Textual Inversion")
     options.add_argument("--inversion-steps", type=int, nargs="+", default=list(inversion.checkpoints))
     options.add_argument("--short", action="store_true", help="6 prompts instead of 11")
+    options.add_argument("--readme", action="store_true", help="then bring the table of README.md up to the report")
     add_options(options, grid_people=3)
     args = options.parse_args()
     if not args.hypernet.is_file():
@@ -125,6 +129,10 @@ def main() -> None:
     rows = chosen_rows(methods, args.rows, left_out="_saved")
     bench, subjects = open_bench(args, args.short), chosen_subjects(args, args.short)
     make_and_report(args, Table(bench, methods, rows, subjects), args.reference_people)
+    if args.readme:
+        readme = ROOT / "README.md"
+        objects = json.loads((args.results / f"{args.name}.json").read_text(encoding="utf-8"))
+        write_text(readme, short_table(readme.read_text(encoding="utf-8"), objects))
 
 
 if __name__ == "__main__":

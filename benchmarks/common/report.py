@@ -263,6 +263,28 @@ def table(objects: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def short_table(text: str, objects: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown text whose table of chosen rows and scores, if it has one, has the values of a report.
+
+    The table begins with the columns "" and "people", ends with "seconds", and names each row in the last `code` of its
+    first column.
+
+    Raises:
+        KeyError: it names a row that the report lacks.
+    """
+    rows, lines = {row["row"]: row for row in objects}, text.split("\n")
+    start = next((i for i, line in enumerate(lines) if line.startswith("| | people |")), len(lines))
+    scores = [name.strip() for name in lines[start].split("|")[3:-2]] if start < len(lines) else []
+    for i in range(start + 2, len(lines)):
+        if not lines[i].startswith("|"):
+            break
+        title = lines[i].split("|")[1].strip()
+        row = rows[title.split("`")[-2]]
+        values = (percent(row[score], row["errors"].get(score)) for score in scores)
+        lines[i] = f"| {' | '.join([title, str(row['people']), *values, number(row['seconds'])])} |"
+    return "\n".join(lines)
+
+
 def difference_table(objects: Sequence[Mapping[str, Any]], to: str) -> str:
     """A Markdown table of paired differences in points: ``to`` is "base", "reference" or "unsaved"."""
     lines = [["row", *SHOWN], ["---", *["---:"] * len(SHOWN)]]
