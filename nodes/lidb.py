@@ -54,7 +54,7 @@ class ApplyLiDBToModel(io.ComfyNode):
                     max=10.0,
                     step=0.1,
                     optional=True,  # prompts that were written without it still run
-                    tooltip="How far guidance leads to the person: 1 as far as an ordinary LoRA does, 2 twice as far. More shows more of the person, and in the end less of the prompt. Works up to the cfg of the sampler, and not at a cfg of 1.",
+                    tooltip="How far guidance leads to the person: 1 as far as an ordinary LoRA does, 2 twice as far. More shows more of the person, and in the end less of the prompt. Works up to nearly twice the cfg of the sampler, and not at a cfg of 1.",
                 ),
             ],
             outputs=[

@@ -3,7 +3,8 @@
 Guidance leads from what the negative prompt gives to what the positive one gives. A LoRA changes both alike, so of a
 person, in contrast to a prompt, guidance makes no more than what was learned. Where the negative pass lacks a part of
 the person, guidance leads to them, too: with ``denoised = negative + cfg · (positive − negative)`` and a change δ by the
-person, leaving out the share ``(guidance − 1) / (cfg − 1)`` there makes it ``guidance · δ``, at any cfg.
+person, leaving out the share ``(guidance − 1) / (cfg − 1)`` there makes it ``guidance · δ``, at any cfg. Where more than all is
+to be left out, the negative pass turns away from the person.
 Source of the formula: Ho & Salimans, Classifier-Free Diffusion Guidance, arXiv 2207.12598; of guiding by a model that
 knows less: Karras et al., Guiding a Diffusion Model with a Bad Version of Itself, arXiv 2406.02507.
 """
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 from ...hdb_core.adapters import Factors, attach
 
 KEY = "hyperdreambooth"
+MOST_LEFT_OUT = 2.0  # the negative pass then has as much against the person as the other has of them
 _NEGATIVE = 1  # in the host's cond_or_uncond
 
 
 def left_out(guidance: float, cfg: float) -> float:
-    """The share of a person that the negative pass lacks, in 0..1; 0 where there is no guidance."""
-    return 0.0 if cfg <= 1 else min(1.0, max(0.0, (guidance - 1) / (cfg - 1)))
+    """The share of a person that the negative pass lacks, up to `MOST_LEFT_OUT`; 0 where there is no guidance."""
+    return 0.0 if cfg <= 1 else min(MOST_LEFT_OUT, max(0.0, (guidance - 1) / (cfg - 1)))
 
 
 def guided(
@@ -39,7 +41,7 @@ def guided(
         model: with the person in its patches.
         modules: its adapted layers.
         factors: of the person, for each of them, as they are in the patches: (up (out, R), down (R, in)).
-        guidance: how much of the person's change guidance makes: 1 as it was learned. More than cfg is not possible.
+        guidance: how much of the person's change guidance makes: 1 as it was learned, at most 2 · cfg − 1.
     """
     sampling = _Guidance(modules, factors, guidance)
     clone = model.clone()

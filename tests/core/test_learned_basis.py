@@ -58,6 +58,15 @@ def forgotten(monkeypatch):
     layer_basis.cache_clear()
 
 
+def test_photos_in_groups_ask_for_the_same(toy):
+    """Memory is bounded, and nothing else changes."""
+    (person,) = people(1, photos=4)
+    with trainable_weights(toy):
+        whole, parts = (_gradients(toy, person, BasisConfig(group=group), 0) for group in (32, 3))
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient)
+
+
 def test_finds_what_two_halves_agree_in_beneath_larger_differences():
     """The context of a photo asks for more than the person, and differs from photo to photo."""
     generator = torch.Generator().manual_seed(0)

@@ -52,7 +52,7 @@ def test_guidance_of_one_is_a_lora(apply, person, loaded):
 
 
 @pytest.mark.parametrize("convolutions", [False, True])
-@pytest.mark.parametrize(("guidance", "left"), [(CFG, 0.0), (10.0, 0.0), (2.5, 0.5)])
+@pytest.mark.parametrize(("guidance", "left"), [(2.5, 0.5), (CFG, 0.0), (5.5, -0.5), (10.0, -1.0)])
 def test_the_negative_pass_has_what_is_left_of_the_person(apply, person, passes, guidance, left, convolutions):
     lidb = person(1, convolutions=convolutions)
     plain, part, guided = apply(lidb, 1.0), apply(lidb, 1.0, strength=left), apply(lidb, guidance)
