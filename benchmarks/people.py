@@ -6,9 +6,10 @@ continues. Scores are kept in ``benchmarks/results/cells.jsonl``: once that is c
 
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
 * ``lidb_N``: FastFinetune from nothing with N steps; ``_saved``: after Save LiDB and Load LiDB;
-  ``_described``: told what the photo shows besides the person; without, for the smallest N; ``_prior``: with class-prior
-  preservation, and ``_narrow``: with a basis of 25 × 12, both for the smallest N; ``_learned``: in a basis learned from
-  people, if ``python -m miniature.make basis`` has made it;
+  ``_described``: told what the photo shows besides the person; without, for the smallest N; ``_guided``: applied with
+  little of the person in the prompt's own pass and more by guidance; ``_prior``: with class-prior preservation, and
+  ``_narrow``: with a basis of 25 × 12, both for the smallest N; ``_learned``: in a basis learned from people, if
+  ``python -m miniature.make basis`` has made it;
 * ``dreambooth@N``: checkpoints of full DreamBooth; ``dreambooth``: the one with the best joint score, the reference;
 * ``stranger``: the next person's LiDB; ``photo``: the given photo itself; ``render``: true pictures of the prompts.
 """
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hdb_core.finetune import FinetuneConfig
+from hdb_core.lidb import GUIDED
 
 from .common.bench import ROOT, chosen_subjects, open_bench, parser
 from .common.dreambooth import DreamBoothConfig
@@ -36,6 +38,7 @@ from .common.methods import (
 from .common.results import Table, add_options, make_and_report
 
 BASIS = ROOT / ".runs" / "basis" / "basis.safetensors"  # python -m miniature.make basis
+GUIDED_STEPS = 40
 LEARNED_STEPS = 8  # bring about as much as three times as many in a random basis
 NARROW = {"down_dim": 25, "up_dim": 12}
 
@@ -49,6 +52,9 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig, basis: Path =
         basis: file of the learned basis.
     """
     persons = [FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in steps]
+    guided = FastFinetuning(
+        f"lidb_{GUIDED_STEPS}_described_guided", {"steps": GUIDED_STEPS}, described=True, strengths=(GUIDED,)
+    )
     fewest = {"steps": min(steps)}
     narrow = FastFinetuning(f"lidb_{min(steps)}_described_narrow", {**fewest, "basis": NARROW}, described=True)
     untold = FastFinetuning(f"lidb_{min(steps)}", fewest)
@@ -60,6 +66,7 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig, basis: Path =
         Base(),
         Caption(),
         *persons,
+        guided,
         untold,
         prior,
         narrow,
