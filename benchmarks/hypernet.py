@@ -8,8 +8,9 @@
 * ``hyper``: Predict LiDB; ``hyper_k1``: in one iteration; ``hyper_3photos``: from two more photos of the person;
 * ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` from nothing; ``_described``: it is
   told what the photo shows besides the person; ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB;
-  ``_as_lora``: applied as any LoRA is, at full strength and without guidance of its own; ``_narrow``: with a basis of
-  25 × 12, if ``python -m miniature.make hypernet_in_narrow_basis`` has made the hypernetwork;
+  ``_guided``: applied with little of the person in the prompt's own pass and more by guidance; ``_as_lora``: applied as
+  any LoRA is, at full strength and without guidance of its own; ``_narrow``: with a basis of 25 × 12, if
+  ``python -m miniature.make hypernet_in_narrow_basis`` has made the hypernetwork;
 * ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
 * ``dreambooth@N``, ``dreambooth_described@N``, ``textual_inversion@N``: checkpoints; without a number the one with the
   best joint score; ``_base_negative``: the negative prompt encoded as before the training;
@@ -32,6 +33,7 @@ from .common.bench import ROOT, chosen_subjects, open_bench, parsed_settings, pa
 from .common.dreambooth import DreamBoothConfig
 from .common.files import write_text
 from .common.methods import (
+    FROM_NOTHING,
     LORA,
     Base,
     Caption,
@@ -84,7 +86,7 @@ def all_methods(
         FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}", recommended, predicted),
         start, FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}_described_narrow", recommended, start, True),
         *(FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in COLD_STEPS),
-        FastFinetuning(f"lidb_{COLD_STEPS[0]}", {"steps": COLD_STEPS[0]}),
+        FROM_NOTHING, FastFinetuning(f"lidb_{COLD_STEPS[0]}", {"steps": COLD_STEPS[0]}),
         *(LoRA(f"lora{rank}", {**LORA, "rank": rank}, strengths=(AS_LORA,)) for rank in RANKS),
         DreamBooth(dreambooth), DreamBooth(dreambooth, "dreambooth_described", True, base_negative=True),
         TextualInversion(inversion), Stranger(predicted), RealPictures(),

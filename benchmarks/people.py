@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hdb_core.finetune import FinetuneConfig
-from hdb_core.lidb import GUIDED
 
 from .common.bench import ROOT, chosen_subjects, open_bench, parser
 from .common.dreambooth import DreamBoothConfig
 from .common.methods import (
+    FROM_NOTHING,
     Base,
     Caption,
     DreamBooth,
@@ -38,7 +38,6 @@ from .common.methods import (
 from .common.results import Table, add_options, make_and_report
 
 BASIS = ROOT / ".runs" / "basis" / "basis.safetensors"  # python -m miniature.make basis
-GUIDED_STEPS = 40
 LEARNED_STEPS = 8  # bring about as much as three times as many in a random basis
 NARROW = {"down_dim": 25, "up_dim": 12}
 
@@ -52,9 +51,6 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig, basis: Path =
         basis: file of the learned basis.
     """
     persons = [FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in steps]
-    guided = FastFinetuning(
-        f"lidb_{GUIDED_STEPS}_described_guided", {"steps": GUIDED_STEPS}, described=True, strengths=(GUIDED,)
-    )
     fewest = {"steps": min(steps)}
     narrow = FastFinetuning(f"lidb_{min(steps)}_described_narrow", {**fewest, "basis": NARROW}, described=True)
     untold = FastFinetuning(f"lidb_{min(steps)}", fewest)
@@ -66,7 +62,7 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig, basis: Path =
         Base(),
         Caption(),
         *persons,
-        guided,
+        FROM_NOTHING,
         untold,
         prior,
         narrow,

@@ -4,7 +4,8 @@
 default. ``--method hyper`` goes on from a prediction, ``--method predict`` is that alone, ``--method learned`` starts from
 nothing in a learned basis, ``--method lora`` is LoRA-DreamBooth; ``--strengths 0.8,0.5,2 1,1,1`` applies each person
 both ways. ``--method dreambooth --set rate=1e-5,3e-5``, ``dreambooth_adapted`` (only the layers that a LiDB adapts) and
-``textual_inversion`` do the same for these references, at each of their checkpoints. ``--keep NAME`` writes the table to ``benchmarks/results/tune_NAME.md``.
+``textual_inversion`` do the same for these references, at each of their checkpoints. ``--keep NAME`` calls the table
+``tune_NAME`` instead of ``tune``.
 Finished cells stay in ``.runs/bench/cells``: earlier sweeps can be repeated at no cost.
 """
 
@@ -109,7 +110,9 @@ def main() -> None:
     options.add_argument("--masked", action="store_true", help="only the head of the photo is learned")
     options.add_argument("--saved", action="store_true", help="each person after Save LiDB and Load LiDB, too")
     options.add_argument("--full", action="store_true", help="11 prompts instead of 6")
-    options.add_argument("--keep", metavar="NAME", help="keep the table, as tune_NAME, and the scores")
+    options.add_argument(
+        "--keep", metavar="NAME", help="name of the table, tune_NAME, so that others do not replace it"
+    )
     add_options(options, grid_people=2)
     args = options.parse_args()
     chosen = swept(
@@ -122,7 +125,7 @@ def main() -> None:
     bench, subjects = open_bench(args, not args.full), chosen_subjects(args, not args.full)
     if args.keep:
         args.name = f"tune_{args.keep}"
-    make_and_report(args, Table(bench, methods, rows, subjects), reference_people=len(subjects), keep=bool(args.keep))
+    make_and_report(args, Table(bench, methods, rows, subjects), reference_people=len(subjects), keep=False)
 
 
 if __name__ == "__main__":

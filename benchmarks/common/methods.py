@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from hdb_core.finetune import FinetuneConfig
-from hdb_core.lidb import AS_LORA, STRENGTHS, Strengths
+from hdb_core.lidb import AS_LORA, GUIDED, STRENGTHS, Strengths
 from hdb_core.lidb_file import COMPACT, DEFAULT_RANK
 from hdb_core.prompt import caption
 from miniature.captions import photo_words
@@ -261,6 +261,10 @@ class FastFinetuning:
 
     def _file(self, bench: Bench, subject: Subject) -> Path:
         return bench.cells.path(self.name, self.rows[self.name], subject.seed).with_suffix(".safetensors")
+
+
+# From nothing, as the workflow has it. Steps and strengths chosen on dev people.
+FROM_NOTHING = FastFinetuning("lidb_40_described_guided", {"steps": 40}, described=True, strengths=(GUIDED,))
 
 
 class LoRA(FastFinetuning):
