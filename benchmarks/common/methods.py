@@ -263,7 +263,7 @@ class FastFinetuning:
         return bench.cells.path(self.name, self.rows[self.name], subject.seed).with_suffix(".safetensors")
 
 
-# From nothing, as the workflow has it. Steps and strengths chosen on dev people.
+# Steps and strengths chosen on dev people.
 FROM_NOTHING = FastFinetuning("lidb_40_described_guided", {"steps": 40}, described=True, strengths=(GUIDED,))
 
 
