@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-LABEL_WIDTH, LINE_HEIGHT, MARGIN = 120, 13, 3
+LABEL_WIDTH, LINE_HEIGHT, MARGIN = 150, 13, 3
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
