@@ -86,7 +86,7 @@ def all_methods(
         FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}", recommended, predicted),
         start, FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}_described_narrow", recommended, start, True),
         *(FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in COLD_STEPS),
-        FROM_NOTHING, FastFinetuning(f"lidb_{COLD_STEPS[0]}", {"steps": COLD_STEPS[0]}),
+        *FROM_NOTHING, FastFinetuning(f"lidb_{COLD_STEPS[0]}", {"steps": COLD_STEPS[0]}),
         *(LoRA(f"lora{rank}", {**LORA, "rank": rank}, strengths=(AS_LORA,)) for rank in RANKS),
         DreamBooth(dreambooth), DreamBooth(dreambooth, "dreambooth_described", True, base_negative=True),
         TextualInversion(inversion), Stranger(predicted), RealPictures(),

@@ -62,7 +62,7 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig, basis: Path =
         Base(),
         Caption(),
         *persons,
-        FROM_NOTHING,
+        *FROM_NOTHING,
         untold,
         prior,
         narrow,

@@ -264,7 +264,10 @@ class FastFinetuning:
 
 
 # Steps and strengths chosen on dev people.
-FROM_NOTHING = FastFinetuning("lidb_40_described_guided", {"steps": 40}, described=True, strengths=(GUIDED,))
+FROM_NOTHING = tuple(
+    FastFinetuning(f"lidb_{steps}_described_guided", {"steps": steps}, described=True, strengths=(GUIDED,))
+    for steps in (40, 56)
+)
 
 
 class LoRA(FastFinetuning):

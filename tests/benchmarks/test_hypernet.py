@@ -30,7 +30,7 @@ def test_rows(methods, tmp_path):
         "base", "caption", "hyper_k1", "hyper", "hyper_as_lora", "hyper_3photos",
         "hyper_5_described", "hyper_10_described", "hyper_12_described", "hyper_20_described", "hyper_40_described",
         "hyper_12", "hyper_narrow", "hyper_12_described_narrow", "lidb_24_described", "lidb_40_described",
-        "lidb_400_described", "lidb_40_described_guided", "lidb_24", "lora1", "lora4",
+        "lidb_400_described", "lidb_40_described_guided", "lidb_56_described_guided", "lidb_24", "lora1", "lora4",
         "dreambooth@50", "dreambooth_described@50", "dreambooth_described_base_negative@50",
         "textual_inversion@10", "textual_inversion@20", "stranger", "photo", "render",
     ]  # fmt: skip

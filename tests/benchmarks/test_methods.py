@@ -139,8 +139,9 @@ def test_rows_of_the_people_benchmark(tmp_path):
     rows = chosen_rows(methods, None, ("_narrow_saved", "_prior_saved", "_learned_saved"))
     assert rows == [
         "base", "caption", "lidb_40_described", "lidb_40_described_saved", "lidb_400_described",
-        "lidb_400_described_saved", "lidb_40_described_guided", "lidb_40_described_guided_saved", "lidb_40",
-        "lidb_40_saved", "lidb_40_described_prior", "lidb_40_described_narrow",
+        "lidb_400_described_saved", "lidb_40_described_guided", "lidb_40_described_guided_saved",
+        "lidb_56_described_guided", "lidb_56_described_guided_saved", "lidb_40", "lidb_40_saved",
+        "lidb_40_described_prior", "lidb_40_described_narrow",
         f"lidb_{people.LEARNED_STEPS}_described_learned", "dreambooth@10", "dreambooth@20", "stranger", "photo", "render",
     ]  # fmt: skip
     assert chosen_rows(methods, ["lidb_40", "dreambooth"], "") == [
