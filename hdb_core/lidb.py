@@ -44,7 +44,6 @@ class Strengths(NamedTuple):
 
 
 STRENGTHS = Strengths()
-GUIDED = Strengths(0.35, 0.5, 4.5)  # little of the person in the prompt's own pass, and more by guidance
 AS_LORA = Strengths(1.0, 1.0, 1.0)
 
 

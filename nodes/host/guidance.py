@@ -3,8 +3,8 @@
 Guidance leads from what the negative prompt gives to what the positive one gives. A LoRA changes both alike, so of a
 person, in contrast to a prompt, guidance makes no more than what was learned. Where the negative pass lacks a part of
 the person, guidance leads to them, too: with ``denoised = negative + cfg · (positive − negative)`` and a change δ by the
-person, leaving out the share ``(guidance − 1) / (cfg − 1)`` there makes it ``guidance · δ``, at any cfg. Where more than all is
-to be left out, the negative pass turns away from the person.
+person, leaving out the share ``(guidance − 1) / (cfg − 1)`` there makes it ``guidance · δ``, at any cfg. Where more
+than all is to be left out, the negative pass turns away from the person.
 Source of the formula: Ho & Salimans, Classifier-Free Diffusion Guidance, arXiv 2207.12598; of guiding by a model that
 knows less: Karras et al., Guiding a Diffusion Model with a Bad Version of Itself, arXiv 2406.02507.
 """

@@ -173,8 +173,10 @@ def test_the_readme_shows_the_report():
     objects = json.loads((RESULTS / "hypernet.json").read_text())
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert short_table(readme, objects) == readme
-    objects[0]["edit"] += 0.01
-    assert short_table(readme, objects) != readme
+    for row in objects:
+        row["edit"] += 0.01
+    lines = zip(readme.split("\n"), short_table(readme, objects).split("\n"), strict=True)
+    assert sum(old != new for old, new in lines) > 5
     with pytest.raises(KeyError, match="caption"):
         short_table(readme, objects[:1])
 
