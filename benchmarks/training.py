@@ -4,9 +4,10 @@
 precompute``) and the encoder of the shipped hypernetwork, which has learned to see people; the rest begins anew. It trains
 every variant on them with the same seed, and writes ``benchmarks/results/training.json`` and ``training.md``. The error
 is that of v on the face in a photo that was not given, of people kept from training, with the person's own prediction,
-the mean one, nobody's and a stranger's; *outside* is the person's own and nobody's beside the head. ``--masked`` holds
-the same photos with masks (``python -m miniature.photos --folder .runs/masked --people 384 --masks face``), ``--basis``
-is the learned one (``python -m miniature.make basis``). Variants are trained in ``.runs/training`` and go on where they were stopped; finished ones are not trained again, and
+the mean one, nobody's and a stranger's; *outside* is the person's own and nobody's beside the head, ± the standard error
+over people, all of whom have one training. ``--masked`` holds the same photos with masks (``python -m miniature.photos
+--folder .runs/masked --people 384 --masks face``), ``--basis`` is the learned one (``python -m miniature.make basis``).
+Variants are trained in ``.runs/training`` and go on where they were stopped; finished ones are not trained again, and
 rows of other variants, or of other numbers of steps, stay in the table.
 """
 
@@ -52,7 +53,7 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "diffusion, rank 4": ("--rank", "4"),
     "diffusion, learned basis": ("--basis", LEARNED),
 }  # fmt: skip
-COLUMNS = ("own", "nobody", "stranger", "mean", "own_outside", "nobody_outside", "regression", "mean_predictor")
+COLUMNS = ("own", "nobody", "stranger", "mean", "gain_error", "own_outside", "nobody_outside", "regression", "mean_predictor")
 
 
 def trained(
@@ -93,6 +94,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     for row in rows:
         gain = f"{1 - row['own'] / row['nobody']:.1%}"
+        if "gain_error" in row:
+            gain = f"{gain[:-1]} ± {row['gain_error'] / row['nobody']:.1%}"
         outside = f"{row['own_outside']:.4f} ({row['nobody_outside']:.4f})" if "own_outside" in row else ""
         fits = f"{row['regression']:.3f} ({row['mean_predictor']:.3f})" if "regression" in row else ""
         lines.append(f"| {row['variant']} | {row['steps']} | {row['own']:.4f} | {row['mean']:.4f} | {row['stranger']:.4f} | {row['nobody']:.4f} | {gain} | {outside} | {fits} |")  # fmt: skip

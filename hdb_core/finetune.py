@@ -255,7 +255,12 @@ def squared_error(denoiser: Denoiser, batch: Batch, conditioning: Any) -> Tensor
 
 def weighted_mean(error: Tensor, batch: Batch) -> Tensor:
     """The scalar of an error (B, C, h, w) under the batch's mask and weights."""
-    return (batch.weight * (error * batch.mask).mean((1, 2, 3))).sum()
+    return weighted_errors(error, batch).sum()
+
+
+def weighted_errors(error: Tensor, batch: Batch) -> Tensor:
+    """What each sample adds to `weighted_mean`, (B,)."""
+    return batch.weight * (error * batch.mask).mean((1, 2, 3))
 
 
 def backward(loss: Tensor, parameters: Iterable[Tensor]) -> None:

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from ..adapters import attach
 from ..basis import bases_of
 from ..errors import HyperNetError
-from ..finetune import Batch, Denoiser, between, require_noise_levels, squared_error, weighted, weighted_mean
+from ..finetune import (
+    Batch,
+    Denoiser,
+    between,
+    require_noise_levels,
+    squared_error,
+    weighted,
+    weighted_errors,
+    weighted_mean,
+)
 from ..hypernet import HyperNet, HyperNetConfig
 from ..lidb import Factors, expand_factors, start_down
 from ..prompt import caption
@@ -238,7 +247,8 @@ class PersonLoss:
         The first photo, which may be a portrait, is one of them only if there is no third.
 
         The diffusion loss on the same noise with their ``own`` prediction, the ``mean`` one and a ``stranger``'s, where
-        there are others, and ``nobody``'s; ``own_outside`` and so on, where masks are black; and if they were fitted,
+        there are others, and ``nobody``'s; ``own_outside`` and so on, where masks are black; ``gain_error``, the
+        standard error over people of the difference between nobody's and their own; and if they were fitted,
         ``regression`` beside that of the ``mean_predictor``.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -257,7 +267,7 @@ class PersonLoss:
         outside = (masks[""] == 0).float()
         if bool(outside.any()):
             masks["_outside"] = outside / outside.mean()  # of everybody: photos count by how much of them is outside
-        losses = {name + where: 0.0 for where in masks for name in chosen}
+        each = {name + where: torch.zeros(len(turns)) for where in masks for name in chosen}
         for _ in range(self.config.draws):
             for first in range(0, len(turns), self.config.people):
                 rows = slice(first, first + self.config.people)
@@ -269,7 +279,10 @@ class PersonLoss:
                 for name, factors in chosen.items():
                     error = self._error(Factors(*(f[rows] for f in factors)), batch, words)
                     for where, mask in masks.items():
-                        losses[name + where] += float(weighted_mean(error, batch._replace(mask=mask[rows])))
+                        each[name + where][rows] += weighted_errors(error, batch._replace(mask=mask[rows])).cpu()
+        losses = {name: float(errors.sum()) for name, errors in each.items()}
+        if len(turns) > 1:
+            losses["gain_error"] = float((each["nobody"] - each["own"]).std() * len(turns) ** 0.5)
         if not bool(self.energy.any()):
             return losses
         targets = stacked(self.people, self.down)

@@ -134,9 +134,10 @@ def test_train_and_evaluate(model, photos, fitted, tmp_path):
     table = [json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines()]
     assert [(row["photos"], row["iterations"]) for row in table] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(len({row[name] for name in ("own", "mean", "stranger", "nobody")}) == 4 for row in table)
+    assert all(0 < row["gain_error"] < row["nobody"] for row in table)
     assert run("evaluate", model, photos, folder, "--held-out", "0.1") == 0  # of one person
     (row, *_) = (json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines())
-    assert "own" in row and "mean" not in row and "stranger" not in row
+    assert "own" in row and not {"mean", "stranger", "gain_error"} & set(row)
 
 
 @pytest.mark.usefixtures("clean_state")
