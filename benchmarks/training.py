@@ -5,7 +5,7 @@ precompute``) and the encoder of the shipped hypernetwork, which has learned to 
 every variant on them with the same seed, and writes ``benchmarks/results/training.json`` and ``training.md``. The error
 is that of v on the face in a photo that was not given, of people kept from training, with the person's own prediction,
 the mean one, nobody's and a stranger's; *outside* is the person's own and nobody's beside the head, ± the standard error
-over people, all of whom have one training. ``--masked`` holds the same photos with masks (``python -m miniature.photos
+over people; each variant is trained once. ``--masked`` holds the same photos with masks (``python -m miniature.photos
 --folder .runs/masked --people 384 --masks face``), ``--basis`` is the learned one (``python -m miniature.make basis``).
 Variants are trained in ``.runs/training`` and go on where they were stopped; finished ones are not trained again, and
 rows of other variants, or of other numbers of steps, stay in the table.
@@ -53,7 +53,17 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "diffusion, rank 4": ("--rank", "4"),
     "diffusion, learned basis": ("--basis", LEARNED),
 }  # fmt: skip
-COLUMNS = ("own", "nobody", "stranger", "mean", "gain_error", "own_outside", "nobody_outside", "regression", "mean_predictor")
+COLUMNS = (
+    "own",
+    "nobody",
+    "stranger",
+    "mean",
+    "gain_error",
+    "own_outside",
+    "nobody_outside",
+    "regression",
+    "mean_predictor",
+)
 
 
 def trained(
