@@ -55,10 +55,8 @@ def test_without_a_judge_there_are_no_scores():
 
 
 def test_the_sheet_holds_every_picture_and_label():
-    tiles = {
-        f"picture {i}": Image.new("RGB", (128, 128), color) for i, color in enumerate(("red", "lime", "blue", "black"))
-    }
+    colors = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255))
+    tiles = {f"picture {i}": Image.new("RGB", (128, 128), color) for i, color in enumerate(colors)}
     sheet = demo.labelled(tiles)
-    colors = {color for _, color in sheet.getcolors(1 << 24)}
-    assert {(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)} <= colors
-    assert sheet.height > sheet.width * 2 / 3
+    assert {*colors, (0, 0, 0)} <= {color for _, color in sheet.getcolors(1 << 24)}
+    assert sheet.width > 4 * demo.TILE and sheet.height > 2 * demo.TILE
