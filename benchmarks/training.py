@@ -2,13 +2,14 @@
 
 ``python dev.py bench training`` takes the fitted people of ``--folder`` (``python -m miniature.make diffusers fitted
 precompute``) and the encoder of the shipped hypernetwork, which has learned to see people; the rest begins anew. It trains
-every variant on them with the same seed, and writes ``benchmarks/results/training.json`` and ``training.md``. The error
-is that of v on the face in a photo that was not given, of people kept from training, with the person's own prediction,
-the mean one, nobody's and a stranger's; *outside* is the person's own and nobody's beside the head, ± the standard error
-over people; each variant is trained once. ``--masked`` holds the same photos with masks (``python -m miniature.photos
---folder .runs/masked --people 384 --masks face``), ``--basis`` is the learned one (``python -m miniature.make basis``).
-Variants are trained in ``.runs/training`` and go on where they were stopped; finished ones are not trained again, and
-rows of other variants, or of other numbers of steps, stay in the table.
+every variant on them once, with the same seed, and writes ``benchmarks/results/training.json`` and ``training.md``. The
+error is that of v on the face in a photo that was not given, of people kept from training, with the person's own
+prediction, the mean one, nobody's and a stranger's; *outside* is the person's own and nobody's beside the head. What a
+variant takes away more than ``diffusion`` is paired over the people, ± the standard error over them. ``--masked`` holds
+the same photos with masks (``python -m miniature.photos --folder .runs/masked --people 384 --masks face``), ``--basis``
+is the learned one (``python -m miniature.make basis``). Variants are trained in ``.runs/training`` and go on where they
+were stopped; finished ones are not trained again, and rows of other variants, or of other numbers of steps, stay in the
+table.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .common.bench import RESULTS, ROOT
 from .common.files import rounded, write_json, write_text
@@ -58,11 +61,11 @@ COLUMNS = (
     "nobody",
     "stranger",
     "mean",
-    "gain_error",
     "own_outside",
     "nobody_outside",
     "regression",
     "mean_predictor",
+    "own_of_each",
 )
 
 
@@ -99,17 +102,25 @@ def trained(
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows in Markdown, with how much of the error a person's own prediction takes away."""
     lines = [
-        "| variant | steps | own | mean person | stranger | nobody | own below nobody | outside (nobody) | regression (mean person) |",
-        "|---|" + "---:|" * 8,
+        "| variant | steps | own | mean person | stranger | nobody | own below nobody, % | more than diffusion | outside (nobody) | regression (mean person) |",
+        "|---|" + "---:|" * 9,
     ]
+    diffusion = {row["steps"]: row for row in rows if row["variant"] == "diffusion"}
     for row in rows:
-        gain = f"{1 - row['own'] / row['nobody']:.1%}"
-        if "gain_error" in row:
-            gain = f"{gain[:-1]} ± {row['gain_error'] / row['nobody']:.1%}"
+        gain = f"{100 * (1 - row['own'] / row['nobody']):.1f}"
+        more = more_than(row, diffusion[row["steps"]]) if row["steps"] in diffusion else ""
         outside = f"{row['own_outside']:.4f} ({row['nobody_outside']:.4f})" if "own_outside" in row else ""
         fits = f"{row['regression']:.3f} ({row['mean_predictor']:.3f})" if "regression" in row else ""
-        lines.append(f"| {row['variant']} | {row['steps']} | {row['own']:.4f} | {row['mean']:.4f} | {row['stranger']:.4f} | {row['nobody']:.4f} | {gain} | {outside} | {fits} |")  # fmt: skip
+        lines.append(f"| {row['variant']} | {row['steps']} | {row['own']:.4f} | {row['mean']:.4f} | {row['stranger']:.4f} | {row['nobody']:.4f} | {gain} | {more} | {outside} | {fits} |")  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def more_than(row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """By how much more of nobody's error a row takes away, in points, paired over the people; "" for the same row."""
+    if row is other or not {"own_of_each"} <= {*row} & {*other}:
+        return ""
+    less = 100 * (np.array(other["own_of_each"]) - np.array(row["own_of_each"])) / row["nobody"]
+    return f"{less.mean():.1f} ± {less.std(ddof=1) / len(less) ** 0.5:.1f}"
 
 
 def merged(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -241,15 +241,14 @@ class PersonLoss:
             return squared_error(self.denoiser, batch, text)
 
     @torch.no_grad()
-    def evaluate(self, net: nn.Module, photos: int, iterations: int, seed: int = 0) -> dict[str, float]:
+    def evaluate(self, net: nn.Module, photos: int, iterations: int, seed: int = 0) -> dict[str, Any]:
         """Losses on everybody's last photo, with the person predicted from ``photos`` of the others.
 
         The first photo, which may be a portrait, is one of them only if there is no third.
 
         The diffusion loss on the same noise with their ``own`` prediction, the ``mean`` one and a ``stranger``'s, where
-        there are others, and ``nobody``'s; ``own_outside`` and so on, where masks are black; ``gain_error``, the
-        standard error over people of the difference between nobody's and their own; and if they were fitted,
-        ``regression`` beside that of the ``mean_predictor``.
+        there are others, and ``nobody``'s; ``own_outside`` and so on, where masks are black; ``own_of_each``, a number
+        for each of them; and if they were fitted, ``regression`` beside that of the ``mean_predictor``.
         """
         generator = torch.Generator().manual_seed(seed)
         turns = [
@@ -280,9 +279,8 @@ class PersonLoss:
                     error = self._error(Factors(*(f[rows] for f in factors)), batch, words)
                     for where, mask in masks.items():
                         each[name + where][rows] += weighted_errors(error, batch._replace(mask=mask[rows])).cpu()
-        losses = {name: float(errors.sum()) for name, errors in each.items()}
-        if len(turns) > 1:
-            losses["gain_error"] = float((each["nobody"] - each["own"]).std() * len(turns) ** 0.5)
+        losses: dict[str, Any] = {name: float(errors.sum()) for name, errors in each.items()}
+        losses["own_of_each"] = [round(float(error) * len(turns), 5) for error in each["own"]]
         if not bool(self.energy.any()):
             return losses
         targets = stacked(self.people, self.down)

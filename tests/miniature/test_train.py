@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -134,10 +135,11 @@ def test_train_and_evaluate(model, photos, fitted, tmp_path):
     table = [json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines()]
     assert [(row["photos"], row["iterations"]) for row in table] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(len({row[name] for name in ("own", "mean", "stranger", "nobody")}) == 4 for row in table)
-    assert all(0 < row["gain_error"] < row["nobody"] for row in table)
+    for row in table:
+        assert fmean(row["own_of_each"]) == pytest.approx(row["own"], abs=1e-5) and len(set(row["own_of_each"])) > 1
     assert run("evaluate", model, photos, folder, "--held-out", "0.1") == 0  # of one person
     (row, *_) = (json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines())
-    assert "own" in row and not {"mean", "stranger", "gain_error"} & set(row)
+    assert len(row["own_of_each"]) == 1 and "mean" not in row and "stranger" not in row
 
 
 @pytest.mark.usefixtures("clean_state")
@@ -326,6 +328,9 @@ def test_ways_to_train_are_compared(model, photos, fitted, tmp_path):
     assert hypernet_file.read_header(run.file).config.iterations == 1
     assert "diffusion" not in (tmp_path / "regression" / "log.csv").read_text().splitlines()[0]
     assert len(comparison.table(rows).splitlines()) == 4
+    with_errors = [{**rows[0], "variant": name, "nobody": 0.5, "own_of_each": own}
+                   for name, own in (("diffusion", [0.4, 0.3]), ("regression", [0.35, 0.2]))]  # fmt: skip
+    assert "| 15.0 ± 5.0 |" in comparison.table(with_errors).splitlines()[-1]
     assert comparison.merged(rows[::-1], {**rows[0], "own": 0.0}) == [{**rows[0], "own": 0.0}, rows[1]]
 
 
