@@ -45,6 +45,8 @@ class Strengths(NamedTuple):
 
 STRENGTHS = Strengths()
 AS_LORA = Strengths(1.0, 1.0, 1.0)
+# For a person learned from nothing: little of them in the prompt's own pass, and more by guidance.
+GUIDED = Strengths(0.35, 0.5, 4.5)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from hdb_core.finetune import FinetuneConfig
-from hdb_core.lidb import AS_LORA, STRENGTHS, Strengths
+from hdb_core.finetune import STEPS_IF_GUIDED, FinetuneConfig
+from hdb_core.lidb import AS_LORA, GUIDED, STRENGTHS, Strengths
 from hdb_core.lidb_file import COMPACT, DEFAULT_RANK
 from hdb_core.prompt import caption
 from miniature.captions import photo_words
@@ -263,11 +263,10 @@ class FastFinetuning:
         return bench.cells.path(self.name, self.rows[self.name], subject.seed).with_suffix(".safetensors")
 
 
-# Little of the person in the prompt's own pass, and more by guidance. Steps and strengths chosen on dev people.
-GUIDED = Strengths(0.35, 0.5, 4.5)
+# Steps and strengths chosen on dev people.
 FROM_NOTHING = tuple(
     FastFinetuning(f"lidb_{steps}_described_guided", {"steps": steps}, described=True, strengths=(GUIDED,))
-    for steps in (40, 56)
+    for steps in (40, STEPS_IF_GUIDED)
 )
 
 

@@ -41,23 +41,27 @@ def test_widget_limits_are_those_of_the_settings(host):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
-def test_example_workflows_use_the_defaults(host, path):
-    """Training settings are decided in one place; a workflow that pins other ones would hide the change.
+def test_example_workflows_use_the_settings_of_the_code(host, path):
+    """Settings are decided in one place; a workflow that pins other ones would hide the change.
 
     A training is told what the shipped photo shows besides the person, and is shorter if it goes on from a prediction.
+    Where there is none, the person is applied by guidance for the most part.
     """
-    fewer = host.module("hdb_core.finetune").STEPS_FROM_A_PREDICTION
+    finetune, guided = host.module("hdb_core.finetune"), host.module("hdb_core.lidb").GUIDED
     _, photo = evaluation_photo(PERSON_SEED)
     saved = [node for node in json.loads(path.read_text(encoding="utf-8"))["nodes"] if node["type"] in host.nodes]
     assert saved
+    predicted = any(node["type"] == "PredictLiDB" for node in saved)
     for node in saved:
         widgets = [i for i in host.nodes[node["type"]].GET_SCHEMA().inputs if getattr(i, "default", None) is not None]
         if widgets:  # the name of a file has no default
             expected = {widget.id: widget.default for widget in widgets}
             if node["type"] == "FastFinetune":
                 expected["photo_words"] = photo_words(photo)
-                if any(slot["name"] == "lidb" and slot["link"] for slot in node["inputs"]):
-                    expected["steps"] = fewer
+                expected["steps"] = finetune.STEPS_FROM_A_PREDICTION if predicted else finetune.STEPS_IF_GUIDED
+                assert predicted == any(slot["name"] == "lidb" and slot["link"] is not None for slot in node["inputs"])
+            elif node["type"] == "ApplyLiDBToModel" and not predicted:
+                expected = dict(zip(expected, guided, strict=True))
             assert node["widgets_values"] == list(expected.values())
 
 
