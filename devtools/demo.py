@@ -230,7 +230,7 @@ def labelled(tiles: Mapping[str, Image]) -> Image:
     """Pictures in rows of four, each with its label below."""
     from PIL import Image, ImageDraw, ImageFont
 
-    font, columns, text_height = ImageFont.load_default(14), 4, 56
+    font, columns, text_height = ImageFont.load_default(14), 4, 76
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (columns * (TILE + 8) + 8, rows * (TILE + text_height + 8) + 8), "white")
     draw = ImageDraw.Draw(sheet)
