@@ -23,10 +23,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from miniature.scores import mean_over_people
 
 from .common.bench import RESULTS, ROOT
 from .common.files import rounded, write_json, write_text
+from .common.report import percent
 from .hypernet import HYPERNET
 from .people import BASIS
 
@@ -107,8 +108,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     diffusion = {row["steps"]: row for row in rows if row["variant"] == "diffusion"}
     for row in rows:
-        gain = f"{100 * (1 - row['own'] / row['nobody']):.1f}"
-        more = more_than(row, diffusion[row["steps"]]) if row["steps"] in diffusion else ""
+        gain = percent(1 - row["own"] / row["nobody"])
+        more = more_than(row, diffusion.get(row["steps"], row))
         outside = f"{row['own_outside']:.4f} ({row['nobody_outside']:.4f})" if "own_outside" in row else ""
         fits = f"{row['regression']:.3f} ({row['mean_predictor']:.3f})" if "regression" in row else ""
         lines.append(f"| {row['variant']} | {row['steps']} | {row['own']:.4f} | {row['mean']:.4f} | {row['stranger']:.4f} | {row['nobody']:.4f} | {gain} | {more} | {outside} | {fits} |")  # fmt: skip
@@ -117,10 +118,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def more_than(row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """By how much more of nobody's error a row takes away, in points, paired over the people; "" for the same row."""
-    if row is other or not {"own_of_each"} <= {*row} & {*other}:
+    if row is other:
         return ""
-    less = 100 * (np.array(other["own_of_each"]) - np.array(row["own_of_each"])) / row["nobody"]
-    return f"{less.mean():.1f} ± {less.std(ddof=1) / len(less) ** 0.5:.1f}"
+    pairs = zip(row["own_of_each"], other["own_of_each"], strict=True)
+    less = mean_over_people((theirs - own) / row["nobody"] for own, theirs in pairs)
+    return percent(less.value, less.error)
 
 
 def merged(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
