@@ -124,7 +124,7 @@ def _basis(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
         return
     run, denoiser = Run.of(args), base.denoiser
     config = _given(BasisConfig, args)
-    people, kept = held_out(find_people(args.photos), args.held_out)
+    people, kept = held_out(find_people(args.photos), args)
     people, kept = people[: args.basis_people], kept[: args.basis_people]
     if not run.basis.exists():
         with tqdm(total=config.passes * len(people), unit="person") as bar:
@@ -150,8 +150,7 @@ def _photos_of(base: BaseModel, person: Person, image_size: int) -> Photos:
 def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
     config = _given(FitConfig, args, basis=_recipe(args), steps=args.fit_steps, learning_rate=args.fit_rate)
     _faces(args, accelerator)
-    people = find_people(args.photos)
-    size = args.image_size
+    people, size = _some(args), args.image_size
     with tqdm(total=len(people), unit="person", disable=not accelerator.is_main_process) as bar:
         share = (accelerator.process_index, accelerator.num_processes)
         precompute(base, people, Run.of(args).people, config, size, args.group, share,
@@ -165,13 +164,15 @@ def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
     config = TrainConfig(
         steps=args.pretrain_steps, people=args.pretrain_people, learning_rate=args.pretrain_rate, encoder_rate=1.0, seed=args.seed
     )  # fmt: skip
-    people, _ = held_out(_fitted(args, run, _recipe(args)), args.held_out)
+    people, _ = held_out(_fitted(args, run, _recipe(args)), args)
     loss_of = PhotoLoss(base.denoiser, people, PhotoPixels(encoder), args.class_prompt, config, args.portraits)
     with initialised(config.seed):
         net = PhotoPredictor(encoder, loss_of.text([""]).shape[-1], len(loss_of.components.variance))
     if args.encoder:
         _load_encoder(net.encoder, args.encoder)
-    sizes = {"encoder": encoder.sizes, "portraits": args.portraits, "class prompt": args.class_prompt}
+    sizes = {
+        "encoder": encoder.sizes, "portraits": args.portraits, "class prompt": args.class_prompt, **_overfitted(args)
+    }  # fmt: skip
     trainer = Trainer(
         accelerator, net, config, run.folder / "pretrain.pt", run.folder / "pretrain.csv", args.accumulate, sizes=sizes
     )
@@ -188,7 +189,7 @@ def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
 def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
     run, config = Run.of(args), _given(TrainConfig, args)
     parts_of(config.people, args.accumulate, accelerator)  # refused before the people are read
-    people, kept = held_out(_fitted(args, run, _recipe(args)), args.held_out)
+    people, kept = held_out(_fitted(args, run, _recipe(args)), args)
     faces, encoder = _faces(args, accelerator)
     # Another hypernetwork's code is in coordinates of its own, which its map alone knows.
     codes = codes_of(people, args.code) if args.code and args.begin_with is None else None
@@ -212,7 +213,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     if codes is not None and not run.state.exists():
         _learn_code(net.net.to(accelerator.device), people, faces, codes)
     rates = {"net.down_start": config.down_rate, "net.encoder": config.encoder_rate, "net.direct": config.direct_rate}
-    sizes = {**net_sizes(loss_of.net), "face code": codes is not None}
+    sizes = {**net_sizes(loss_of.net), "face code": codes is not None, **_overfitted(args)}
     trainer = Trainer(accelerator, net, config, run.state, run.log, args.accumulate, rates, sizes)
     notes = {}
     if config.regression_weight:
@@ -251,7 +252,7 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
     """Losses on held-out people, by number of photos and of refinements."""
     run = Run.of(args)
     net = FromFaces(hypernet_file.load(run.file).to(accelerator.device))
-    _, people = held_out(_fitted(args, run, net.net.config.basis), args.held_out)
+    _, people = held_out(_fitted(args, run, net.net.config.basis), args)
     encoder = net.net.config.encoder
     frozen = encoder.kind == "clip_vision"
     faces = PhotoTokens(run.tokens, [p.person for p in people], encoder) if frozen else PhotoPixels(encoder)
@@ -266,14 +267,28 @@ def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
         (run.folder / "evaluation.json").write_text(text)
 
 
-def held_out(people: Sequence[Someone], share: float) -> tuple[list[Someone], list[Someone]]:
-    """Those to train on, and those kept for ``evaluate``: the last ones, at least one."""
-    count = max(1, round(share * len(people)))
+def held_out(people: Sequence[Someone], args: argparse.Namespace) -> tuple[list[Someone], list[Someone]]:
+    """Those to train on, and those kept for ``evaluate``: the last ones, at least one; with --overfit, the same."""
+    if args.overfit:
+        first = list(people[: args.overfit])
+        return first, first
+    count = max(1, round(args.held_out * len(people)))
     if count >= len(people):
         raise HyperNetError(
             f"{len(people)} people are too few: at least two are needed, one of them kept from training."
         )
     return list(people[:-count]), list(people[-count:])
+
+
+def _overfitted(args: argparse.Namespace) -> dict[str, int]:
+    """So that a check is never taken for the beginning of the training itself."""
+    return {"overfit": args.overfit} if args.overfit else {}
+
+
+def _some(args: argparse.Namespace) -> list[Person]:
+    """Everybody to precompute; with --overfit, as many whole groups as that takes, so that others can follow later."""
+    people = find_people(args.photos)
+    return people[: -(-args.overfit // args.group) * args.group] if args.overfit else people
 
 
 def _fitted(args: argparse.Namespace, run: Run, basis: BasisRecipe) -> list[FittedPerson]:
@@ -286,7 +301,7 @@ def _faces(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Faces, E
         config = _vit(args)
         return PhotoPixels(config, args.augment), config
     encoder = load_vision_encoder(args.clip_vision, accelerator.device)
-    people, folder = find_people(args.photos), Run.of(args).tokens
+    people, folder = _some(args), Run.of(args).tokens
     share = (accelerator.process_index, accelerator.num_processes)
     precompute_tokens(encoder, people, folder, args.group, share)
     accelerator.wait_for_everyone()
@@ -414,6 +429,14 @@ def _parser() -> argparse.ArgumentParser:
         help="parts that each process's people of a step are taken in, to save memory",
     )
     parser.add_argument("--held-out", type=float, default=0.02, help="share of the people kept for evaluate")
+    parser.add_argument(
+        "--overfit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train on the first N people alone and evaluate by the same: a check before a long training, in a --folder "
+        "of its own",
+    )
     fit, basis, encoder, basic = FitConfig(), BasisRecipe(), EncoderConfig(), HyperNetConfig(Layout("sd1", ()))
     numbers = {
         "basis_people": 64, "group": 32, "fit_steps": 0, "fit_rate": fit.learning_rate, "image_size": 512, "basis_seed": basis.seed,

@@ -25,8 +25,10 @@ _ENCODER = f"{_FACES} --folder .runs/encoder"
 _HYPERNET = f"{_FACES} --folder .runs/hypernet"
 _LEARNED = f"{_FACES} --folder .runs/basis"
 _NARROW = f"{_FACES} --folder .runs/narrow --down-dim 25 --up-dim 12"
-_DIFFUSION = "--rank 4 --depth 2 --warmup 20 --max-photos 2 --min-timestep 0.05 --max-timestep 0.95 --sample-every 0"
-_IN_ANOTHER_BASIS = f"--encoder .runs/hypernet/encoder.safetensors {_DIFFUSION} --steps 400"
+_CHECK = f"{_FACES} --folder .runs/check --overfit 16"
+_LEVELS = "--min-timestep 0.05 --max-timestep 0.95"
+_DIFFUSION = f"--rank 4 --depth 2 --warmup 20 --max-photos 2 {_LEVELS} --sample-every 0"
+_SAME_ENCODER = f"--encoder .runs/hypernet/encoder.safetensors {_DIFFUSION}"
 STAGES = {
     "pictures": "miniature.pictures",
     "vae": "miniature.vae",
@@ -43,16 +45,19 @@ STAGES = {
     "pretrain": f"hdb_core.train pretrain {_HYPERNET} --portraits --pretrain-steps 2800 "
     "--encoder .runs/encoder/encoder.safetensors",
     "hypernet": f"hdb_core.train train {_HYPERNET} {_DIFFUSION} --steps 1000",
-    "evaluate": f"hdb_core.train evaluate {_HYPERNET} --max-photos 3 --min-timestep 0.05 --max-timestep 0.95",
+    "evaluate": f"hdb_core.train evaluate {_HYPERNET} --max-photos 3 {_LEVELS}",
     "pack_hypernet": "miniature.checkpoint pack",
-    # Of no shipped file, for the benchmarks: fitted people, and hypernetworks in a learned basis and in a narrow one.
+    # Of no shipped file, for the benchmarks: a check on sixteen people, fitted people, and hypernetworks in a learned
+    # basis and in a narrow one.
+    "check": f"hdb_core.train train {_CHECK} {_SAME_ENCODER} --people 16 --steps 200",
+    "evaluate_check": f"hdb_core.train evaluate {_CHECK} --max-photos 1 {_LEVELS}",
     "fitted": "miniature.photos --folder .runs/fitted --people 384 --photos 4",
     "precompute": f"hdb_core.train precompute {_FITTED} --fit-steps 40 --min-timestep 0.15",
     "people": "miniature.photos --folder .runs/people --people 3400 --photos 4",
     "basis": f"hdb_core.train basis {_TRAIN} --photos .runs/people --folder .runs/basis --convolutions --draws 4 "
     "--min-timestep 0 --max-timestep 0.8 --held-out 0.005",
-    "hypernet_in_basis": f"hdb_core.train train {_LEARNED} {_IN_ANOTHER_BASIS}",
-    "hypernet_in_narrow_basis": f"hdb_core.train train {_NARROW} {_IN_ANOTHER_BASIS}",
+    "hypernet_in_basis": f"hdb_core.train train {_LEARNED} {_SAME_ENCODER} --steps 1000",
+    "hypernet_in_narrow_basis": f"hdb_core.train train {_NARROW} {_SAME_ENCODER} --steps 1000",
 }
 MADE_BY = {
     "miniature_vae.safetensors": ("pictures", "vae", "latents", "pack"),

@@ -142,6 +142,22 @@ def test_train_and_evaluate(model, photos, fitted, tmp_path):
     assert len(row["own_of_each"]) == 1 and "mean" not in row and "stranger" not in row
 
 
+def test_a_check_on_a_few_people_before_a_long_training(model, photos, tmp_path, capsys):
+    """It learns them by heart, is judged by them, and is never taken for the beginning of the training itself."""
+    folder, check = tmp_path / "run", ["--overfit", "2"]
+    assert run("precompute", model, photos, folder, *check) == 0
+    (group,) = (folder / "people").iterdir()
+    written = group.stat().st_mtime_ns
+    assert run("train", model, photos, folder, "--steps", "100", "--learning-rate", "3e-3", *check) == 0
+    assert run("evaluate", model, photos, folder, *check) == 0
+    row = json.loads((folder / "evaluation.json").read_text().splitlines()[-1])
+    assert len(row["own_of_each"]) == 2 and row["regression"] < 0.5 * row["mean_predictor"]
+    assert run("precompute", model, photos, folder) == 0
+    assert len(list((folder / "people").iterdir())) == 3 and group.stat().st_mtime_ns == written
+    assert run("train", model, photos, folder, "--steps", "101") == 1
+    assert "is of a training with another overfit" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("clean_state")
 def test_every_stage_on_another_device(model, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "mps")
