@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from miniature.photos import FIRST, photo_context
 
 from .common.bench import RESULTS
 from .common.files import rounded, write_json, write_text
+from .common.report import percent
 from .hypernet import HYPERNET
 
 UNSEEN = FIRST + 1_000_000  # far behind the people that hypernetworks are trained on
@@ -48,22 +50,26 @@ def seen(net: HyperNet, people: Sequence[Person], batch: int = 64) -> tuple[Tens
     return tokens, up
 
 
-def explained(inputs: Tensor, targets: Tensor) -> Tensor:
-    """The share of the variance of targets (N, K) that a ridge regression on inputs (N, D) explains.
+def explained(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The share of the variance of targets (N, K) that a ridge regression on inputs (N, D) explains, (K,).
 
-    Half of the people are regressed on, a quarter chooses the ridge, a quarter is judged.
+    Half of the people are regressed on, a quarter chooses the ridge, a quarter is judged, over whom the standard error
+    is, (K,).
     """
     inputs, targets = inputs.double(), targets.double()
     half, rest = len(inputs) // 2, 3 * len(inputs) // 4
     inputs = (inputs - inputs[:half].mean(0)) / (inputs[:half].std(0) + 1e-9)
     mean = targets[:half].mean(0)
 
-    def share(ridge: float, people: slice) -> Tensor:
+    def share(ridge: float, people: slice) -> tuple[Tensor, Tensor]:
         weights = ridge_weights(inputs[:half], targets[:half] - mean, ridge)
-        error = inputs[people] @ weights + mean - targets[people]
-        return 1 - error.square().mean(0) / targets[people].var(0, correction=0)
+        error = (inputs[people] @ weights + mean - targets[people]).square()
+        spread = (targets[people] - targets[people].mean(0)).square()
+        unexplained = error.mean(0) / spread.mean(0)
+        of_each = (error - unexplained * spread) / spread.mean(0)
+        return 1 - unexplained, of_each.std(0) / len(of_each) ** 0.5
 
-    best = max(RIDGES, key=lambda ridge: float(share(ridge, slice(half, rest)).mean()))
+    best = max(RIDGES, key=lambda ridge: float(share(ridge, slice(half, rest))[0].mean()))
     return share(best, slice(rest, None))
 
 
@@ -80,10 +86,14 @@ def main() -> None:
         basis_file.load(args.basis)
     people = [sample_person(UNSEEN + i) for i in range(args.people)]
     targets = torch.tensor([truth(person) for person in people])
-    shares = [explained(inputs, targets).tolist() for inputs in seen(hypernet_file.load(args.hypernet), people)]
-    rows = [{"of": item, "tokens": t, "prediction": p} for item, t, p in zip(ITEMS, *shares, strict=True)]
-    lines = ["| of | tokens | prediction |", "|---|---:|---:|"]
-    lines += [f"| {row['of'].replace('_', ' ')} | {row['tokens']:.2f} | {row['prediction']:.2f} |" for row in rows]
+    rows: list[dict[str, Any]] = [{"of": item} for item in ITEMS]
+    for name, inputs in zip(("tokens", "prediction"), seen(hypernet_file.load(args.hypernet), people), strict=True):
+        for row, share, error in zip(rows, *explained(inputs, targets), strict=True):
+            row |= {name: float(share), f"{name}_error": float(error)}
+    lines = ["| of, % | tokens | prediction |", "|---|---:|---:|"]
+    for row in rows:
+        tokens, prediction = (percent(row[name], row[f"{name}_error"]) for name in ("tokens", "prediction"))
+        lines.append(f"| {row['of'].replace('_', ' ')} | {tokens} | {prediction} |")
     write_json(args.results / "probe.json", rounded(rows))
     write_text(args.results / "probe.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
