@@ -73,6 +73,7 @@ def swept(
     strengths: tuple[Strengths, ...] = (STRENGTHS,),
     base_negative: bool = False,
     masked: bool = False,
+    photos: int = 1,
 ) -> list[Method]:
     """A method for each combination of settings; references with their own checkpoints unless some are given."""
     if method in REFERENCES:
@@ -83,11 +84,11 @@ def swept(
     chosen = combinations(parsed_settings(pairs, NodeConfig))
     if method == "lora":
         return [LoRA(row_name(own), {**LORA, **own}, None, described, (AS_LORA,)) for own in chosen]
-    predicted = Predicted("hyper", hypernet, strengths=strengths)
+    predicted = Predicted("hyper", hypernet, photos=photos, strengths=strengths)
     if method == "predict":
         return [predicted]
     start = {"hyper": predicted, "learned": LearnedBasis(basis)}.get(method)
-    return [FastFinetuning(row_name(own), own, start, described, strengths, masked) for own in chosen]
+    return [FastFinetuning(row_name(own), own, start, described, strengths, masked, photos) for own in chosen]
 
 
 def main() -> None:
@@ -108,6 +109,9 @@ def main() -> None:
         "--base-negative", action="store_true", help="a reference with the base's negative prompt, too"
     )
     options.add_argument("--masked", action="store_true", help="only the head of the photo is learned")
+    options.add_argument(
+        "--photos", type=int, default=1, help="of each person, that a LiDB is predicted and learned from"
+    )
     options.add_argument("--saved", action="store_true", help="each person after Save LiDB and Load LiDB, too")
     options.add_argument("--full", action="store_true", help="11 prompts instead of 6")
     options.add_argument(
@@ -118,7 +122,7 @@ def main() -> None:
     chosen = swept(
         args.method, args.set, args.hypernet.resolve(), basis=args.basis.resolve(), checkpoints=args.checkpoints,
         described=args.described, strengths=tuple(args.strengths), base_negative=args.base_negative,
-        masked=args.masked,
+        masked=args.masked, photos=args.photos,
     )  # fmt: skip
     methods = [Base(), *chosen]
     rows = [row for method in methods for row in method.rows if args.saved or not row.endswith("_saved")]

@@ -190,6 +190,7 @@ class FastFinetuning:
         described: the training is told what the photo shows besides the person.
         strengths: that the person is applied with, each a row; see `applied_rows`.
         masked: only the head of the photo is learned.
+        photos: how many of the person it learns from.
     """
 
     name: str
@@ -198,6 +199,7 @@ class FastFinetuning:
     described: bool = False
     strengths: tuple[Strengths, ...] = (STRENGTHS,)
     masked: bool = False
+    photos: int = 1
 
     @property
     def config(self) -> dict[str, Any]:
@@ -216,6 +218,8 @@ class FastFinetuning:
             resolved["described"] = True
         if self.masked:
             resolved["masked"] = True
+        if self.photos > 1:
+            resolved["photos"] = self.photos
         if self.config["prior_weight"] > 0:
             resolved["class_pictures"] = CLASS_PICTURES
         rows = applied_rows(self.name, resolved, self.strengths)
@@ -236,11 +240,12 @@ class FastFinetuning:
         inputs: dict[str, Any] = {"lidb": start.lidb} if start else {}
         if self.config["prior_weight"] > 0:
             inputs["class_pictures"] = class_pictures(bench, self.config["class_prompt"], CLASS_PICTURES)
-        mask = head_mask(subject.person, subject.context) if self.masked else None
-        words = photo_words(subject.context) if self.described else ""
+        photos, contexts = subject.photos(self.photos), subject.contexts(self.photos)
+        masks = np.stack([head_mask(subject.person, c) for c in contexts]) if self.masked else None
+        words = "\n".join(map(photo_words, contexts)) if self.described else ""
         settings = {"seed": subject.seed, "photo_words": words, **self.settings}
-        lidb, seconds = bench.studio.finetune(subject.photo, **inputs, mask=mask, **settings)
-        step = bench.studio.finetune_step_flops(subject.photo, self.settings, **inputs)
+        lidb, seconds = bench.studio.finetune(photos, **inputs, masks=masks, **settings)
+        step = bench.studio.finetune_step_flops(photos, self.settings, **inputs)
         made = Made(lidb, seconds, self.config["steps"] * step)
         return Made(lidb, made.seconds + start.seconds, made.flops + start.flops) if start else made
 

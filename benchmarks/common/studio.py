@@ -148,34 +148,34 @@ class Studio:
     @torch.inference_mode()
     def finetune(
         self,
-        photo: np.ndarray,
+        photos: np.ndarray,
         lidb: LiDB | None = None,
         class_pictures: np.ndarray | None = None,
-        mask: np.ndarray | None = None,
+        masks: np.ndarray | None = None,
         **settings: Any,
     ) -> tuple[LiDB, float]:
-        """FastFinetune on a photo, and its seconds.
+        """FastFinetune on photos of a person, and its seconds.
 
         Args:
-            photo: uint8 (128, 128, 3).
+            photos: uint8 (N, 128, 128, 3).
             lidb: goes on from this person.
             class_pictures: uint8 (N, 128, 128, 3), for a prior_weight above 0.
-            mask: uint8 (128, 128), 255 where the photo is learned; None learns all of it.
+            masks: uint8 (N, 128, 128), 255 where a photo is learned; None learns all of it.
             **settings: fields of FinetuneConfig, a basis as a dict of its fields.
         """
         if "basis" in settings:
             settings["basis"] = self.host.module("hdb_core.basis").BasisRecipe(**settings["basis"])
         class_images = None if class_pictures is None else as_image(class_pictures)
         base = {"model": self.base.model, "clip": self.base.clip, "vae": self.base.vae}
-        inputs = {**base, "image": as_image(photo[None]), "lidb": lidb, "class_images": class_images}
-        inputs["mask"] = None if mask is None else as_image(mask[None])
+        inputs = {**base, "image": as_image(photos), "lidb": lidb, "class_images": class_images}
+        inputs["mask"] = None if masks is None else as_image(masks)
         start = time.perf_counter()
         made = self.host.run("FastFinetune", **inputs, **settings)[0]
         return made, time.perf_counter() - start
 
     def finetune_step_flops(
         self,
-        photo: np.ndarray,
+        photos: np.ndarray,
         settings: Mapping[str, Any],
         lidb: LiDB | None = None,
         class_pictures: np.ndarray | None = None,
@@ -183,7 +183,7 @@ class Studio:
         """Floating-point operations of one step, counted once for each way to train; arguments as for `finetune`."""
         key = json.dumps([{**settings, "steps": None}, str(lidb and lidb.basis)], sort_keys=True)
         if key not in self._step_flops:
-            train = partial(self.finetune, photo, lidb, class_pictures)
+            train = partial(self.finetune, photos, lidb, class_pictures)
             one, two = (counted_flops(partial(train, **{**settings, "steps": n})) for n in (1, 2))
             self._step_flops[key] = two - one
         return self._step_flops[key]

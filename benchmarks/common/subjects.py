@@ -45,11 +45,15 @@ class Subject:
         """uint8 (128, 128, 3)."""
         return photo(*self._shown)
 
+    def contexts(self, count: int) -> list[Context]:
+        """Of the photo, and of others of the person, each of its own, eyes never covered."""
+        others = [photo_context(self.seed, FIRST_OTHER_PHOTO + i) for i in range(count - 1)]
+        bare = [replace(c, accessory="bare eyes") if c.accessory == "sunglasses" else c for c in others]
+        return [self.context, *bare]
+
     def photos(self, count: int) -> np.ndarray:
-        """The photo and others of the person in contexts of their own, eyes never covered: uint8 (count, 128, 128, 3)."""
-        contexts = [photo_context(self.seed, FIRST_OTHER_PHOTO + i) for i in range(count - 1)]
-        bare = [replace(c, accessory="bare eyes") if c.accessory == "sunglasses" else c for c in contexts]
-        return np.stack([self.photo, *(photo(self.person, context) for context in bare)])
+        """The photo and others of the person, in their `contexts`: uint8 (count, 128, 128, 3)."""
+        return np.stack([photo(self.person, context) for context in self.contexts(count)])
 
     @cached_property
     def renders(self) -> np.ndarray:

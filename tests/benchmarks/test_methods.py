@@ -76,6 +76,7 @@ def test_a_row_is_keyed_by_every_setting_of_its_training(bench):
         for method in (
             FastFinetuning("x", {"steps": 40}),
             FastFinetuning("x", {"steps": 40}, masked=True),
+            FastFinetuning("x", {"steps": 40}, photos=3),
             FastFinetuning("x", {"steps": 41}),
             FastFinetuning("x", {"steps": 40, "basis": {"down_dim": 25}}),
             DreamBooth(DreamBoothConfig(rate=1e-5, checkpoints=(40,))),
@@ -83,7 +84,7 @@ def test_a_row_is_keyed_by_every_setting_of_its_training(bench):
         )
         for settings in method.rows.values()
     }
-    assert len(keys) == 4 * 2 + 2
+    assert len(keys) == 5 * 2 + 2
 
 
 def test_a_prediction_is_keyed_by_the_file_and_all_that_it_is_asked(bench, tmp_path):

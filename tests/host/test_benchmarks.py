@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.common.dreambooth import DreamBoothConfig, dreambooth
-from benchmarks.common.methods import COMPLETE, FILE, LORA, NodeConfig
+from benchmarks.common.methods import COMPLETE, FILE, LORA, FastFinetuning, NodeConfig
 from benchmarks.common.studio import Sampling, Studio
 from benchmarks.common.subjects import Subject
 from benchmarks.common.textual_inversion import TextualInversionConfig, embeddings, textual_inversion, token_ids
@@ -67,13 +70,22 @@ def test_bfloat16_pictures_are_those_of_float32(studio, host, checkpoint, base_d
 
 
 def test_a_person_through_a_file(studio, subject):
-    lidb, seconds = studio.finetune(subject.photo, steps=1, rank=2, basis={"down_dim": 25, "up_dim": 12})
+    lidb, seconds = studio.finetune(subject.photos(1), steps=1, rank=2, basis={"down_dim": 25, "up_dim": 12})
     loaded, path = studio.saved(lidb, "bench")
     assert seconds > 0
     assert path.stat().st_size < 20_000
     assert (loaded.down.shape[1:], loaded.up.shape[1:]) == ((2, 25), (12, 2))
     with torch.inference_mode():
         assert (one_picture(studio, studio.apply(loaded)) != one_picture(studio)).any()
+
+
+def test_a_person_learned_from_several_photos(studio, subject, monkeypatch):
+    asked, finetune = [], studio.finetune
+    monkeypatch.setattr(studio, "finetune", lambda *args, **given: asked.append(given) or finetune(*args, **given))
+    method = FastFinetuning("x", {"steps": 1}, described=True, masked=True, photos=3)
+    three, one = (m.made(SimpleNamespace(studio=studio), subject).lidb for m in (method, replace(method, photos=1)))
+    assert asked[0]["masks"].shape == (3, 128, 128) and len(set(asked[0]["photo_words"].splitlines())) == 3
+    assert not torch.equal(three.up, one.up)
 
 
 def test_a_predicted_person(studio, subject, hypernet):
@@ -83,9 +95,9 @@ def test_a_predicted_person(studio, subject, hypernet):
     assert not torch.equal(one.lidb.up, refined.lidb.up) and not torch.equal(refined.lidb.up, three.lidb.up)
     assert three.lidb.info["photos"] == "3" and refined.lidb.info["iterations"] == "2"
     assert 0 < one.flops < refined.flops < three.flops and 0 < one.seconds < 1
-    goes_on, _ = studio.finetune(subject.photo, lidb=refined.lidb, steps=1, rank=2)
+    goes_on, _ = studio.finetune(subject.photos(1), lidb=refined.lidb, steps=1, rank=2)
     assert goes_on.info["started_from"] == "hypernetwork"
-    assert studio.finetune_step_flops(subject.photo, {"rank": 2}, lidb=refined.lidb) > refined.flops
+    assert studio.finetune_step_flops(subject.photos(1), {"rank": 2}, lidb=refined.lidb) > refined.flops
 
 
 def test_a_person_with_guidance_of_their_own(studio, subject, hypernet):
@@ -110,14 +122,14 @@ def test_a_lora_with_class_pictures(studio, subject, layout):
     assert all(layer.out_features <= COMPLETE["up_dim"] for layer in layout.layers)
     basis = {"down_dim": 40, "up_dim": 40}
     settings = {**LORA, "steps": 1, "rank": 1, "batch_size": 1, "basis": basis}
-    lora, _ = studio.finetune(subject.photo, class_pictures=subject.renders[:2], **settings)
+    lora, _ = studio.finetune(subject.photos(1), class_pictures=subject.renders[:2], **settings)
     size = studio.lora_size(lora, "bench")
     numbers = sum(layer.in_features + layer.out_features for layer in layout.layers)
     assert 2 * numbers < size < 2 * numbers + 500 * len(layout.layers)  # names and shapes
 
 
 def test_flops_of_a_step_grow_with_the_batch(studio, subject):
-    one, two = (studio.finetune_step_flops(subject.photo, {"batch_size": n}) for n in (1, 2))
+    one, two = (studio.finetune_step_flops(subject.photos(1), {"batch_size": n}) for n in (1, 2))
     assert one < two < 2 * one  # the text is encoded once for all samples
 
 
