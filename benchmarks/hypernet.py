@@ -5,7 +5,7 @@
 ``bench people``, whose rows of the same settings are not made again. ``--rows`` makes and reports only some. Rows:
 
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
-* ``hyper``: Predict LiDB; ``hyper_k1``: in one iteration; ``hyper_3photos``: from two more photos of the person;
+* ``hyper``: Predict LiDB; ``hyper_k1``: in one iteration; ``_3photos``: from two more photos of the person, each told;
 * ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` from nothing; ``_described``: it is
   told what the photo shows besides the person; ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB;
   ``_guided``: applied with little of the person in the prompt's own pass and more by guidance; ``_as_lora``: applied as
@@ -78,12 +78,13 @@ def all_methods(
     """
     predicted = Predicted("hyper", hypernet, strengths=BOTH)
     recommended = {**settings, "steps": STEPS_FROM_A_PREDICTION}
-    start = Predicted("hyper_narrow", narrow)
+    several, start = Predicted("hyper_3photos", hypernet, photos=3), Predicted("hyper_narrow", narrow)
     return [
         Base(), Caption(),
-        Predicted("hyper_k1", hypernet, iterations=1), predicted, Predicted("hyper_3photos", hypernet, photos=3),
+        Predicted("hyper_k1", hypernet, iterations=1), predicted, several,
         *(FastFinetuning(f"hyper_{n}_described", {**settings, "steps": n}, predicted, True) for n in STEPS),
         FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}", recommended, predicted),
+        FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}_3photos_described", recommended, several, True, photos=3),
         start, FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}_described_narrow", recommended, start, True),
         *(FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in COLD_STEPS),
         *FROM_NOTHING, FastFinetuning(f"lidb_{COLD_STEPS[0]}", {"steps": COLD_STEPS[0]}),

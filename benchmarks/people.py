@@ -7,9 +7,9 @@ continues. Scores are kept in ``benchmarks/results/cells.jsonl``: once that is c
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
 * ``lidb_N``: FastFinetune from nothing with N steps; ``_saved``: after Save LiDB and Load LiDB;
   ``_described``: told what the photo shows besides the person; without, for the smallest N; ``_guided``: applied with
-  little of the person in the prompt's own pass and more by guidance; ``_prior``: with class-prior preservation, and
-  ``_narrow``: with a basis of 25 × 12, both for the smallest N; ``_learned``: in a basis learned from people, if
-  ``python -m miniature.make basis`` has made it;
+  little of the person in the prompt's own pass and more by guidance; ``_3photos``: from two more photos of the person,
+  each told; ``_prior``: with class-prior preservation, and ``_narrow``: with a basis of 25 × 12, both for the smallest
+  N; ``_learned``: in a basis learned from people, if ``python -m miniature.make basis`` has made it;
 * ``dreambooth@N``: checkpoints of full DreamBooth; ``dreambooth``: the one with the best joint score, the reference;
 * ``stranger``: the next person's LiDB; ``photo``: the given photo itself; ``render``: true pictures of the prompts.
 """

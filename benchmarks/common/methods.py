@@ -270,8 +270,12 @@ class FastFinetuning:
 
 # Steps and strengths chosen on dev people.
 FROM_NOTHING = tuple(
-    FastFinetuning(f"lidb_{steps}_described_guided", {"steps": steps}, described=True, strengths=(GUIDED,))
-    for steps in (40, STEPS_IF_GUIDED)
+    FastFinetuning(f"lidb_{row}_described_guided", {"steps": steps}, None, True, (GUIDED,), photos=photos)
+    for row, steps, photos in (
+        ("40", 40, 1),
+        (f"{STEPS_IF_GUIDED}", STEPS_IF_GUIDED, 1),
+        (f"{STEPS_IF_GUIDED}_3photos", STEPS_IF_GUIDED, 3),
+    )
 )
 
 

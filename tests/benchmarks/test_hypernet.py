@@ -29,8 +29,8 @@ def test_rows(methods, tmp_path):
     assert chosen_rows(methods(), None, "_saved") == [
         "base", "caption", "hyper_k1", "hyper", "hyper_as_lora", "hyper_3photos",
         "hyper_5_described", "hyper_10_described", "hyper_12_described", "hyper_20_described", "hyper_40_described",
-        "hyper_12", "hyper_narrow", "hyper_12_described_narrow", "lidb_24_described", "lidb_40_described",
-        "lidb_400_described", "lidb_40_described_guided", "lidb_56_described_guided", "lidb_24", "lora1", "lora4",
+        "hyper_12", "hyper_12_3photos_described", "hyper_narrow", "hyper_12_described_narrow", "lidb_24_described", "lidb_40_described",
+        "lidb_400_described", "lidb_40_described_guided", "lidb_56_described_guided", "lidb_56_3photos_described_guided", "lidb_24", "lora1", "lora4",
         "dreambooth@50", "dreambooth_described@50", "dreambooth_described_base_negative@50",
         "textual_inversion@10", "textual_inversion@20", "stranger", "photo", "render",
     ]  # fmt: skip
@@ -65,7 +65,12 @@ def test_rows_of_both_benchmarks_have_the_same_settings(methods):
 def test_settings_are_those_of_the_steps_after_the_prediction(methods):
     plain, changed = settings_of(methods()), settings_of(methods(learning_rate=0.005))
     differing = {row.removesuffix("_saved") for row in plain if plain[row] != changed[row]}
-    assert differing == {"hyper_12", "hyper_12_described_narrow", *(f"hyper_{n}_described" for n in hypernet.STEPS)}
+    assert differing == {
+        "hyper_12",
+        "hyper_12_3photos_described",
+        "hyper_12_described_narrow",
+        *(f"hyper_{n}_described" for n in hypernet.STEPS),
+    }
     assert hypernet.single_settings(["learning_rate=0.005", "rank=2"]) == {"learning_rate": 0.005, "rank": 2}
     for wrong in ("learning_rate=0.1,0.2", "steps=3"):
         with pytest.raises(SystemExit, match="one value"):
