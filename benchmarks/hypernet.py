@@ -84,7 +84,8 @@ def all_methods(
         Predicted("hyper_k1", hypernet, iterations=1), predicted, several,
         *(FastFinetuning(f"hyper_{n}_described", {**settings, "steps": n}, predicted, True) for n in STEPS),
         FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}", recommended, predicted),
-        FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}_3photos_described", recommended, several, True, photos=3),
+        *(FastFinetuning(f"hyper_{n}_3photos_described", {**settings, "steps": n}, several, True, photos=3)
+          for n in (STEPS_FROM_A_PREDICTION, 40)),
         start, FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}_described_narrow", recommended, start, True),
         *(FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in COLD_STEPS),
         *FROM_NOTHING, FastFinetuning(f"lidb_{COLD_STEPS[0]}", {"steps": COLD_STEPS[0]}),

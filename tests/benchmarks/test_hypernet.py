@@ -29,9 +29,10 @@ def test_rows(methods, tmp_path):
     assert chosen_rows(methods(), None, "_saved") == [
         "base", "caption", "hyper_k1", "hyper", "hyper_as_lora", "hyper_3photos",
         "hyper_5_described", "hyper_10_described", "hyper_12_described", "hyper_20_described", "hyper_40_described",
-        "hyper_12", "hyper_12_3photos_described", "hyper_narrow", "hyper_12_described_narrow", "lidb_24_described", "lidb_40_described",
-        "lidb_400_described", "lidb_40_described_guided", "lidb_56_described_guided", "lidb_56_3photos_described_guided", "lidb_24", "lora1", "lora4",
-        "dreambooth@50", "dreambooth_described@50", "dreambooth_described_base_negative@50",
+        "hyper_12", "hyper_12_3photos_described", "hyper_40_3photos_described",
+        "hyper_narrow", "hyper_12_described_narrow", "lidb_24_described", "lidb_40_described", "lidb_400_described",
+        "lidb_40_described_guided", "lidb_56_described_guided", "lidb_56_3photos_described_guided", "lidb_24", "lora1",
+        "lora4", "dreambooth@50", "dreambooth_described@50", "dreambooth_described_base_negative@50",
         "textual_inversion@10", "textual_inversion@20", "stranger", "photo", "render",
     ]  # fmt: skip
     missing = settings_of(methods(narrow=tmp_path / "missing"))
@@ -68,6 +69,7 @@ def test_settings_are_those_of_the_steps_after_the_prediction(methods):
     assert differing == {
         "hyper_12",
         "hyper_12_3photos_described",
+        "hyper_40_3photos_described",
         "hyper_12_described_narrow",
         *(f"hyper_{n}_described" for n in hypernet.STEPS),
     }
