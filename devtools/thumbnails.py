@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # In this order: the last one loads the person that the one before it saves.
-WORKFLOWS = ("photo to person with HyperNet", "photo to person", "saved person in text-to-image")
+WORKFLOWS = (
+    "photo to person with HyperNet", "several photos to person", "photo to person", "saved person in text-to-image",
+)  # fmt: skip
 SIZE = 192  # of each picture, in pixels
 
 

@@ -1,7 +1,5 @@
 """The demonstration's fixed parts: whom its photo shows, what it asks for, what it counts."""
 
-import io
-
 import numpy as np
 import torch
 from PIL import Image
@@ -14,10 +12,14 @@ from hdb_core.lidb_file import save
 from miniature.drawing import photo
 from miniature.prompts import evaluation_photo
 
+from ..example_photos import CONTEXTS, PERSON
 
-def test_the_photo_shows_the_person_of_the_seed():
-    shown = np.asarray(Image.open(io.BytesIO(demo.PHOTO.read_bytes())).convert("RGB"))
-    assert np.array_equal(shown, photo(*evaluation_photo(demo.PERSON_SEED)))
+
+def test_the_photos_show_the_person_of_the_seed():
+    shown = {path.name: np.asarray(Image.open(path).convert("RGB")) for path in demo.PHOTO.parent.iterdir()}
+    assert shown.keys() == CONTEXTS.keys() and demo.PHOTO.name in shown
+    for name, context in CONTEXTS.items():
+        assert np.array_equal(shown[name], photo(PERSON, context))
 
 
 def test_scenes_contradict_the_photo():

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from devtools.demo import PERSON_SEED
 from miniature.captions import photo_words
-from miniature.prompts import evaluation_photo
+
+from ..example_photos import CONTEXTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,12 +44,13 @@ def test_widget_limits_are_those_of_the_settings(host):
 def test_example_workflows_use_the_settings_of_the_code(host, path):
     """Settings are decided in one place; a workflow that pins other ones would hide the change.
 
-    A training is told what the shipped photo shows besides the person, and is shorter if it goes on from a prediction.
+    A training is told what the shipped photos show besides the person, and is shorter if it goes on from a prediction.
     Where there is none, the person is applied by guidance for the most part.
     """
     finetune, guided = host.module("hdb_core.finetune"), host.module("hdb_core.lidb").GUIDED
-    _, photo = evaluation_photo(PERSON_SEED)
-    saved = [node for node in json.loads(path.read_text(encoding="utf-8"))["nodes"] if node["type"] in host.nodes]
+    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    shown = [photo_words(CONTEXTS[node["widgets_values"][0]]) for node in nodes if node["type"] == "LoadImage"]
+    saved = [node for node in nodes if node["type"] in host.nodes]
     assert saved
     predicted = any(node["type"] == "PredictLiDB" for node in saved)
     for node in saved:
@@ -57,7 +58,7 @@ def test_example_workflows_use_the_settings_of_the_code(host, path):
         if widgets:  # the name of a file has no default
             expected = {widget.id: widget.default for widget in widgets}
             if node["type"] == "FastFinetune":
-                expected["photo_words"] = photo_words(photo)
+                expected["photo_words"] = "\n".join(shown)
                 expected["steps"] = finetune.STEPS_FROM_A_PREDICTION if predicted else finetune.STEPS_IF_GUIDED
                 assert predicted == any(slot["name"] == "lidb" and slot["link"] is not None for slot in node["inputs"])
             elif node["type"] == "ApplyLiDBToModel" and not predicted:
