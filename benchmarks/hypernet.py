@@ -55,6 +55,7 @@ from .common.textual_inversion import TextualInversionConfig
 HYPERNET = environment.BASE / "models" / "hyperdreambooth" / environment.HYPERNET
 NARROW_HYPERNET = ROOT / ".runs" / "narrow" / "hypernet.safetensors"
 STEPS = sorted({5, 10, 20, 40, STEPS_FROM_A_PREDICTION})
+FEW_AND_MANY = (STEPS_FROM_A_PREDICTION, 40)
 COLD_STEPS = (FinetuneConfig().steps, 40, 400)
 RANKS = (1, 4)  # of LoRA
 BOTH = (STRENGTHS, AS_LORA)
@@ -77,16 +78,17 @@ def all_methods(
         narrow: file of a hypernetwork in a narrow basis.
     """
     predicted = Predicted("hyper", hypernet, strengths=BOTH)
-    recommended = {**settings, "steps": STEPS_FROM_A_PREDICTION}
-    several, start = Predicted("hyper_3photos", hypernet, photos=3), Predicted("hyper_narrow", narrow)
+    several, in_narrow = Predicted("hyper_3photos", hypernet, photos=3), Predicted("hyper_narrow", narrow)
+
+    def after(steps: int, start: Predicted, name: str = "_described", **how: Any) -> FastFinetuning:
+        return FastFinetuning(f"hyper_{steps}{name}", {**settings, "steps": steps}, start, "described" in name, **how)
+
     return [
         Base(), Caption(),
         Predicted("hyper_k1", hypernet, iterations=1), predicted, several,
-        *(FastFinetuning(f"hyper_{n}_described", {**settings, "steps": n}, predicted, True) for n in STEPS),
-        FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}", recommended, predicted),
-        *(FastFinetuning(f"hyper_{n}_3photos_described", {**settings, "steps": n}, several, True, photos=3)
-          for n in (STEPS_FROM_A_PREDICTION, 40)),
-        start, FastFinetuning(f"hyper_{STEPS_FROM_A_PREDICTION}_described_narrow", recommended, start, True),
+        *(after(n, predicted) for n in STEPS), after(STEPS_FROM_A_PREDICTION, predicted, ""),
+        *(after(n, several, "_3photos_described", photos=3) for n in FEW_AND_MANY),
+        in_narrow, *(after(n, in_narrow, "_described_narrow") for n in FEW_AND_MANY),
         *(FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in COLD_STEPS),
         *FROM_NOTHING, FastFinetuning(f"lidb_{COLD_STEPS[0]}", {"steps": COLD_STEPS[0]}),
         *(LoRA(f"lora{rank}", {**LORA, "rank": rank}, strengths=(AS_LORA,)) for rank in RANKS),

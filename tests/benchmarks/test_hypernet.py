@@ -30,7 +30,8 @@ def test_rows(methods, tmp_path):
         "base", "caption", "hyper_k1", "hyper", "hyper_as_lora", "hyper_3photos",
         "hyper_5_described", "hyper_10_described", "hyper_12_described", "hyper_20_described", "hyper_40_described",
         "hyper_12", "hyper_12_3photos_described", "hyper_40_3photos_described",
-        "hyper_narrow", "hyper_12_described_narrow", "lidb_24_described", "lidb_40_described", "lidb_400_described",
+        "hyper_narrow", "hyper_12_described_narrow", "hyper_40_described_narrow",
+        "lidb_24_described", "lidb_40_described", "lidb_400_described",
         "lidb_40_described_guided", "lidb_56_described_guided", "lidb_56_3photos_described_guided", "lidb_24", "lora1",
         "lora4", "dreambooth@50", "dreambooth_described@50", "dreambooth_described_base_negative@50",
         "textual_inversion@10", "textual_inversion@20", "stranger", "photo", "render",
@@ -38,6 +39,7 @@ def test_rows(methods, tmp_path):
     missing = settings_of(methods(narrow=tmp_path / "missing"))
     assert {row for row, made in missing.items() if Bench.misses_file(made)} == {
         "hyper_narrow", "hyper_12_described_narrow", "hyper_12_described_narrow_saved",
+        "hyper_40_described_narrow", "hyper_40_described_narrow_saved",
     }  # fmt: skip
     assert chosen_rows(methods(), ["hyper_20_described_saved", "textual_inversion"], "_saved") == [
         "base", "hyper_20_described_saved", "textual_inversion@10", "textual_inversion@20"
@@ -71,6 +73,7 @@ def test_settings_are_those_of_the_steps_after_the_prediction(methods):
         "hyper_12_3photos_described",
         "hyper_40_3photos_described",
         "hyper_12_described_narrow",
+        "hyper_40_described_narrow",
         *(f"hyper_{n}_described" for n in hypernet.STEPS),
     }
     assert hypernet.single_settings(["learning_rate=0.005", "rank=2"]) == {"learning_rate": 0.005, "rank": 2}
