@@ -40,6 +40,8 @@ _GOLDEN_RATIO = (5**0.5 - 1) / 2
 STEPS_FROM_A_PREDICTION = 12
 # From nothing, for a person who is applied with `lidb.GUIDED`, which keeps the edits that more steps cost.
 STEPS_IF_GUIDED = 56
+# From nothing, on three photos or more, each with words of its own: what only one of them shows is hardly learned.
+STEPS_FROM_SEVERAL_PHOTOS = 100
 # How noise levels count. native: by the error of what the model predicts, which for ε says little about a person where
 # there is much noise. v: by the error of v, whatever the model predicts; the levels that decide on colours and shapes
 # then have their part. Source of v: Salimans & Ho, Progressive Distillation, arXiv 2202.00512 (their SNR + 1 weighting).

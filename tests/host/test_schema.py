@@ -45,7 +45,7 @@ def test_example_workflows_use_the_settings_of_the_code(host, path):
     """Settings are decided in one place; a workflow that pins other ones would hide the change.
 
     A training is told what the shipped photos show besides the person, and is shorter if it goes on from a prediction.
-    Where there is none, the person is applied by guidance for the most part.
+    Where there is none, and a single photo, the person is applied by guidance for the most part.
     """
     finetune, guided = host.module("hdb_core.finetune"), host.module("hdb_core.lidb").GUIDED
     nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
@@ -53,15 +53,16 @@ def test_example_workflows_use_the_settings_of_the_code(host, path):
     saved = [node for node in nodes if node["type"] in host.nodes]
     assert saved
     predicted = any(node["type"] == "PredictLiDB" for node in saved)
+    steps = finetune.STEPS_IF_GUIDED if len(shown) == 1 else finetune.STEPS_FROM_SEVERAL_PHOTOS
     for node in saved:
         widgets = [i for i in host.nodes[node["type"]].GET_SCHEMA().inputs if getattr(i, "default", None) is not None]
         if widgets:  # the name of a file has no default
             expected = {widget.id: widget.default for widget in widgets}
             if node["type"] == "FastFinetune":
                 expected["photo_words"] = "\n".join(shown)
-                expected["steps"] = finetune.STEPS_FROM_A_PREDICTION if predicted else finetune.STEPS_IF_GUIDED
+                expected["steps"] = finetune.STEPS_FROM_A_PREDICTION if predicted else steps
                 assert predicted == any(slot["name"] == "lidb" and slot["link"] is not None for slot in node["inputs"])
-            elif node["type"] == "ApplyLiDBToModel" and not predicted:
+            elif node["type"] == "ApplyLiDBToModel" and not predicted and len(shown) < 2:
                 expected = dict(zip(expected, guided, strict=True))
             assert node["widgets_values"] == list(expected.values())
 
