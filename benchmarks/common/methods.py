@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from hdb_core.finetune import STEPS_IF_GUIDED, FinetuneConfig
+from hdb_core.finetune import STEPS_FROM_SEVERAL_PHOTOS, STEPS_IF_GUIDED, FinetuneConfig
 from hdb_core.lidb import AS_LORA, GUIDED, STRENGTHS, Strengths
 from hdb_core.lidb_file import COMPACT, DEFAULT_RANK
 from hdb_core.prompt import caption
@@ -270,11 +270,12 @@ class FastFinetuning:
 
 # Steps and strengths chosen on dev people.
 FROM_NOTHING = tuple(
-    FastFinetuning(f"lidb_{row}_described_guided", {"steps": steps}, None, True, (GUIDED,), photos=photos)
-    for row, steps, photos in (
-        ("40", 40, 1),
-        (f"{STEPS_IF_GUIDED}", STEPS_IF_GUIDED, 1),
-        (f"{STEPS_IF_GUIDED}_3photos", STEPS_IF_GUIDED, 3),
+    FastFinetuning(f"lidb_{name}", {"steps": steps}, None, True, (strengths,), photos=photos)
+    for name, steps, strengths, photos in (
+        ("40_described_guided", 40, GUIDED, 1),
+        (f"{STEPS_IF_GUIDED}_described_guided", STEPS_IF_GUIDED, GUIDED, 1),
+        (f"{STEPS_IF_GUIDED}_3photos_described_guided", STEPS_IF_GUIDED, GUIDED, 3),
+        (f"{STEPS_FROM_SEVERAL_PHOTOS}_3photos_described", STEPS_FROM_SEVERAL_PHOTOS, STRENGTHS, 3),
     )
 )
 

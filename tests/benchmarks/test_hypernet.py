@@ -32,7 +32,8 @@ def test_rows(methods, tmp_path):
         "hyper_12", "hyper_12_3photos_described", "hyper_40_3photos_described",
         "hyper_narrow", "hyper_12_described_narrow", "hyper_40_described_narrow",
         "lidb_24_described", "lidb_40_described", "lidb_400_described",
-        "lidb_40_described_guided", "lidb_56_described_guided", "lidb_56_3photos_described_guided", "lidb_24", "lora1",
+        "lidb_40_described_guided", "lidb_56_described_guided", "lidb_56_3photos_described_guided",
+        "lidb_100_3photos_described", "lidb_24", "lora1",
         "lora4", "dreambooth@50", "dreambooth_described@50", "dreambooth_described_base_negative@50",
         "textual_inversion@10", "textual_inversion@20", "stranger", "photo", "render",
     ]  # fmt: skip

@@ -142,7 +142,8 @@ def test_rows_of_the_people_benchmark(tmp_path):
         "base", "caption", "lidb_40_described", "lidb_40_described_saved", "lidb_400_described",
         "lidb_400_described_saved", "lidb_40_described_guided", "lidb_40_described_guided_saved",
         "lidb_56_described_guided", "lidb_56_described_guided_saved",
-        "lidb_56_3photos_described_guided", "lidb_56_3photos_described_guided_saved", "lidb_40", "lidb_40_saved",
+        "lidb_56_3photos_described_guided", "lidb_56_3photos_described_guided_saved",
+        "lidb_100_3photos_described", "lidb_100_3photos_described_saved", "lidb_40", "lidb_40_saved",
         "lidb_40_described_prior", "lidb_40_described_narrow",
         f"lidb_{people.LEARNED_STEPS}_described_learned", "dreambooth@10", "dreambooth@20", "stranger", "photo", "render",
     ]  # fmt: skip
