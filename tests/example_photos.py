@@ -1,12 +1,9 @@
 """What the photos of ``example_workflows/input`` show: one person, in a context each."""
 
+from benchmarks.common.subjects import Subject
 from devtools.demo import PERSON_SEED
-from miniature.photos import photo_context
-from miniature.prompts import evaluation_photo
 
-PERSON, _FIRST = evaluation_photo(PERSON_SEED)
-CONTEXTS = {
-    "hdb_photo.png": _FIRST,
-    "hdb_photo_2.png": photo_context(PERSON_SEED, 12),
-    "hdb_photo_3.png": photo_context(PERSON_SEED, 13),
-}
+_SUBJECT = Subject(PERSON_SEED)
+_SHOWN = _SUBJECT.contexts(5)
+PERSON = _SUBJECT.person
+CONTEXTS = {"hdb_photo.png": _SHOWN[0], "hdb_photo_2.png": _SHOWN[3], "hdb_photo_3.png": _SHOWN[4]}

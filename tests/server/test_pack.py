@@ -27,8 +27,7 @@ def ours(object_info):
 @pytest.fixture
 def training_prompt(server, object_info, sampling_prompt):
     """Node 10 learns the photo, node 11 saves the person, node 12 applies it to the sampler, node 5."""
-    for photo in PHOTO.parent.iterdir():
-        shutil.copy(photo, server.input)
+    shutil.copytree(PHOTO.parent, server.input, dirs_exist_ok=True)
     prompt = copy.deepcopy(sampling_prompt)
 
     def node(class_type, **inputs):
