@@ -1,4 +1,4 @@
-"""What a hypernetwork sees in a photo, and what of it reaches the person that it predicts.
+"""What a hypernetwork sees in a photo or several, and what of it reaches the person that it predicts.
 
 ``python dev.py bench probe`` reads the truth about drawn people whom no training saw off the face tokens and off the
 predicted factors, each by a ridge regression on other such people, and writes ``benchmarks/results/probe.json`` and
@@ -39,15 +39,21 @@ def truth(person: Person) -> list[float]:
 
 
 @torch.no_grad()
-def seen(net: HyperNet, people: Sequence[Person], batch: int = 64) -> tuple[Tensor, Tensor]:
-    """Of one photo of each of N people, not a portrait: the face tokens and the predicted up side, (N, numbers) each."""
+def seen(net: HyperNet, people: Sequence[Person], photos: int, batch: int = 64) -> tuple[Tensor, Tensor]:
+    """Of some photos of each of N people, none a portrait: what the face tokens sum up and the predicted up side.
+
+    Returns:
+        Two of (N, numbers).
+    """
     parts = []
     for first in range(0, len(people), batch):
-        drawn = np.stack([photo(p, photo_context(p.seed, 1)) for p in people[first : first + batch]])
+        some = people[first : first + batch]
+        drawn = np.stack([photo(p, photo_context(p.seed, i)) for p in some for i in range(1, photos + 1)])
         tokens = net.encode(preprocess(torch.from_numpy(drawn).float() / 255, net.config.encoder))
-        parts.append((tokens.flatten(1), net(tokens)[1].flatten(1)))
-    tokens, up = (torch.cat(part) for part in zip(*parts, strict=True))
-    return tokens, up
+        tokens = tokens.unflatten(0, (len(some), photos)).flatten(1, 2)
+        parts.append((net.summed(tokens), net(tokens)[1].flatten(1)))
+    summed, up = (torch.cat(part) for part in zip(*parts, strict=True))
+    return summed, up
 
 
 def explained(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,20 +86,25 @@ def main() -> None:
     options.add_argument("--hypernet", type=Path, default=HYPERNET, help="its file")
     options.add_argument("--basis", type=Path, help="the file of its basis, if that is a learned one")
     options.add_argument("--people", type=int, default=1600)
+    options.add_argument("--photos", type=int, nargs="+", default=[1, 3], help="of each of them that are read together")
     options.add_argument("--results", type=Path, default=RESULTS)
     args = options.parse_args()
     if args.basis is not None:
         basis_file.load(args.basis)
     people = [sample_person(UNSEEN + i) for i in range(args.people)]
     targets = torch.tensor([truth(person) for person in people])
+    net = hypernet_file.load(args.hypernet)
     rows: list[dict[str, Any]] = [{"of": item} for item in ITEMS]
-    for name, inputs in zip(("tokens", "prediction"), seen(hypernet_file.load(args.hypernet), people), strict=True):
-        for row, share, error in zip(rows, *explained(inputs, targets), strict=True):
-            row |= {name: float(share), f"{name}_error": float(error)}
-    lines = ["| of, % | tokens | prediction |", "|---|---:|---:|"]
+    columns = []
+    for photos in args.photos:
+        for name, inputs in zip(("tokens", "prediction"), seen(net, people, photos), strict=True):
+            columns.append(f"{name}, {photos} photo{'s' if photos > 1 else ''}")
+            for row, share, error in zip(rows, *explained(inputs, targets), strict=True):
+                row |= {columns[-1]: float(share), f"{columns[-1]}, error": float(error)}
+    lines = ["| of, % | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for row in rows:
-        tokens, prediction = (percent(row[name], row[f"{name}_error"]) for name in ("tokens", "prediction"))
-        lines.append(f"| {row['of'].replace('_', ' ')} | {tokens} | {prediction} |")
+        shares = (percent(row[column], row[f"{column}, error"]) for column in columns)
+        lines.append(f"| {row['of'].replace('_', ' ')} | " + " | ".join(shares) + " |")
     write_json(args.results / "probe.json", rounded(rows))
     write_text(args.results / "probe.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
