@@ -72,7 +72,6 @@ def train(
     core = studio.host.module("hdb_core.finetune")
     training = studio.host.module("nodes.host.training")
     model, clip = studio.base.model, studio.base.clip
-    modules, family = studio.host.module("nodes.host.targets").target_modules(model, clip)
     settings = core.FinetuneConfig(
         prompt=config.prompt, class_prompt=config.class_prompt, prior_weight=prior.weight if prior else 0.0,
         batch_size=config.batch_size, seed=seed, max_timestep=1.0,
@@ -82,7 +81,7 @@ def train(
     samples = config.batch_size * (2 if prior else 1)
     with (
         torch.inference_mode(),
-        training.training(model, clip, modules, family, samples * latents.shape[-2] * latents.shape[-1]) as denoiser,
+        training.training(model, clip, samples * latents.shape[-2] * latents.shape[-1]) as denoiser,
         trained() as parameters,
     ):
         sampler = core.BatchSampler(denoiser.sigmas(), latents, settings, None, prior_latents)

@@ -11,14 +11,16 @@ knows less: Karras et al., Guiding a Diffusion Model with a Bad Version of Itsel
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...hdb_core.adapters import Factors, attach
 
@@ -33,17 +35,17 @@ def left_out(guidance: float, cfg: float) -> float:
 
 
 def guided(
-    model: ModelPatcher, modules: Mapping[str, nn.Module], factors: Mapping[str, Factors], guidance: float
+    model: ModelPatcher, paths: Mapping[str, str], factors: Mapping[str, Factors], guidance: float
 ) -> ModelPatcher:
     """A clone of a MODEL that carries a person, guided towards them.
 
     Args:
         model: with the person in its patches.
-        modules: its adapted layers.
+        paths: of its adapted layers, below the host's model: ``diffusion_model.….to_q``.
         factors: of the person, for each of them, as they are in the patches: (up (out, R), down (R, in)).
         guidance: how much of the person's change guidance makes: 1 as it was learned, at most 2 · cfg − 1.
     """
-    sampling = _Guidance(modules, factors, guidance)
+    sampling = _Guidance(paths, factors, guidance)
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, sampling.predict_noise)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, sampling.apply_model)
@@ -51,10 +53,13 @@ def guided(
 
 
 class _Guidance:
-    """The two wrappers: the outer one knows cfg, the inner one which samples are negative."""
+    """The two wrappers: the outer one knows cfg, the inner one which samples are negative, and the model that runs.
 
-    def __init__(self, modules: Mapping[str, nn.Module], factors: Mapping[str, Factors], guidance: float) -> None:
-        self.modules, self.guidance = modules, guidance
+    That may be another than the one that was wrapped: newer hosts read it anew for some of their clones.
+    """
+
+    def __init__(self, paths: Mapping[str, str], factors: Mapping[str, Factors], guidance: float) -> None:
+        self.paths, self.guidance = paths, guidance
         self.left_out = 0.0
         self.factors_on: Callable[[torch.device], dict[str, Factors]] = cache(
             lambda device: {name: (up.to(device), down.to(device)) for name, (up, down) in factors.items()}
@@ -85,5 +90,12 @@ class _Guidance:
         taken = torch.tensor([-self.left_out if part == _NEGATIVE else 0.0 for part in parts], device=x.device)
         taken = taken.repeat_interleave(len(x) // len(parts))[:, None, None]
         factors = {name: (up * taken, down) for name, (up, down) in self.factors_on(x.device).items()}
-        with attach(self.modules, factors):
+        modules = {name: executor.class_obj.get_submodule(path) for name, path in self.paths.items()}
+        with attach(modules, factors), uncompiled():
             return executor(*arguments, **kwargs)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Run modules as they are, whether ``torch.compile`` has been applied to them or not: it would miss their hooks."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    return stance("force_eager") if stance and "torch._dynamo" in sys.modules else nullcontext()

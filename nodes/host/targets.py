@@ -101,7 +101,8 @@ def apply_lidb(model: ModelPatcher, clip: CLIP, lidb: LiDB, strengths: Strengths
     model, clip = patched(model, unet, strengths.model), patched(clip, text, strengths.clip)
     if strengths.guidance != 1 and strengths.model != 0:
         own = {name: (strengths.model * up, down) for name, (up, down) in factors.items() if keys[name] in unet}
-        model = guided(model, {name: modules[name] for name in own}, own, strengths.guidance)
+        paths = {name: keys[name].removesuffix(".weight") for name in own}
+        model = guided(model, paths, own, strengths.guidance)
     return model, clip
 
 

@@ -156,20 +156,22 @@ def finetune_in_host(
     Raises:
         HDBError: inputs that cannot be used, before heavy work; or training diverged.
     """
-    modules, family = target_modules(model, clip, convolutions or (init is not None and init.layout.has_convolutions))
+    convolutions = convolutions or (init is not None and init.layout.has_convolutions)
+    layout = layout_of(*target_modules(model, clip, convolutions))
     if config.prior_weight > 0 and photos.class_images is None:
         raise FinetuneError(
             f"prior_weight is {config.prior_weight:g}, but class_images is not connected. "
             f"Connect pictures of {config.class_prompt!r} made with the same checkpoint, or set prior_weight to 0."
         )
-    pixels, mask, class_pixels = photos.prepare(family, vae.spacial_compression_encode())
+    pixels, mask, class_pixels = photos.prepare(layout.family, vae.spacial_compression_encode())
     # What these refuse is refused before anything is encoded or loaded.
     photo_captions(config, len(pixels))
-    start_factors(config.basis if init is None else init.basis, layout_of(modules, family), config.rank, init)
+    start_factors(config.basis if init is None else init.basis, layout, config.rank, init)
     latents = encode(model, vae, pixels)
     prior_latents = encode(model, vae, class_pixels) if config.prior_weight > 0 else None
     samples = config.batch_size * (1 if prior_latents is None else 2)
-    with training(model, clip, modules, family, samples * latents.shape[-2] * latents.shape[-1]) as denoiser:
+    latent_pixels = samples * latents.shape[-2] * latents.shape[-1]
+    with training(model, clip, latent_pixels, layout.has_convolutions) as denoiser:
         return finetune(
             denoiser,
             latents.to(denoiser.device),
@@ -182,39 +184,57 @@ def finetune_in_host(
 
 
 @contextmanager
-def training(
-    model: ModelPatcher, clip: CLIP, modules: Mapping[str, nn.Module], family: str, latent_pixels: int
-) -> Iterator[HostDenoiser]:
+def training(model: ModelPatcher, clip: CLIP, latent_pixels: int, convolutions: bool = False) -> Iterator[HostDenoiser]:
     """Load MODEL and CLIP and make them differentiable for the duration of the context.
 
     No weight changes. Parameters, forwards and modes are put back at the end, whatever happens inside.
 
     Args:
-        modules: the adapted layers of both, with their family, from `target_modules`.
         latent_pixels: of all samples of one step, for the memory that the host is asked to free.
+        convolutions: adapt those of the UNet's residual blocks, too.
+
+    Raises:
+        FinetuneError: the host cannot give one of them weights that are trained through.
+        LayoutError: as `target_modules`.
     """
-    patcher, text_patcher = training_clone(model), training_clone(clip.patcher)
-    text_patcher.forced_hooks = None
+    patcher, text = ordinary_clone(model), clip.clone()
+    text.patcher = ordinary_clone(clip.patcher)
+    text.patcher.forced_hooks = None
+    text.cond_stage_model = text.patcher.model
+    modules, family = target_modules(patcher, text, convolutions)
     # Loading writes patched weights in place, which the host's inference mode allows and ordinary tensors do not.
     comfy.model_management.load_models_gpu(
-        [patcher, text_patcher],
+        [patcher, text.patcher],
         memory_required=latent_pixels * SAVED_VALUES_PER_LATENT_PIXEL * patcher.model.get_dtype().itemsize,
         force_full_load=True,
     )
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(ordinary_tensors(patcher.model, text_patcher.model))
-        stack.enter_context(out_of_place_residuals(text_patcher.model))
-        stack.callback(text_patcher.model.reset_clip_options)
-        yield HostDenoiser(patcher, clip, modules, layout_of(modules, family))
+        stack.enter_context(ordinary_tensors(patcher.model, text.cond_stage_model))
+        stack.enter_context(out_of_place_residuals(text.cond_stage_model))
+        stack.callback(text.cond_stage_model.reset_clip_options)
+        yield HostDenoiser(patcher, text, modules, layout_of(modules, family))
 
 
-def training_clone(patcher: ModelPatcher) -> ModelPatcher:
-    """A clone whose modules are those that run; newer hosts swap weights behind dynamic ones."""
-    if "disable_dynamic" in inspect.signature(patcher.clone).parameters:
+def ordinary_clone(patcher: ModelPatcher) -> ModelPatcher:
+    """A clone whose modules hold the weights that run.
+
+    Newer hosts keep a model's weights in its file until they are used; an ordinary clone of such a one is not of the
+    same model, but of another that the host reads anew.
+
+    Raises:
+        FinetuneError: the host does not know how to read it again.
+    """
+    if "disable_dynamic" not in inspect.signature(patcher.clone).parameters:
+        return patcher.clone()
+    try:
         return patcher.clone(disable_dynamic=True)
-    return patcher.clone()
+    except RuntimeError as error:
+        raise FinetuneError(
+            f"ComfyUI cannot load this model in a way that can be trained ({error}). Load it with Load Checkpoint, or "
+            "start ComfyUI with --disable-dynamic-vram."
+        ) from error
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

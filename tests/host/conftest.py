@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,5 +227,25 @@ def fingerprint(loaded, sample):
         digest.update(f"{loaded.model.patches} {loaded.clip.patcher.patches} {loaded.model.model_options}".encode())
         digest.update(f"{loaded.clip.layer_idx} {torch.is_inference_mode_enabled()}".encode())
         return digest.hexdigest()
+
+    return execute
+
+
+@pytest.fixture
+def newer_patchers(monkeypatch):
+    """A function that lets patchers clone as those of newer hosts: an ordinary clone is of a model that is read anew."""
+
+    def execute() -> None:
+        patchers = sys.modules["comfy.model_patcher"].ModelPatcher
+        clone_of_the_same = patchers.clone
+
+        def clone(self, disable_dynamic=False):
+            made = clone_of_the_same(self)
+            if disable_dynamic:
+                made.model, made.backup, made.object_patches_backup = copy.deepcopy(self.model), {}, {}
+                made.model.model_loaded_weight_memory, made.model.current_weight_patches_uuid = 0, None
+            return made
+
+        monkeypatch.setattr(patchers, "clone", clone)
 
     return execute

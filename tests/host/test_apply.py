@@ -73,9 +73,8 @@ def test_patch_equals_the_training_path(apply, host, person, loaded, monkeypatch
     noisy, sigma = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([2.0, 0.5])
 
     def predict(model, clip, factors):
-        modules, family = host.module("nodes.host.targets").target_modules(model, clip)
         with (
-            training.training(model, clip, modules, family, 128) as denoiser,
+            training.training(model, clip, 128) as denoiser,
             attach(denoiser.modules, factors),
             torch.no_grad(),
         ):

@@ -36,8 +36,7 @@ def predicting(host, loaded):
 @pytest.fixture
 def denoiser(host, loaded):
     training = host.module("nodes.host.training")
-    target_modules = host.module("nodes.host.targets").target_modules
-    return lambda model: training.training(model, loaded.clip, *target_modules(model, loaded.clip), latent_pixels=64)
+    return lambda model: training.training(model, loaded.clip, latent_pixels=64)
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0", "edm", "flow"])

@@ -49,11 +49,10 @@ def test_same_prediction_with_the_same_people(host, trained, in_host, person):
     lidb = person(3, rank=2, convolutions=True)
     attach, expand_person = host.module("hdb_core.adapters").attach, host.module("hdb_core.lidb").expand
     training = host.module("nodes.host.training").training
-    modules, family = host.module("nodes.host.targets").target_modules(model, clip, convolutions=True)
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 2, 4, 16, 16, generator=generator)
     outputs, changes = [], []
-    with training(model, clip, modules, family, 512) as there, torch.no_grad():
+    with training(model, clip, 512, convolutions=True) as there, torch.no_grad():
         sigma = there.sigmas()[torch.tensor([150, 700])].clone()
         people = {
             name: (up[None].repeat(2, 1, 1), down[None].repeat(2, 1, 1))

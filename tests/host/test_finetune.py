@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -104,6 +106,25 @@ def test_trains_on_top_of_a_patched_model(train, run, loaded, person):
     model, clip = run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=person(5))
     on_base, on_patched = train(steps=1), train(model=model, clip=clip, steps=1)
     assert not torch.equal(on_base.up, on_patched.up)
+
+
+def test_trains_the_model_that_a_newer_host_reads_anew(train, fingerprint, newer_patchers):
+    expected, before = train(train_text_encoder=True), fingerprint()
+    newer_patchers()
+    assert torch.equal(train(train_text_encoder=True).up, expected.up)
+    assert fingerprint() == before
+
+
+def test_a_model_that_a_newer_host_cannot_read_anew_is_refused(train, host, monkeypatch):
+    def clone(self, disable_dynamic=False):
+        raise RuntimeError("Cannot create non-dynamic delegate")
+
+    monkeypatch.setattr(sys.modules["comfy.model_patcher"].ModelPatcher, "clone", clone)
+    with pytest.raises(
+        host.module("hdb_core.errors").FinetuneError,
+        match="Load Checkpoint, or start ComfyUI with --disable-dynamic-vram",
+    ):
+        train(steps=1)
 
 
 def test_host_is_unchanged_afterwards(train, fingerprint):

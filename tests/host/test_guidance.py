@@ -111,3 +111,26 @@ def test_nothing_stays_on_the_layers(apply, person, loaded, sample, fingerprint)
     assert fingerprint(same_objects=False) == before
     assert torch.equal(first, sample(guided, loaded.clip))
     assert not torch.equal(first, sample(apply(person(1), 1.0), loaded.clip))
+
+
+def test_a_model_that_a_newer_host_reads_anew(apply, person, passes, newer_patchers):
+    guided = apply(person(1), CFG)
+    expected = passes(guided)
+    newer_patchers()
+    close(expected.negative, passes(guided.clone(disable_dynamic=True)).negative)
+    far(expected.positive, expected.negative)
+
+
+def test_a_compiled_model(apply, host, person, passes, loaded):
+    """What was compiled without hooks, two pictures at a cfg of 1, misses those of two passes of one."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    guided = apply(person(1), CFG)
+    expected = passes(guided)
+    set_torch_compile_wrapper(guided, backend="eager")
+    text = host.stock["CLIPTextEncode"]().encode(loaded.clip, "a [v] face")[0]
+    latents = host.stock["EmptyLatentImage"]().generate(64, 64, 2)[0]
+    host.stock["KSampler"]().sample(guided, 3, 1, 1.0, "euler", "normal", text, text, latents)
+    compiled = passes(guided)
+    close(expected.positive, compiled.positive)
+    close(expected.negative, compiled.negative)
