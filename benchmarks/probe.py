@@ -39,21 +39,21 @@ def truth(person: Person) -> list[float]:
 
 
 @torch.no_grad()
-def seen(net: HyperNet, people: Sequence[Person], photos: int, batch: int = 64) -> tuple[Tensor, Tensor]:
-    """Of some photos of each of N people, none a portrait: what the face tokens sum up and the predicted up side.
-
-    Returns:
-        Two of (N, numbers).
-    """
+def face_tokens(net: HyperNet, people: Sequence[Person], photos: int, batch: int = 64) -> Tensor:
+    """Of so many photos of each of N people, none a portrait: (N, photos, T, D)."""
     parts = []
     for first in range(0, len(people), batch):
         some = people[first : first + batch]
         drawn = np.stack([photo(p, photo_context(p.seed, i)) for p in some for i in range(1, photos + 1)])
         tokens = net.encode(preprocess(torch.from_numpy(drawn).float() / 255, net.config.encoder))
-        tokens = tokens.unflatten(0, (len(some), photos)).flatten(1, 2)
-        parts.append((net.summed(tokens), net(tokens)[1].flatten(1)))
-    summed, up = (torch.cat(part) for part in zip(*parts, strict=True))
-    return summed, up
+        parts.append(tokens.unflatten(0, (len(some), photos)))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def seen(net: HyperNet, tokens: Tensor, batch: int = 64) -> tuple[Tensor, Tensor]:
+    """What the face tokens (N, T, D) of N people sum up, and the predicted up side, (N, numbers) each."""
+    return net.summed(tokens), torch.cat([net(part)[1].flatten(1) for part in tokens.split(batch)])
 
 
 def explained(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,9 +95,9 @@ def main() -> None:
     targets = torch.tensor([truth(person) for person in people])
     net = hypernet_file.load(args.hypernet)
     rows: list[dict[str, Any]] = [{"of": item} for item in ITEMS]
-    columns = []
+    tokens, columns = face_tokens(net, people, max(args.photos)), []
     for photos in args.photos:
-        for name, inputs in zip(("tokens", "prediction"), seen(net, people, photos), strict=True):
+        for name, inputs in zip(("tokens", "prediction"), seen(net, tokens[:, :photos].flatten(1, 2)), strict=True):
             columns.append(f"{name}, {photos} photo{'s' if photos > 1 else ''}")
             for row, share, error in zip(rows, *explained(inputs, targets), strict=True):
                 row |= {columns[-1]: float(share), f"{columns[-1]}, error": float(error)}
