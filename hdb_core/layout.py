@@ -25,6 +25,8 @@ from .errors import LayoutError
 FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
 
 _TEXT_ENCODERS = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
+# Of these encoders ComfyUI reads the last layer but one: the last one has no effect, and other programs leave it out.
+_LAST_UNREAD = {("sd2", "clip_h"), ("sdxl", "clip_l")}
 _SECTIONS = ("unet.down_blocks", "unet.mid_block", "unet.up_blocks", "text_encoder", "text_encoder_2")
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 # Of a residual block: neutral name → name in the original checkpoints.
@@ -102,7 +104,8 @@ def find_targets(
 ) -> dict[str, nn.Module]:
     """Find the linear layers of every attention of a UNet and its CLIP text encoders.
 
-    Text layers whose ``out_proj`` is zero are identities, get no gradient, and are left out.
+    Text layers whose ``out_proj`` is zero are identities, get no gradient, and are left out; so is a last one that
+    nothing reads.
 
     Args:
         unet_modules: all modules of the UNet (``dict(unet.named_modules())``), with the names of the original
@@ -128,7 +131,8 @@ def find_targets(
             f"{len(unet_modules)} modules. Connect the MODEL of an SD 1.x, SD 2.x or SDXL checkpoint."
         )
     for encoder, modules in text_modules.items():
-        targets.update(_text_targets(_TEXT_ENCODERS.get(encoder, encoder), modules))
+        last_unread = (family, encoder) in _LAST_UNREAD
+        targets.update(_text_targets(_TEXT_ENCODERS.get(encoder, encoder), modules, last_unread))
     return {name: targets[name] for name in sorted(targets, key=_canonical_key)}
 
 
@@ -238,10 +242,12 @@ def _unet_targets(modules: Mapping[str, nn.Module], convolutions: bool) -> dict[
     }
 
 
-def _text_targets(encoder: str, modules: Mapping[str, Any]) -> dict[str, nn.Module]:
+def _text_targets(encoder: str, modules: Mapping[str, Any], last_unread: bool) -> dict[str, nn.Module]:
     linears = {name: module for name, module in modules.items() if _is_linear(module)}
     found = {(match[1], match[2]): m for name, m in linears.items() if (match := _TEXT.fullmatch(name))}
     live = {i for (i, projection), m in found.items() if projection == "out_proj" and bool(m.weight.float().any())}
+    if last_unread:
+        live.discard(max((i for i, _ in found), key=int))
     prefix = f"{encoder}.text_model.encoder.layers"
     return {f"{prefix}.{i}.self_attn.{projection}": m for (i, projection), m in found.items() if i in live}
 

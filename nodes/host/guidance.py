@@ -60,15 +60,15 @@ class _Guidance:
 
     def __init__(self, paths: Mapping[str, str], factors: Mapping[str, Factors], guidance: float) -> None:
         self.paths, self.guidance = paths, guidance
-        self.left_out = 0.0
+        self.left_out, self.pictures = 0.0, 0
         self.factors_on: Callable[[torch.device], dict[str, Factors]] = cache(
             lambda device: {name: (up.to(device), down.to(device)) for name, (up, down) in factors.items()}
         )
 
-    def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        self.left_out = left_out(self.guidance, executor.class_obj.cfg)
+    def predict_noise(self, executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.left_out, self.pictures = left_out(self.guidance, executor.class_obj.cfg), len(x)
         try:
-            return executor(*args, **kwargs)
+            return executor(x, *args, **kwargs)
         finally:
             self.left_out = 0.0
 
@@ -88,7 +88,9 @@ class _Guidance:
         if not self.left_out or _NEGATIVE not in parts:
             return executor(*arguments, **kwargs)
         taken = torch.tensor([-self.left_out if part == _NEGATIVE else 0.0 for part in parts], device=x.device)
-        taken = taken.repeat_interleave(len(x) // len(parts))[:, None, None]
+        # A part has all pictures, or fewer in a context window; nodes that tile pictures repeat all parts for each tile.
+        same = min(self.pictures, len(x) // len(parts))
+        taken = taken.repeat_interleave(same).repeat(len(x) // (same * len(parts)))[:, None, None]
         factors = {name: (up * taken, down) for name, (up, down) in self.factors_on(x.device).items()}
         modules = {name: executor.class_obj.get_submodule(path) for name, path in self.paths.items()}
         with attach(modules, factors), uncompiled():

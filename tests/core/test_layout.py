@@ -120,13 +120,15 @@ def test_text_layers_without_output_are_left_out():
 def test_sdxl_has_two_text_encoders():
     text = {"clip_g": text_modules(8, 32), "clip_l": text_modules(6, 12)}
     layout = layout_of(find_targets(unet_modules(SDXL), text, "sdxl"), "sdxl")
-    assert layout.describe() == "SDXL, 560 UNet + 176 text layers"
+    assert layout.describe() == "SDXL, 560 UNet + 172 text layers"  # without the last one of CLIP-L
     keys = list(host_keys(layout).values())
     assert keys[560].startswith("clip_l.") and keys[-1].startswith("clip_g.")
 
 
-def test_sd2_text_encoder_is_clip_h():
-    layout = layout_of(find_targets(unet_modules(SD2), {"clip_h": text_modules(8, 1)}, "sd2"), "sd2")
+def test_sd2_text_encoder_is_clip_h_as_other_programs_have_it():
+    layout = layout_of(find_targets(unet_modules(SD2), {"clip_h": text_modules(8, 24)}, "sd2"), "sd2")
+    assert layout.describe() == "SD 2.x, 128 UNet + 92 text layers"
+    assert layout == layout_of(find_targets(unet_modules(SD2), {"text_encoder": text_modules(8, 23)}, "sd2"), "sd2")
     assert list(host_keys(layout).values())[-1].startswith("clip_h.")
 
 

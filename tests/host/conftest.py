@@ -151,14 +151,16 @@ def train(run, loaded, photo):
 
 @pytest.fixture
 def sample(host):
-    """Latents (1, 4, 8, 8) from the stock KSampler: two steps of a prompt, at 64 pixels."""
+    """Latents (pictures, 4, 8, 8) from the stock KSampler: two steps of a prompt, at 64 pixels."""
 
-    def execute(model, clip, prompt: str = "a [v] face", seed: int = 3, control=None, size: int = 64):
+    def execute(
+        model, clip, prompt: str = "a [v] face", seed: int = 3, control=None, size: int = 64, pictures: int = 1
+    ):
         encode = host.stock["CLIPTextEncode"]().encode
         positive, negative = encode(clip, prompt)[0], encode(clip, "")[0]
         if control is not None:
             positive, negative = control(positive, negative)
-        latent = host.stock["EmptyLatentImage"]().generate(size, size, 1)[0]
+        latent = host.stock["EmptyLatentImage"]().generate(size, size, pictures)[0]
         sampler = host.stock["KSampler"]()
         return sampler.sample(model, seed, 2, 4.0, "euler", "normal", positive, negative, latent)[0]["samples"]
 

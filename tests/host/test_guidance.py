@@ -23,7 +23,7 @@ def apply(run, loaded):
 def passes(loaded, sample):
     """What a MODEL predicts in the first step: ``positive`` and ``negative``, on the same noise for every MODEL."""
 
-    def execute(model, size=64):
+    def execute(model, **options):
         seen = []
 
         def watch(arguments):
@@ -32,7 +32,7 @@ def passes(loaded, sample):
 
         clone = model.clone()
         clone.set_model_sampler_cfg_function(watch)
-        sample(clone, loaded.clip, size=size)
+        sample(clone, loaded.clip, **options)
         return seen[0]
 
     return execute
@@ -102,6 +102,29 @@ def test_pictures_cut_into_tiles(apply, host, person, passes):
     assert not torch.equal(plain.positive, passes(apply(lidb, 1.0), size=128).positive)  # it does cut
     close(tiled(apply(lidb, 1.0, strength=0.0)).negative, guided.negative)
     far(plain.negative, guided.negative)
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_tiles_that_each_have_all_parts(apply, person, passes, pictures):
+    """Tiled Diffusion makes a batch of tiles, each with its negative and its positive part."""
+
+    def tiled(model):
+        clone = model.clone()
+        clone.set_model_unet_function_wrapper(twice)
+        return passes(clone, pictures=pictures)
+
+    def twice(apply_model, given):
+        x, sigma, cond = given["input"], given["timestep"], dict(given["c"])
+        cond["c_crossattn"] = cond["c_crossattn"].repeat(2, 1, 1)
+        first, second = apply_model(x.repeat(2, 1, 1, 1), sigma.repeat(2), **cond).chunk(2)
+        close(first, second)
+        return first
+
+    guided = apply(person(1), CFG)
+    expected, cut = passes(guided, pictures=pictures), tiled(guided)
+    close(cut.negative, expected.negative)
+    close(cut.positive, expected.positive)
+    far(cut.positive, cut.negative)
 
 
 def test_nothing_stays_on_the_layers(apply, person, loaded, sample, fingerprint):

@@ -14,11 +14,9 @@ def learned(host, sdxl, loaded, photo):
 
 
 def test_a_person_is_learned_in_unet_and_both_text_encoders(learned):
-    assert learned.layout.describe() == "SDXL, 52 UNet + 24 text layers"
-    dead = [layer.name for layer, up in zip(learned.layout.layers, learned.up, strict=True) if not up.any()]
+    assert learned.layout.describe() == "SDXL, 52 UNet + 20 text layers"
     # Pictures are made from the last layer but one; the last one of CLIP-G alone reaches them, in the pooled text.
-    assert len(dead) == 4
-    assert len({name.rsplit(".", 2)[0] for name in dead}) == 1, dead
+    assert learned.up.flatten(1).any(1).all()
 
 
 def test_applied_and_as_a_lora_of_the_host(learned, run, sdxl, sample):
