@@ -10,7 +10,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from devtools.environment import ROOT, SetupError, prepare
+from devtools.environment import ROOT, SetupError, module, prepare
 
 EPILOG = """
 commands:
@@ -65,7 +65,7 @@ def main() -> int:
             f"Could not prepare the environment: {error}. Correct this and run the same command again.", file=sys.stderr
         )
         return 1
-    command = [str(host.python), "-m", f"devtools.{args.command}", *rest]
+    command = module(host.python, f"devtools.{args.command}", *rest)
     environ = {**os.environ, **host.environ()}
     if os.name == "posix":  # no process in between that could leave an orphan
         sys.stdout.flush()

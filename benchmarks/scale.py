@@ -51,6 +51,7 @@ SHARD_BYTES = 1e9
 SHUFFLE_BUFFER = 4096  # people
 BLOCK_BYTES = 4096  # the least that a file takes in common file systems
 SEEK_SECONDS = 60 / 7200 / 2 + 0.008  # half a turn of a disk of 7,200 turns a minute, and its arm
+DECODE_SECONDS = 0.04  # measured on one core: a JPEG of 1024 × 1024, decoded and made as small as an encoder takes it
 ENCODER_SIZE = 224  # pixels, of ViT-H
 FACE_CODE = 96  # numbers: the default of hdb_core.train
 HALF, SINGLE = 2, 4  # bytes
@@ -116,6 +117,12 @@ class Workload:
         """Steps of ``train`` until everybody was seen so often."""
         return math.ceil(self.people * self.times_seen / self.batch)
 
+    @property
+    def decoded(self) -> dict[str, float]:
+        """Photos that stages read from their files for the ViT of ``pretrain``; every sample of ``train`` shows several."""
+        shown = (1 + min(self.photos, self.max_photos)) / 2
+        return {"pretrain": self.people * self.times_pretrained, "train": self.steps * self.batch * shown}
+
 
 class Stage(NamedTuple):
     """Samples through the UNet (of ``pretrain``, through the encoder), and floating-point operations at bfloat16 and at float32."""
@@ -131,7 +138,7 @@ class Stage(NamedTuple):
 
 
 def stages(counted: Counted, work: Workload) -> list[Stage]:
-    """The stages of `hdb_core.train`. VAE and frozen encoder compute at float32, everything else at bfloat16."""
+    """The stages of `hdb_core.train`. The frozen encoder computes at float32, everything else at bfloat16."""
     photos, fits = work.people * work.photos, work.people * work.fit_steps
     pretrained, learned = work.people * work.times_pretrained, work.steps * work.batch
     denoised = learned * work.draws
@@ -142,7 +149,7 @@ def stages(counted: Counted, work: Workload) -> list[Stage]:
     predicted = held_out * work.max_photos * sum(range(1, work.max_iterations + 1))
     train = denoised * counted.fit_step + learned * refinements * counted.learn
     return [
-        Stage("precompute", fits, fits * counted.fit_step, photos * (counted.vae + counted.vision)),
+        Stage("precompute", fits, fits * counted.fit_step + photos * counted.vae, photos * counted.vision),
         Stage("pretrain", pretrained, pretrained * counted.learn_to_see, 0),
         Stage("train", denoised, train, 0),
         Stage("evaluate", judged, judged * counted.denoise + predicted * counted.predict, 0),
@@ -181,7 +188,7 @@ def many_photos(counted: Counted, work: Workload, photos: int, gpu: Gpu, utilisa
     fitted = HALF * (counted.latents + counted.person)
     full = fitted + HALF * counted.tokens
     lean = fitted + 3 * ENCODER_SIZE**2
-    fits = Stage("fits", photos, photos * work.fit_steps * counted.fit_step, photos * counted.vae)
+    fits = Stage("fits", photos, photos * (work.fit_steps * counted.fit_step + counted.vae), 0)
     return {
         "photos": photos, "group files": 2 * math.ceil(photos / GROUP), "text blocks": photos * BLOCK_BYTES,
         "object bytes": photos * object_bytes(), "people in memory": disk["latents"] + disk["fitted people"],
@@ -321,7 +328,7 @@ def result_of(counted: Counted, work: Workload, utilisation: float, hypernet: Ma
     return {
         "hypernet": dict(hypernet), "counted": asdict(counted), "workload": asdict(work) | {"steps": work.steps}, "utilisation": utilisation,
         "gpus": [gpu._asdict() for gpu in GPUS], "stages": [stage._asdict() for stage in done], "hours": hours,
-        "disk": disk_bytes(counted, work.people, work.people * work.photos),
+        "decoded": work.decoded, "disk": disk_bytes(counted, work.people, work.people * work.photos),
         "many photos": many_photos(counted, work, MANY_PHOTOS, GPUS[0], utilisation),
     }  # fmt: skip
 
@@ -353,6 +360,9 @@ def text_of(result: Mapping[str, Any]) -> str:
     stage_rows = [[s["name"], f"{s['samples']:,}", number(s["bf16"], 1e15), number(s["float32"], 1e15)]
                   for s in result["stages"]]  # fmt: skip
     names = [s["name"] for s in result["stages"]]
+    decoding = " and ".join(
+        f"{n * DECODE_SECONDS / 3600:.0f} hours of a core in `{s}`" for s, n in result["decoded"].items()
+    )
     hour_rows = [[gpus, *(number(h[n]) for n in names), number(sum(h.values()))] for gpus, h in result["hours"].items()]
     disk_rows = [[kind, size(value), size(value / work["people"])] for kind, value in disk.items()]
     disk_rows.append(["together", size(sum(disk.values())), size(sum(disk.values()) / work["people"])])
@@ -372,7 +382,10 @@ def text_of(result: Mapping[str, Any]) -> str:
         (f"Hours at {result['utilisation']:.0%} of the peak rates, in TFLOP/s of bfloat16 and of float32: {peaks}. Reading and "
         "decoding photos is not counted, and eight GPUs are taken to be eight times as fast as one."),
         markdown(["hours", *names, "together"], hour_rows),
-        "VAE and image encoder compute at float32, as `hdb_core` runs them, but for the ViT of `pretrain`.",
+        "The frozen image encoder computes at float32, as `hdb_core` runs it, everything else at bfloat16.",
+        (f"With the ViT of `pretrain`, photos are decoded at every step, on all cores beside each other, while the GPU waits: "
+        f"at {1000 * DECODE_SECONDS:.0f} ms for a JPEG of 1024 × 1024, {decoding}. Smaller photos make it less; the tokens of "
+        "a frozen encoder are computed once."),
         markdown(["on disk", "", "a person"], disk_rows),
         (f"`read_people` holds latents and people in memory, {size(disk['latents'] + disk['fitted people'])} in every "
         "process; tokens stay on disk."),

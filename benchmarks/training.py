@@ -1,7 +1,7 @@
-"""Ways to train the hypernetwork, each for the same short time, judged by people whom its training never saw.
+"""Ways to train the hypernetwork, each for the same short time, judged by people whom this training does not show.
 
 ``python dev.py bench training`` takes the fitted people of ``--folder`` (``python -m miniature.make diffusers fitted
-precompute``) and the encoder of the shipped hypernetwork, which has learned to see people; the rest begins anew. It trains
+precompute``) and the encoder of the shipped hypernetwork, which has learned to see people, these among them; the rest begins anew. It trains
 every variant on them once, with the same seed, and writes ``benchmarks/results/training.json`` and ``training.md``. The
 error is that of v on the face in a photo that was not given, of people kept from training, with the person's own
 prediction, the mean one, nobody's and a stranger's; *outside* is the person's own and nobody's beside the head. What a

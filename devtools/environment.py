@@ -40,7 +40,8 @@ IMPORTED_BY_HOST = (
 OF_THE_MINIATURE = ("accelerate", "diffusers", "python_avatars", "resvg_py")
 DISK_FOR_VENV = 9 * 2**30
 MODEL_FOLDERS = (
-    "checkpoints", "clip_vision", "controlnet", "diffusion_models", "embeddings", "loras", "text_encoders", "vae",
+    "checkpoints", "clip_vision", "controlnet", "diffusion_models", "embeddings", "hyperdreambooth", "lidb", "lidb_basis",
+    "loras", "text_encoders", "vae",
 )  # fmt: skip
 
 
@@ -164,6 +165,16 @@ def _ensure_comfyui() -> None:
         unpacked.rename(target)
 
 
+def module(python: Path, name: str, *arguments: str) -> list[str]:
+    """The command that runs a module of this repository; ``-m`` does not find it with the Python of ComfyUI's Windows
+    package, which ignores the current folder."""
+    code = (
+        "import runpy, sys; _, root, name, *rest = sys.argv; sys.path.insert(0, root); sys.argv = [name, *rest]; "
+        "runpy.run_module(name, run_name='__main__', alter_sys=True)"
+    )
+    return [str(python), "-c", code, str(ROOT), name, *arguments]
+
+
 def _existing(root: Path, python: Path | None) -> Host:
     if not (root / "main.py").is_file() or not (root / "comfy").is_dir():
         raise SetupError(f"{root} is not a ComfyUI folder: it has no main.py and comfy/.")
@@ -171,13 +182,16 @@ def _existing(root: Path, python: Path | None) -> Host:
     places = [venv_python(root / "venv"), venv_python(root / ".venv"), root.parent / embedded, root / embedded]
     for candidate in [python] if python else places:
         if candidate.is_file():
-            check = f"import {IMPORTED_BY_HOST}"
+            check = f"import sys; sys.version_info >= (3, 11) or sys.exit(1); import {IMPORTED_BY_HOST}"
             if (
                 subprocess.run([str(candidate), "-c", check], cwd=root, capture_output=True, check=False).returncode
                 == 0
             ):
                 return Host(root, candidate.absolute())
-            raise SetupError(f"{candidate} lacks packages of ComfyUI: {candidate} -m pip install -r requirements.txt")
+            raise SetupError(
+                f"{candidate} is older than Python 3.11, which these commands need, or lacks packages of ComfyUI: "
+                f"{candidate} -m pip install -r requirements.txt"
+            )
     looked = ", ".join(str(p) for p in ([python] if python else places))
     raise SetupError(f"No Python for {root} (looked at {looked}). Name it with --python.")
 
@@ -233,7 +247,7 @@ def _ensure_models(host: Host) -> None:
     _say("Expanding the miniature base model …")
     stamp.unlink(missing_ok=True)
     _run(
-        [str(host.python), "-m", "miniature.checkpoint", "expand", "--weights", str(weights), "--target", str(target)],
+        module(host.python, "miniature.checkpoint", "expand", "--weights", str(weights), "--target", str(target)),
         "The miniature base model could not be expanded",
     )
     if shipped.is_file():

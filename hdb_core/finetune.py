@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -195,6 +195,7 @@ def finetune(
     prior_latents: Tensor | None = None,
     init: LiDB | None = None,
     callback: Callable[[FinetuneProgress], None] | None = None,
+    samples_at_once: int | None = None,
 ) -> FinetuneResult:
     """Train a person's LiDB on photos. Same arguments, same result on the same machine.
 
@@ -206,6 +207,8 @@ def finetune(
         prior_latents: (M, C, h, w) pictures of the class, needed if `config.prior_weight` is above 0.
         init: start exactly from this person; its basis is kept.
         callback: called after every step; whatever it raises ends the training with the model as it was.
+        samples_at_once: a step passes no more through the model together, to save memory; None is all of them. But for
+            rounding the result is the same.
 
     Returns:
         The person, of rank `config.rank` or that of `init` if it is higher, its losses and the time.
@@ -219,7 +222,7 @@ def finetune(
     with torch.inference_mode(False), torch.enable_grad():
         factors = TrainableFactors(denoiser.layout, config, latents.device, init)
         sampler = BatchSampler(denoiser.sigmas(), latents, config, mask, prior_latents)
-        return _train(denoiser, factors, sampler, config, callback)
+        return _train(denoiser, factors, sampler, config, callback, samples_at_once)
 
 
 def require_noise_levels(weighting: str, min_timestep: float, max_timestep: float) -> None:
@@ -267,9 +270,10 @@ def weighted_errors(error: Tensor, batch: Batch) -> Tensor:
     return batch.weight * (error * batch.mask).mean((1, 2, 3))
 
 
-def backward(loss: Tensor, parameters: Iterable[Tensor]) -> None:
-    """Fill the gradients of float32 parameters from a loss whose model may compute in float16."""
-    (loss * GRAD_SCALE).backward()
+def backward(losses: Iterable[Tensor], parameters: Iterable[Tensor]) -> None:
+    """Fill the gradients of float32 parameters from the sum of losses whose model may compute in float16."""
+    for loss in losses:
+        (loss * GRAD_SCALE).backward()
     for gradient in (p.grad for p in parameters if p.grad is not None):
         gradient.div_(GRAD_SCALE)
 
@@ -435,6 +439,7 @@ def _train(
     sampler: BatchSampler,
     config: FinetuneConfig,
     callback: Callable[[FinetuneProgress], None] | None,
+    samples_at_once: int | None,
 ) -> FinetuneResult:
     optimizer = _optimizer(factors, config)
     losses: list[float] = []
@@ -444,10 +449,14 @@ def _train(
         live.update(factors())
         encode = denoiser.encode_prompts if config.train_text_encoder else _encode_once(denoiser)
         for step in range(config.steps):
-            live.update(factors())
-            text = encode(sampler.prompts(step))
-            batch = weighted(denoiser, sampler.draw(step), config.weighting)
-            loss, of_nothing, grad_norm = _backward(denoiser, batch, text, factors, config)
+            prompts, batch = sampler.prompts(step), weighted(denoiser, sampler.draw(step), config.weighting)
+
+            def losses_of(part: slice, prompts: list[str] = prompts, batch: Batch = batch) -> Tensor:
+                live.update(factors())
+                own = Batch(*(tensor[part] for tensor in batch))
+                return diffusion_loss(denoiser, own, encode(prompts[part]))
+
+            loss, of_nothing, grad_norm = _backward(losses_of, batch, factors, config, samples_at_once)
             relative = loss / of_nothing
             if step == 0:
                 limit = _EXPLODED_LOSS * max(1.0, relative)
@@ -477,15 +486,26 @@ def _encode_once(denoiser: Denoiser) -> Callable[[Sequence[str]], Any]:
 
 
 def _backward(
-    denoiser: Denoiser, batch: Batch, conditioning: Any, factors: TrainableFactors, config: FinetuneConfig
+    loss_of: Callable[[slice], Tensor],
+    batch: Batch,
+    factors: TrainableFactors,
+    config: FinetuneConfig,
+    samples_at_once: int | None,
 ) -> tuple[float, float, float]:
-    """Fill the gradients. The loss, that of a model that predicts nothing, and the gradient norm leave the device
-    together."""
-    loss = diffusion_loss(denoiser, batch, conditioning)
+    """Fill the gradients, part after part of a batch. The loss, that of a model that predicts nothing, and the gradient
+    norm leave the device together."""
     parameters = [p for p in factors.parameters() if p.requires_grad]
-    backward(loss, parameters)
+    size, losses = samples_at_once or len(batch.weight), []
+
+    def in_parts() -> Iterator[Tensor]:
+        for first in range(0, len(batch.weight), size):
+            loss = loss_of(slice(first, first + size))
+            losses.append(loss.detach())
+            yield loss
+
+    backward(in_parts(), parameters)
     norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-    loss_value, of_nothing, norm_value = torch.stack([loss.detach(), batch.weight.sum(), norm]).tolist()
+    loss_value, of_nothing, norm_value = torch.stack([torch.stack(losses).sum(), batch.weight.sum(), norm]).tolist()
     return loss_value, of_nothing, norm_value
 
 

@@ -30,6 +30,7 @@ from .images import resize_to_cover
 from .layout import Layout
 from .lidb import LiDB, start_down
 from .prompt import rare_token
+from .vit import ViT
 
 _MIN_SIDE = 16  # pixels
 _SUMMED_WIDTH = 32  # of each place in a summary
@@ -172,18 +173,15 @@ def initialised(seed: int) -> Iterator[None]:
 
 
 class PhotoEncoder(nn.Module):
-    """A ViT of `transformers`, behind convolutions if the configuration has a stem, and before an MLP if it has a summary.
+    """A ViT, behind convolutions if the configuration has a stem, and before an MLP if it has a summary.
 
     Convolutions find where things are with far fewer photos than a ViT on bare patches; an MLP over all places at once
     then learns distances between them with far fewer photos than attention.
-    Source: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929; Xiao et al., Early Convolutions Help
-    Transformers See Better, arXiv 2106.14881.
+    Source: Xiao et al., Early Convolutions Help Transformers See Better, arXiv 2106.14881.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        from transformers import ViTConfig, ViTModel
-
         stages: list[nn.Module] = []
         channels, stride = 3, config.patch_size
         for width, blocks in config.stem:
@@ -195,20 +193,8 @@ class PhotoEncoder(nn.Module):
             ]
             channels, stride = width, stride if first else 2 * stride
         self.stem = nn.Sequential(*stages)
-        self.vit = ViTModel(
-            ViTConfig(
-                hidden_size=config.token_width,
-                num_hidden_layers=config.depth,
-                num_attention_heads=config.heads,
-                intermediate_size=4 * config.token_width,
-                image_size=config.image_size // stride if stages else config.image_size,
-                patch_size=1 if stages else config.patch_size,
-                num_channels=channels,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-            ),
-            add_pooling_layer=False,
-        )
+        size, patch = (config.image_size // stride, 1) if stages else (config.image_size, config.patch_size)
+        self.vit = ViT(channels, size, patch, config.token_width, config.depth, config.heads)
         self.tokens_of = config.summary, config.token_width
         width, places = config.summary * config.token_width, (config.image_size // stride) ** 2 + 1
         self.summary = nn.Sequential(
@@ -223,7 +209,7 @@ class PhotoEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Tokens (N, T, token_width) of pixels (N, 3, image_size, image_size)."""
-        tokens = self.vit(pixel_values=self.stem(pixels)).last_hidden_state
+        tokens = self.vit(self.stem(pixels))
         return tokens if self.summary is None else self.summary(tokens).unflatten(1, self.tokens_of)
 
 

@@ -4,7 +4,8 @@ On several processes: ``accelerate launch -m`` or ``torchrun --nproc-per-node N 
 
 Stages; all go on where they were stopped, but the first and the last, which take minutes and begin anew:
 
-* ``basis``: the directions of weight changes that people differ in, from some of them; without it, a random basis;
+* ``basis``: the directions of weight changes that people differ in, from some of them; without it, a random basis; one
+  that is there already is only measured;
 * ``precompute``: the photos of all people as latents, and a LiDB fitted to each; behind a frozen image encoder
   (``--clip-vision``), also the tokens of the photos;
 * ``pretrain``: the image encoder, unless it is a frozen one; may be left out;
@@ -18,10 +19,11 @@ folder or a single-file checkpoint.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -171,7 +173,8 @@ def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
     if args.encoder:
         _load_encoder(net.encoder, args.encoder)
     sizes = {
-        "encoder": encoder.sizes, "portraits": args.portraits, "class prompt": args.class_prompt, **_overfitted(args)
+        "encoder": encoder.sizes, "portraits": args.portraits, "class prompt": args.class_prompt,
+        "set of people": trained_on(people), **_overfitted(args),
     }  # fmt: skip
     trainer = Trainer(
         accelerator, net, config, run.folder / "pretrain.pt", run.folder / "pretrain.csv", args.accumulate, sizes=sizes
@@ -213,7 +216,8 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     if codes is not None and not run.state.exists():
         _learn_code(net.net.to(accelerator.device), people, faces, codes)
     rates = {"net.down_start": config.down_rate, "net.encoder": config.encoder_rate, "net.direct": config.direct_rate}
-    sizes = {**net_sizes(loss_of.net), "face code": codes is not None, **_overfitted(args)}
+    who = trained_on(people)
+    sizes = {**net_sizes(loss_of.net), "face code": codes is not None, "set of people": who, **_overfitted(args)}
     trainer = Trainer(accelerator, net, config, run.state, run.log, args.accumulate, rates, sizes)
     notes = {}
     if config.regression_weight:
@@ -226,7 +230,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
         info = {
             name: str(value) for name, value in sorted({**vars(args), **asdict(config)}.items()) if name not in _PATHS
         }
-        info |= {"made_by": "hdb_core.train", "step": str(trainer.step)}
+        info |= {"made_by": "hdb_core.train", "step": str(trainer.step), "trained_on": who}
         hypernet_file.save(_averaged(net.net.config, trainer.average), run.file, info)
 
     def draw_samples() -> None:
@@ -251,8 +255,12 @@ def _learn_code(net: HyperNet, people: Sequence[FittedPerson], faces: Faces, cod
 def _evaluate(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
     """Losses on held-out people, by number of photos and of refinements."""
     run = Run.of(args)
+    _recipe(args)  # a learned basis has to be known before anything in it is read
     net = FromFaces(hypernet_file.load(run.file).to(accelerator.device))
-    _, people = held_out(_fitted(args, run, net.net.config.basis), args)
+    everybody = _fitted(args, run, net.net.config.basis)
+    _, people = held_out(everybody, args)
+    if not args.overfit:
+        _require_unseen(everybody, len(people), hypernet_file.read_header(run.file).info)
     encoder = net.net.config.encoder
     frozen = encoder.kind == "clip_vision"
     faces = PhotoTokens(run.tokens, [p.person for p in people], encoder) if frozen else PhotoPixels(encoder)
@@ -278,6 +286,29 @@ def held_out(people: Sequence[Someone], args: argparse.Namespace) -> tuple[list[
             f"{len(people)} people are too few: at least two are needed, one of them kept from training."
         )
     return list(people[:-count]), list(people[-count:])
+
+
+def trained_on(people: Sequence[FittedPerson]) -> str:
+    """Who is learned from: how many, and a checksum of names, numbers of photos, and which of them have masks."""
+    who = [(own.person.name, [photo.mask is not None for photo in own.person.photos]) for own in people]
+    return f"{len(people)} {hashlib.sha256(json.dumps(who).encode()).hexdigest()[:16]}"
+
+
+def _require_unseen(everybody: Sequence[FittedPerson], judged: int, info: Mapping[str, str]) -> None:
+    """Check that a hypernetwork was trained on the first of some people, and not on the last ones, who are judged.
+
+    Raises:
+        HyperNetError: if it was trained on others, or on some of those.
+    """
+    who = info.get("trained_on")
+    if who is None:  # a file of before this was noted
+        return
+    count = int(who.split()[0])
+    if count > len(everybody) - judged or trained_on(everybody[:count]) != who:
+        raise HyperNetError(
+            f"The hypernetwork may have been trained on some of the last {judged} of these {len(everybody)} people. Give "
+            "--photos as it was in train, and no larger --held-out."
+        )
 
 
 def _overfitted(args: argparse.Namespace) -> dict[str, int]:

@@ -15,6 +15,8 @@ from ..layout import find_targets, layout_of
 from .single_file import Parts, load_tokenizer, read_single_file
 
 _FAMILY_BY_CONTEXT = {768: "sd1", 1024: "sd2"}
+# Of a schedule that ends in noise alone, whose last sigma would be infinite; sigma is 4519 there. ComfyUI has the same.
+_LEAST_SIGNAL = 4.8973451890853435e-08
 _PARTS = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
 
 
@@ -55,7 +57,7 @@ class DiffusersDenoiser:
         self.unet, self.text_encoder, self.tokenizer = unet, text_encoder, tokenizer
         self.predicts_v = prediction_type == "v_prediction"
         self.device, self.dtype = unet.device, unet.dtype
-        share = alphas_cumprod.double()
+        share = alphas_cumprod.double().clamp(min=_LEAST_SIGNAL)
         self._sigmas = ((1 - share) / share).sqrt().float().to(self.device)
         text_modules = {"text_encoder": dict(text_encoder.named_modules())}
         self.modules = find_targets(dict(unet.named_modules()), text_modules, family, convolutions)

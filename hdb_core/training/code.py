@@ -92,7 +92,7 @@ def fit_code(seen: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         mean (S,) and map (S, K) float32: the code of x is (x − mean) @ map.
     """
     targets = codes.double()
-    mean, spread = seen.double().mean(0), seen.double().std(0).clamp(min=1e-6)
+    mean, spread = seen.double().mean(0), seen.double().std(0, correction=0).clamp(min=1e-6)
     inputs = (seen.double() - mean) / spread
     kept = max(1, len(inputs) // 5)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..hypernet import EncoderConfig, preprocess
-from .photos import Person
+from .photos import Person, in_threads
 
 # Made from torchvision.transforms.v2, which nothing else needs, and the side of the photos in pixels.
 AUGMENTATIONS: Mapping[str, Callable[[Any, int], Callable[[Tensor], Tensor]]] = {
@@ -53,7 +53,7 @@ class PhotoPixels:
             self._transforms = [AUGMENTATIONS[name](v2, encoder.image_size) for name in augmentations]
 
     def read(self, photos: Sequence[tuple[Person, int]], seeds: Sequence[int] | None = None) -> Tensor:
-        pixels = [person.photos[number].pixels(self.encoder.image_size) for person, number in photos]
+        pixels = in_threads(lambda photo: photo[0].photos[photo[1]].pixels(self.encoder.image_size), photos)
         if seeds is not None:
             pixels = [self._augmented(own, seed) for own, seed in zip(pixels, seeds, strict=True)]
         return preprocess(torch.stack(pixels), self.encoder)

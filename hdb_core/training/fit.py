@@ -90,7 +90,7 @@ def fit_people(
             live.update(expand_factors(bases, down, up))
             prompts = [caption(config.prompt, own[turn]) for own, turn in zip(words, turns, strict=True)]
             loss = diffusion_loss(denoiser, batch, denoiser.encode_prompts(prompts))
-            backward(loss, [up])
+            backward([loss], [up])
             if not bool(loss.isfinite()):
                 raise FinetuneError(f"Fitting diverged at step {step + 1}: the loss is {loss.item()}. Lower the rate.")
             optimizer.step()

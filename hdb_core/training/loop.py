@@ -34,6 +34,7 @@ from .faces import Faces
 from .fit import draw
 from .losses import layer_energy, mean_predictor_loss, regression_loss
 from .people import FittedPerson, stacked
+from .photos import in_threads
 
 
 @dataclass(frozen=True)
@@ -289,9 +290,12 @@ class PersonLoss:
 
     def _masks(self, photos: Sequence[tuple[int, int]], rest: float) -> Tensor:
         """(B, 1, h, w) of mean 1, how much each place counts of some photos, each by its person and its number."""
-        sizes = [self.people[person].latents.shape[-2:] for person, _ in photos]
-        chosen = [self.people[person].person.photos[number] for person, number in photos]
-        masks = torch.stack([p.region(*size) for p, size in zip(chosen, sizes, strict=True)]).to(self.down)
+
+        def region(photo: tuple[int, int]) -> Tensor:
+            person, number = self.people[photo[0]], photo[1]
+            return person.person.photos[number].region(*person.latents.shape[-2:])
+
+        masks = torch.stack(in_threads(region, photos)).to(self.down)
         masks = masks.maximum(rest * masks.amax((1, 2, 3), keepdim=True))
         return masks / masks.mean((1, 2, 3), keepdim=True)
 

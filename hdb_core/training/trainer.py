@@ -22,6 +22,7 @@ from .loop import TrainConfig
 SAVE_EVERY = 180  # seconds
 LOG_EVERY = 10  # steps
 EMA_DECAY = 0.998
+MOST_SKIPPED = 50  # steps in a row; a scale of the losses that began too high is halved by each
 
 
 class LossOf(Protocol):
@@ -67,6 +68,7 @@ class Trainer:
         self.parts = parts_of(config.people, accumulate, accelerator)
         self._net, self._sizes = net, dict(sizes or {})
         optimizer: Any = torch.optim.AdamW(_groups(net, rates or {}), config.learning_rate, (0.9, 0.99), weight_decay=config.weight_decay)  # fmt: skip
+        self._skipped = 0
         self.average = {name: weight.clone() for name, weight in net.state_dict().items()}
         self.step = self._resume(optimizer)
         self.net, self.optimizer = accelerator.prepare(net, optimizer)
@@ -87,6 +89,9 @@ class Trainer:
                 was stopped behind it only has this left to do.
             after: called on the main process after every step.
             notes: further columns of the log.
+
+        Raises:
+            HyperNetError: if the gradients are no longer finite; the last state that was written is of before that.
         """
         is_main, saved = self.accelerator.is_main_process, time.monotonic()
         logged: list[dict[str, Tensor]] = []
@@ -116,7 +121,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * self.config.rate(self.step)
         losses = backward(self.accelerator, loss_of, self.net, self.step, self.parts)
-        self.accelerator.clip_grad_norm_(self.net.parameters(), self.config.max_grad_norm)
+        self._require_finite(self.accelerator.clip_grad_norm_(self.net.parameters(), self.config.max_grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
@@ -125,6 +130,15 @@ class Trainer:
                 self.average[name].lerp_(weight.to(self.average[name]), 1 - decay)
         self.step += 1
         return {name: self.accelerator.reduce(value, "mean") for name, value in losses.items()}
+
+    def _require_finite(self, norm: Tensor) -> None:
+        """Refuse gradients that would destroy the weights; under float16 the scaler leaves such steps out by itself."""
+        self._skipped = 0 if bool(norm.isfinite()) else self._skipped + 1
+        if self._skipped > (0 if self.accelerator.scaler is None else MOST_SKIPPED):
+            raise HyperNetError(
+                f"The gradients of step {self.step + 1} are not finite: the training diverged. Lower --learning-rate, or "
+                f"take --mixed-precision no; {self.state} is of before that, if it was written."
+            )
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> int:
         """Load what `_save` wrote, if anything; the next step."""

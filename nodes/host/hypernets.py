@@ -47,12 +47,13 @@ class HostHyperNet:
             HyperNetError: the photos or the connected CLIP_VISION cannot be used.
         """
         pixels = preprocess(image, self.config.encoder)
-        patcher = self._loaded()
+        net = self._loaded().model
+        device = next(net.parameters()).device  # with --novram the host leaves it where it was
         if self.config.encoder.kind == "vit":
-            tokens = patcher.model.encode(pixels.to(patcher.load_device))
+            tokens = net.encode(pixels.to(device))
         else:
-            tokens = self._clip_tokens(image).to(patcher.load_device)
-        return predict(patcher.model, tokens, iterations)
+            tokens = self._clip_tokens(image).to(device)
+        return predict(net, tokens, iterations)
 
     def _loaded(self) -> ModelPatcher:
         if self._patcher is None:

@@ -28,10 +28,10 @@ from ...hdb_core.layout import Layout, layout_of
 from ...hdb_core.lidb import LiDB
 from .images import checked_mask, checked_photos, encode, photo_size
 from .progress import FinetuneDisplay
-from .targets import target_modules
+from .targets import family_of, target_modules
 
-# Values that autograd keeps per latent pixel of a sample, counted on the UNets: SD 1.5 95 K, SDXL 167 K.
-SAVED_VALUES_PER_LATENT_PIXEL = 170_000
+# Values that autograd keeps per latent pixel of a sample, counted on the UNets; SD 2.x has the widths of SD 1.5.
+SAVED_VALUES_PER_LATENT_PIXEL = {"sd1": 95_000, "sd2": 95_000, "sdxl": 170_000}
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,9 @@ def finetune_in_host(
     start_factors(config.basis if init is None else init.basis, layout, config.rank, init)
     latents = encode(model, vae, pixels)
     prior_latents = encode(model, vae, class_pixels) if config.prior_weight > 0 else None
-    samples = config.batch_size * (1 if prior_latents is None else 2)
-    latent_pixels = samples * latents.shape[-2] * latents.shape[-1]
-    with training(model, clip, latent_pixels, layout.has_convolutions) as denoiser:
+    samples, of_a_sample = config.batch_size * (1 if prior_latents is None else 2), latents[0, 0].numel()
+    with training(model, clip, samples * of_a_sample, layout.has_convolutions) as denoiser:
+        free = comfy.model_management.get_free_memory(denoiser.device)
         return finetune(
             denoiser,
             latents.to(denoiser.device),
@@ -180,6 +180,7 @@ def finetune_in_host(
             prior_latents=prior_latents,
             init=init,
             callback=FinetuneDisplay(config.steps, node_id),
+            samples_at_once=max(1, int(free // memory_of(model, of_a_sample))),
         )
 
 
@@ -205,7 +206,7 @@ def training(model: ModelPatcher, clip: CLIP, latent_pixels: int, convolutions: 
     # Loading writes patched weights in place, which the host's inference mode allows and ordinary tensors do not.
     comfy.model_management.load_models_gpu(
         [patcher, text.patcher],
-        memory_required=latent_pixels * SAVED_VALUES_PER_LATENT_PIXEL * patcher.model.get_dtype().itemsize,
+        memory_required=memory_of(patcher, latent_pixels),
         force_full_load=True,
     )
     with ExitStack() as stack:
@@ -215,6 +216,12 @@ def training(model: ModelPatcher, clip: CLIP, latent_pixels: int, convolutions: 
         stack.enter_context(out_of_place_residuals(text.cond_stage_model))
         stack.callback(text.cond_stage_model.reset_clip_options)
         yield HostDenoiser(patcher, text, modules, layout_of(modules, family))
+
+
+def memory_of(model: ModelPatcher, latent_pixels: int) -> int:
+    """The bytes that a step keeps of so many latent pixels."""
+    itemsize = max(2, model.model.get_dtype().itemsize)  # float8 weights are computed with at 16 bit
+    return latent_pixels * SAVED_VALUES_PER_LATENT_PIXEL[family_of(model)] * itemsize
 
 
 def ordinary_clone(patcher: ModelPatcher) -> ModelPatcher:

@@ -39,9 +39,10 @@ WORK = Workload(
 
 def test_stages():
     precompute, pretrain, train, evaluate = stages(ROUND, WORK)
-    assert precompute == Stage("precompute", 1000, 1000 * 2000, 200 * 1800)
+    assert precompute == Stage("precompute", 1000, 1000 * 2000 + 200 * ROUND.vae, 200 * ROUND.vision)
     assert pretrain == Stage("pretrain", 500, 500 * 30, 0)
     assert WORK.steps == 50
+    assert WORK.decoded == {"pretrain": 500, "train": 800 * 1.5}
     assert train == Stage("train", 2400, 2400 * 2000 + 800 * 2 * 60, 0)
     assert evaluate == Stage("evaluate", 4 * 2 * 6 * 3, 144 * 1010 + 2 * 2 * 6 * 20, 0)
 

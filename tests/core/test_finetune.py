@@ -236,6 +236,18 @@ def test_class_prior_preservation_adds_its_weighted_samples(toy, latents, config
     assert not torch.equal(result.lidb.up, finetune(toy, latents, config).lidb.up)
 
 
+@pytest.mark.parametrize("text", [True, False])
+def test_a_step_in_parts_is_the_whole_step(toy, latents, config, text):
+    prior = torch.randn(5, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    config = replace(config, steps=5, prior_weight=0.5, train_text_encoder=text)
+    whole = finetune(toy, latents, config, prior_latents=prior)
+    toy.encoded.clear()
+    parts = finetune(toy, latents, config, prior_latents=prior, samples_at_once=4)
+    assert list(map(len, toy.encoded)) == [4, 2] * (5 if text else 1)
+    close(torch.tensor(parts.losses), torch.tensor(whole.losses))
+    close(core(parts.lidb), core(whole.lidb), atol=1e-4, rtol=1e-3)
+
+
 def test_only_the_masked_region_counts(toy, latents, config):
     mask = torch.zeros(48, 48)
     mask[:24] = 1

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from transformers import ViTConfig, ViTModel
 
 from hdb_core import hypernet_file, lidb_file
 from hdb_core.adapters import attach
@@ -25,6 +29,7 @@ from hdb_core.hypernet import (
 )
 from hdb_core.lidb import delta_weight, expand_factors
 
+ROOT = Path(__file__).resolve().parents[2]
 ENCODER = EncoderConfig(image_size=32, token_width=24, patch_size=8, stem=((16, 1),), depth=2, heads=2)
 
 
@@ -283,3 +288,24 @@ def test_the_code_of_several_photos_is_their_mean(net):
     one, other = torch.randn(2, 1, count, net.config.encoder.token_width)
     both = coded.summed(torch.cat([one, other], 1))
     torch.testing.assert_close(both, (coded.summed(one) + coded.summed(other)) / 2)
+
+
+def test_the_encoder_is_the_vit_of_transformers():
+    """Names of 5 and later, and the same arithmetic; what a file holds depends on no installed version."""
+    config = EncoderConfig(image_size=32, token_width=24, patch_size=8, stem=(), summary=0, depth=2, heads=3)
+    encoder = PhotoEncoder(config)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    vit = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8), add_pooling_layer=False).eval()
+    vit.load_state_dict(encoder.vit.state_dict())
+    pixels = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(encoder(pixels), vit(pixel_values=pixels).last_hidden_state)
+
+
+def test_a_file_needs_no_transformers(path):
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from hdb_core import hypernet_file\n"
+        "print(hypernet_file.load(sys.argv[1]).encoder is not None)"
+    )
+    read = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert read.stdout.strip() == "True"

@@ -67,3 +67,10 @@ def test_the_face_code_has_what_is_shared_and_not_what_is_not(latents):
     torch.testing.assert_close(code[:, :6], right[:, :6], atol=0.3, rtol=0)
     assert code[:, 6:].std() < 0.5
     assert components.codes(latents, 20).shape == (300, 20) and not components.codes(latents, 20)[:, 12:].any()
+
+
+@pytest.mark.parametrize("people", [1, 2])
+def test_a_check_on_very_few_people_has_a_face_code(people):
+    latents, tokens = torch.randn(people, 4, 4, 4), torch.randn(people, 6)
+    found = fit_code(tokens, Components.of(latents).codes(latents, 3))
+    assert all(bool(part.isfinite().all()) for part in found)

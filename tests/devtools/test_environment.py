@@ -1,6 +1,10 @@
 """Preparing an environment: what is in the way or unfinished is named, replaced or refused, never half-used."""
 
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -133,3 +137,20 @@ def test_a_comfyui_without_python_names_the_places(tmp_path):
         environment._existing(tmp_path, None)
     with pytest.raises(SetupError, match=r"nowhere.*--python"):
         environment._existing(tmp_path, tmp_path / "nowhere")
+
+
+def test_modules_run_with_a_python_that_ignores_the_current_folder(tmp_path):
+    """That of ComfyUI's Windows package does; ``-m`` would not find them."""
+    command = environment.module(Path(sys.executable), "devtools.demo", "--help")
+    shown = subprocess.run(
+        command, env={**os.environ, "PYTHONSAFEPATH": "1"}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0 and shown.stdout.startswith("usage: dev.py demo")
+
+
+def test_the_models_of_the_users_comfyui_are_found(sandbox):
+    root = sandbox / "ComfyUI"
+    environment._ensure_base(environment.Host(root, Path(sys.executable), sandbox / "base"), own_models=True)
+    own = json.loads((sandbox / "base" / "extra_model_paths.yaml").read_text())["own"]
+    assert own["base_path"] == str(root / "models")
+    assert {"checkpoints", "hyperdreambooth", "lidb", "lidb_basis"} <= own.keys()

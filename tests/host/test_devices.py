@@ -83,3 +83,15 @@ def test_goes_on_from_a_prediction(run, train, gpu, sample, photo, write_hyperne
     latents = sample(model, clip)
     assert (latents.cpu() - sample(gpu.model, gpu.clip).cpu()).abs().max() > 0
     run("VAEDecode", vae=gpu.vae, samples={"samples": latents})
+
+
+def test_a_hypernetwork_that_stays_on_the_cpu(run, gpu, photo, write_hypernet, hypernet_config, monkeypatch):
+    """With ``--novram`` the host does not move it."""
+    import comfy.model_management as management
+
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
+    monkeypatch.setattr(management, "set_vram_to", management.VRAMState.NO_VRAM)
+    (hypernet,) = run("LoadHyperNet", hypernet_name=write_hypernet(hypernet_config, "novram.safetensors"))
+    predicted, _ = run("PredictLiDB", hypernet=hypernet, image=photo, model=gpu.model)
+    assert predicted.up.any()
+    assert next(hypernet._patcher.model.parameters()).device.type == "cpu"

@@ -225,3 +225,23 @@ def test_progress_and_preview(train):
     assert [(value, total) for value, total, _ in seen] == [(1, 3), (2, 3), (3, 3)]
     kind, image, _ = seen[-1][2]
     assert (kind, image.size) == ("PNG", (512, 320))
+
+
+def test_a_step_takes_as_many_samples_at_once_as_there_is_memory_for(train, host, loaded, monkeypatch):
+    import comfy.model_management as management
+
+    training, seen = host.module("nodes.host.training"), []
+    denoise = training.HostDenoiser.denoise
+
+    def watched(self, noisy, *others):
+        seen.append(len(noisy))
+        return denoise(self, noisy, *others)
+
+    monkeypatch.setattr(training.HostDenoiser, "denoise", watched)
+    whole = train(batch_size=3)
+    a_sample = training.memory_of(loaded.model, 16 * 16)
+    for free in (2.5 * a_sample, 0):
+        monkeypatch.setattr(management, "get_free_memory", lambda device, free=free: free)
+        parts = train(batch_size=3)
+        assert (parts.up - whole.up).norm() < 0.1 * whole.up.norm()  # rounding in bfloat16
+    assert seen == [3, 3, 2, 1, 2, 1, *[1] * 6]

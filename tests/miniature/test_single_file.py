@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -52,6 +54,16 @@ def outputs(base):
     pixels = torch.rand(1, 3, 128, 128, generator=generator)
     sigma = base.denoiser.sigmas()[torch.tensor([150, 700])]
     return base.denoiser.denoise(noisy, sigma, base.denoiser.encode_prompts(PROMPTS)), base.encode(pixels)
+
+
+def test_a_schedule_that_ends_in_noise_alone(folder, tmp_path):
+    """As ComfyUI has it: the last noise level is large, not infinite."""
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}))
+    sigmas, ordinary = load(tmp_path / "model").denoiser.sigmas(), load(folder).denoiser.sigmas()
+    assert 4000 < float(sigmas[-1]) < 5000 and float(ordinary[-1]) < 100
+    assert bool((sigmas.diff() > 0).all())
 
 
 def test_file_and_folder_are_the_same_model(file, folder):

@@ -13,6 +13,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageChops
@@ -27,11 +28,12 @@ from transformers import (
 )
 
 from benchmarks import training as comparison
+from hdb_core import basis as basis_module
 from hdb_core import basis_file, hypernet_file, train
 from hdb_core.errors import HyperNetError
 from hdb_core.training import trainer, vision
 from hdb_core.training.faces import PhotoPixels
-from hdb_core.training.loop import ordinary
+from hdb_core.training.loop import TrainConfig, ordinary
 from hdb_core.training.photos import find_people
 from hdb_core.training.pretrain import PhotoLoss
 from hdb_core.training.tokens import PhotoTokens, precompute_tokens
@@ -123,7 +125,7 @@ def test_precompute_resumes_and_notices_other_settings(model, photos, fitted, tm
     assert "other settings" in capsys.readouterr().err
 
 
-def test_train_and_evaluate(model, photos, fitted, tmp_path):
+def test_train_and_evaluate(model, photos, fitted, tmp_path, capsys):
     folder = copied(fitted, tmp_path / "run")
     assert run("train", model, photos, folder, "--steps", "40", "--learning-rate", "3e-3") == 0
     rows = list(csv.DictReader((folder / "log.csv").open()))
@@ -140,6 +142,8 @@ def test_train_and_evaluate(model, photos, fitted, tmp_path):
     assert run("evaluate", model, photos, folder, "--held-out", "0.1") == 0  # of one person
     (row, *_) = (json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines())
     assert len(row["own_of_each"]) == 1 and "mean" not in row and "stranger" not in row
+    assert run("evaluate", model, photos, folder, "--held-out", "0.5") == 1
+    assert "may have been trained on some of the last 4 of these 7 people" in capsys.readouterr().err
 
 
 def test_a_check_on_a_few_people_before_a_long_training(model, photos, tmp_path, capsys):
@@ -287,7 +291,7 @@ def test_people_are_judged_by_ordinary_photos(count, wanted, seen):
     assert ordinary(count, wanted) == seen
 
 
-def test_everything_in_a_learned_basis(model, photos, fitted, tmp_path, capsys):
+def test_everything_in_a_learned_basis(model, photos, fitted, tmp_path, capsys, monkeypatch):
     """Learned, fitted and predicted in it; a hypernetwork of another basis is refused."""
     folder, first = tmp_path / "run", copied(fitted, tmp_path / "first")
     assert run("basis", model, photos, folder, "--basis-people", "4") == 0
@@ -308,6 +312,8 @@ def test_everything_in_a_learned_basis(model, photos, fitted, tmp_path, capsys):
     assert run("train", model, photos, folder, "--steps", "1") == 0
     _, recipe = basis_file.load(folder / "basis.safetensors")
     assert hypernet_file.read_header(folder / "hypernet.safetensors").config.basis == recipe
+    monkeypatch.setattr(basis_module, "_LEARNED", {})  # as in another process
+    basis_module.layer_basis.cache_clear()
     assert run("evaluate", model, photos, folder) == 0
 
 
@@ -459,6 +465,7 @@ def test_a_run_that_ended_before_its_file_writes_it(model, photos, straight, tmp
         (["--rank", "2"], "rank"),
         (["--prompt", "a [w] face"], "prompt"),
         (["--depth", "2"], "depth"),
+        (["--held-out", "0.5"], "set of people"),
     ],
 )
 def test_a_run_goes_on_as_it_was_begun(model, photos, straight, tmp_path, capsys, options, name):
@@ -475,6 +482,22 @@ def test_rates_are_those_of_now(model, photos, straight, tmp_path):
     assert 1e-9 in {group["scale"] for group in groups}
     moved = {n for n, w in weights(folder).items() if not torch.allclose(w, weights(straight)[n], atol=1e-7)}
     assert moved and not any("encoder" in name for name in moved)
+
+
+def test_a_training_that_diverges_keeps_what_it_had(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "SAVE_EVERY", -1)
+    state, net = tmp_path / "state.pt", torch.nn.Linear(3, 1)
+
+    def loss_of(net, step, part):
+        return {"loss": net(torch.ones(4, 3)).square().mean() / (0.0 if step == 12 else 1.0)}
+
+    config = TrainConfig(steps=30, people=4)
+    loop = trainer.Trainer(Accelerator(cpu=True), net, config, state, tmp_path / "log.csv")
+    with pytest.raises(HyperNetError, match=r"step 13 are not finite.*Lower --learning-rate"):
+        loop.run(loss_of, lambda: None)
+    kept = torch.load(state, weights_only=True)
+    assert kept["step"] == 12
+    assert all(bool(w.isfinite().all()) for name in ("net", "average") for w in kept[name].values())
 
 
 @pytest.mark.parametrize("parts", ["2", "4"])
