@@ -150,7 +150,8 @@ def _photos_of(base: BaseModel, person: Person, image_size: int) -> Photos:
 
 
 def _precompute(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) -> None:
-    config = _given(FitConfig, args, basis=_recipe(args), steps=args.fit_steps, learning_rate=args.fit_rate)
+    rank = args.rank if args.fit_steps else 1  # zeros of people who are not fitted are kept in the least space
+    config = _given(FitConfig, args, basis=_recipe(args), steps=args.fit_steps, learning_rate=args.fit_rate, rank=rank)
     _faces(args, accelerator)
     people, size = _some(args), args.image_size
     with tqdm(total=len(people), unit="person", disable=not accelerator.is_main_process) as bar:

@@ -189,7 +189,8 @@ class PersonLoss:
         self.down = start_down(net.basis, net.layout, people[0].up.shape[-1]).to(device)
         self.codes = None if codes is None else codes.to(device)
         self.bases = bases_of(net.basis, net.layout, device)
-        self.energy = layer_energy(stacked(people, self.down))
+        fitted = any(bool(person.up.any()) for person in people)
+        self.energy = layer_energy(stacked(people, self.down)) if fitted else torch.zeros(len(self.down), device=device)
         self.counts = [len(person.latents) for person in people]
 
     def __call__(self, net: nn.Module, step: int, part: slice = slice(None)) -> dict[str, Tensor]:
