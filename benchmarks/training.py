@@ -145,6 +145,7 @@ def main() -> None:
     )
     options.add_argument("--basis", type=Path, default=BASIS, help="file of the learned basis")
     options.add_argument("--model", type=Path, default=ROOT / ".runs" / "diffusers")
+    options.add_argument("--keep", metavar="NAME", help="name of the table, training_NAME, for other people")
     options.add_argument("--results", type=Path, default=RESULTS)
     args = options.parse_args()
     shared = [
@@ -153,10 +154,11 @@ def main() -> None:
         *("--warmup", "20", "--depth", "2", "--max-photos", "2"),
         *("--min-timestep", "0.05", "--max-timestep", "0.95", "--sample-every", "0"),
     ]
-    path = args.results / "training.json"
+    name_of_table = f"training_{args.keep}" if args.keep else "training"
+    path = args.results / f"{name_of_table}.json"
     rows: list[Mapping[str, Any]] = []
     for name in args.variants:
-        folder = ROOT / ".runs" / "training" / f"{name.replace(', ', '_').replace(' ', '_')}_{args.steps}"
+        folder = ROOT / ".runs" / name_of_table / f"{name.replace(', ', '_').replace(' ', '_')}_{args.steps}"
         row = rounded(trained(name, folder, args.steps, shared, args.masked.resolve(), args.basis.resolve()))
         rows = merged(json.loads(path.read_text()) if path.exists() else [], row)  # others may write, too
         write_json(path, rows)

@@ -175,7 +175,7 @@ def _pretrain(args: argparse.Namespace, accelerator: Accelerator, base: BaseMode
         _load_encoder(net.encoder, args.encoder)
     sizes = {
         "encoder": encoder.sizes, "portraits": args.portraits, "class prompt": args.class_prompt,
-        "set of people": trained_on(people), **_overfitted(args),
+        **_learned_from(args, people),
     }  # fmt: skip
     trainer = Trainer(
         accelerator, net, config, run.folder / "pretrain.pt", run.folder / "pretrain.csv", args.accumulate, sizes=sizes
@@ -217,8 +217,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
     if codes is not None and not run.state.exists():
         _learn_code(net.net.to(accelerator.device), people, faces, codes)
     rates = {"net.down_start": config.down_rate, "net.encoder": config.encoder_rate, "net.direct": config.direct_rate}
-    who = trained_on(people)
-    sizes = {**net_sizes(loss_of.net), "face code": codes is not None, "set of people": who, **_overfitted(args)}
+    sizes = {**net_sizes(loss_of.net), "face code": codes is not None, **_learned_from(args, people)}
     trainer = Trainer(accelerator, net, config, run.state, run.log, args.accumulate, rates, sizes)
     notes = {}
     if config.regression_weight:
@@ -231,7 +230,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, base: BaseModel) 
         info = {
             name: str(value) for name, value in sorted({**vars(args), **asdict(config)}.items()) if name not in _PATHS
         }
-        info |= {"made_by": "hdb_core.train", "step": str(trainer.step), "trained_on": who}
+        info |= {"made_by": "hdb_core.train", "step": str(trainer.step), "trained_on": trained_on(people)}
         hypernet_file.save(_averaged(net.net.config, trainer.average), run.file, info)
 
     def draw_samples() -> None:
@@ -290,8 +289,8 @@ def held_out(people: Sequence[Someone], args: argparse.Namespace) -> tuple[list[
 
 
 def trained_on(people: Sequence[FittedPerson]) -> str:
-    """Who is learned from: how many, and a checksum of names, numbers of photos, and which of them have masks."""
-    who = [(own.person.name, [photo.mask is not None for photo in own.person.photos]) for own in people]
+    """Who is learned from: how many, and a checksum of their names and numbers of photos."""
+    who = [(own.person.name, len(own.person.photos)) for own in people]
     return f"{len(people)} {hashlib.sha256(json.dumps(who).encode()).hexdigest()[:16]}"
 
 
@@ -312,9 +311,11 @@ def _require_unseen(everybody: Sequence[FittedPerson], judged: int, info: Mappin
         )
 
 
-def _overfitted(args: argparse.Namespace) -> dict[str, int]:
-    """So that a check is never taken for the beginning of the training itself."""
-    return {"overfit": args.overfit} if args.overfit else {}
+def _learned_from(args: argparse.Namespace, people: Sequence[FittedPerson]) -> dict[str, Any]:
+    """What the components of the photos depend on; a check is never taken for the beginning of the training itself."""
+    masks = sum(photo.mask is not None for own in people for photo in own.person.photos)
+    check = {"overfit": args.overfit} if args.overfit else {}
+    return {"set of people": trained_on(people), "number of masks": masks, **check}
 
 
 def _some(args: argparse.Namespace) -> list[Person]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -142,6 +143,12 @@ def test_train_and_evaluate(model, photos, fitted, tmp_path, capsys):
     assert run("evaluate", model, photos, folder, "--held-out", "0.1") == 0  # of one person
     (row, *_) = (json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines())
     assert len(row["own_of_each"]) == 1 and "mean" not in row and "stranger" not in row
+    masked = shutil.copytree(photos, tmp_path / "masked")
+    for photo in list(masked.glob("*/*.png")):
+        Image.new("L", Image.open(photo).size, 255).save(photo.with_suffix(".mask.png"))
+    assert run("evaluate", model, masked, folder) == 0  # the same people, judged by their faces
+    assert run("train", model, masked, folder, "--steps", "41") == 1
+    assert "of a training with another number of masks" in capsys.readouterr().err
     assert run("evaluate", model, photos, folder, "--held-out", "0.5") == 1
     assert "may have been trained on some of the last 4 of these 7 people" in capsys.readouterr().err
 
