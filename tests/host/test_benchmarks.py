@@ -105,8 +105,9 @@ def test_a_person_with_guidance_of_their_own(studio, subject, hypernet):
     chosen = (AS_LORA, AS_LORA._replace(guidance=1.5), AS_LORA._replace(guidance=studio.sampling.cfg))
     lora, guided, far = (studio.apply(person, strengths) for strengths in chosen)
     assert lora.negative is None and guided.negative is not None
-    changes = [np.abs(one_picture(studio, models) - one_picture(studio)).mean() for models in (lora, guided, far)]
-    assert 0 < changes[0] < changes[1] < changes[2]
+    bare, plain, *others = (one_picture(studio, models) for models in (None, lora, guided, far))
+    changes = [np.abs(picture - plain).mean() for picture in others]
+    assert 0 < changes[0] < changes[1] and np.abs(plain - bare).mean() > 0
 
 
 def test_a_setting_that_is_not_given_is_the_widgets_default(host):

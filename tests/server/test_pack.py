@@ -111,8 +111,10 @@ def test_interrupted_training_leaves_the_host_as_it_was(server, sampling_prompt,
 
 def test_an_error_in_training_leaves_the_host_as_it_was(server, sampling_prompt, training_prompt):
     before = pixels(server, server.run(sampling_prompt))
+    settings = {"learning_rate": 1.0, "steps": 40, "rank": 50, "train_text_encoder": True}
     with pytest.raises(PromptError, match="diverged at step"):
-        server.run(edited(training_prompt, {"10": {"learning_rate": 1.0, "steps": 40, "rank": 50}}))
+        for seed in range(10):  # which of them diverge is a matter of rounding, and so of the processor
+            server.run(edited(training_prompt, {"10": {**settings, "seed": seed}}))
     after = pixels(server, server.run(edited(sampling_prompt, {"5": {"cfg": 3.0 + 2e-12}})))
     assert before == after
 
