@@ -270,12 +270,15 @@ def weighted_errors(error: Tensor, batch: Batch) -> Tensor:
     return batch.weight * (error * batch.mask).mean((1, 2, 3))
 
 
-def backward(losses: Iterable[Tensor], parameters: Iterable[Tensor]) -> None:
-    """Fill the gradients of float32 parameters from the sum of losses whose model may compute in float16."""
+def backward(losses: Iterable[Tensor], parameters: Iterable[Tensor]) -> Tensor:
+    """Fill the gradients of float32 parameters from the sum of losses whose model may compute in float16; that sum."""
+    seen = []
     for loss in losses:
         (loss * GRAD_SCALE).backward()
+        seen.append(loss.detach())
     for gradient in (p.grad for p in parameters if p.grad is not None):
         gradient.div_(GRAD_SCALE)
+    return torch.stack(seen).sum()
 
 
 class TrainableFactors(nn.Module):
@@ -450,13 +453,8 @@ def _train(
         encode = denoiser.encode_prompts if config.train_text_encoder else _encode_once(denoiser)
         for step in range(config.steps):
             prompts, batch = sampler.prompts(step), weighted(denoiser, sampler.draw(step), config.weighting)
-
-            def losses_of(part: slice, prompts: list[str] = prompts, batch: Batch = batch) -> Tensor:
-                live.update(factors())
-                own = Batch(*(tensor[part] for tensor in batch))
-                return diffusion_loss(denoiser, own, encode(prompts[part]))
-
-            loss, of_nothing, grad_norm = _backward(losses_of, batch, factors, config, samples_at_once)
+            parts = _losses(denoiser, batch, prompts, samples_at_once, encode, lambda: live.update(factors()))
+            loss, of_nothing, grad_norm = _backward(parts, batch, factors, config)
             relative = loss / of_nothing
             if step == 0:
                 limit = _EXPLODED_LOSS * max(1.0, relative)
@@ -485,27 +483,31 @@ def _encode_once(denoiser: Denoiser) -> Callable[[Sequence[str]], Any]:
     return lambda prompts: encoded(tuple(prompts))
 
 
-def _backward(
-    loss_of: Callable[[slice], Tensor],
+def _losses(
+    denoiser: Denoiser,
     batch: Batch,
-    factors: TrainableFactors,
-    config: FinetuneConfig,
+    prompts: Sequence[str],
     samples_at_once: int | None,
+    encode: Callable[[Sequence[str]], Any],
+    expand_again: Callable[[], None],
+) -> Iterator[Tensor]:
+    """The loss of a batch, part after part; each has a graph of its own from the factors on."""
+    size = samples_at_once or len(prompts)
+    for first in range(0, len(prompts), size):
+        part = slice(first, first + size)
+        expand_again()
+        yield diffusion_loss(denoiser, Batch(*(tensor[part] for tensor in batch)), encode(prompts[part]))
+
+
+def _backward(
+    losses: Iterable[Tensor], batch: Batch, factors: TrainableFactors, config: FinetuneConfig
 ) -> tuple[float, float, float]:
-    """Fill the gradients, part after part of a batch. The loss, that of a model that predicts nothing, and the gradient
-    norm leave the device together."""
+    """Fill the gradients. The loss, that of a model that predicts nothing, and the gradient norm leave the device
+    together."""
     parameters = [p for p in factors.parameters() if p.requires_grad]
-    size, losses = samples_at_once or len(batch.weight), []
-
-    def in_parts() -> Iterator[Tensor]:
-        for first in range(0, len(batch.weight), size):
-            loss = loss_of(slice(first, first + size))
-            losses.append(loss.detach())
-            yield loss
-
-    backward(in_parts(), parameters)
+    loss = backward(losses, parameters)
     norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-    loss_value, of_nothing, norm_value = torch.stack([torch.stack(losses).sum(), batch.weight.sum(), norm]).tolist()
+    loss_value, of_nothing, norm_value = torch.stack([loss, batch.weight.sum(), norm]).tolist()
     return loss_value, of_nothing, norm_value
 
 
