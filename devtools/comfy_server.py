@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from .device import host_options
 from .environment import PACK, Host
 
 HOST_PROCESS = Path(__file__).with_name("host_process.py")
@@ -88,7 +89,7 @@ class ComfyServer:
         work: Path,
         *,
         port: int = 0,
-        cpu: bool = True,
+        device: str = "cpu",
         options: tuple[str, ...] = (),
         console: bool = False,
     ) -> None:
@@ -97,14 +98,14 @@ class ComfyServer:
         Args:
             work: holds input, output, temp, user and the log; made if missing.
             port: 0 takes a free one.
-            cpu: run on the CPU even where there is a GPU.
+            device: that the host computes on; the CPU even where there is a GPU.
             options: more options for ComfyUI's command line.
             console: show the server's output instead of writing `work/server.log`.
         """
         self.host, self.work, self.port = host, work.resolve(), port
         self.input, self.output = self.work / "input", self.work / "output"
         self.log = self.work / "server.log"
-        self._options, self._console = (*(("--cpu",) if cpu else ()), *options), console
+        self._options, self._console = (*host_options(device), *options), console
         self._any_port = port == 0
         self._process: subprocess.Popen[bytes] | None = None
 

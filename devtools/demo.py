@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import workflow
 from .comfy_server import ComfyServer, Progress, PromptError, PromptInterrupted, ServerError, raise_on_terminate
+from .device import add_option
 from .environment import CHECKPOINT, HYPERNET, OF_THE_MINIATURE, ROOT, Host, SetupError, lacking
 
 if TYPE_CHECKING:
@@ -50,12 +51,12 @@ def main() -> int:
     parser.add_argument(
         "--seeds", type=int, default=4, help="pictures for each prompt, all judged (default: %(default)s)"
     )
-    parser.add_argument("--gpu", action="store_true", help="use the GPU (default: CPU, enough for the miniature)")
+    add_option(parser, default="cpu")
     args = parser.parse_args()
     raise_on_terminate()
     try:
         OUTPUT.mkdir(exist_ok=True)
-        run(Host.from_environ(), steps=args.steps, seeds=args.seeds, cpu=not args.gpu)
+        run(Host.from_environ(), steps=args.steps, seeds=args.seeds, device=args.device)
     except (ServerError, SetupError, PromptError, PromptInterrupted, workflow.WorkflowError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
@@ -69,7 +70,7 @@ def main() -> int:
     return 0
 
 
-def run(host: Host, steps: int | None, seeds: int, cpu: bool) -> None:
+def run(host: Host, steps: int | None, seeds: int, device: str) -> None:
     """The whole demonstration; writes `demo_person.safetensors`, `demo.png` and `demo.json` to `output/`."""
     for folder, name in (("checkpoints", CHECKPOINT), ("hyperdreambooth", HYPERNET)):
         if not (host.base / "models" / folder / name).is_file():
@@ -78,7 +79,7 @@ def run(host: Host, steps: int | None, seeds: int, cpu: bool) -> None:
     plain, edits = f"a {TOKEN} face", [scene.text(TOKEN) for scene in scenes]
     since = time.monotonic()
     print("Starting ComfyUI …", flush=True)
-    with ComfyServer(host, host.base, cpu=cpu) as server:
+    with ComfyServer(host, host.base, device=device) as server:
         session = Session(server, steps, seeds, {"start": time.monotonic() - since})
         pictures = {column: {text: session.pictures(text, column) for text in (plain, *edits)} for column in COLUMNS}
     person = OUTPUT / "demo_person.safetensors"

@@ -1,4 +1,4 @@
-"""The real ComfyUI inside this process, on the CPU, with this pack loaded as the host loads it: for tests, benchmarks."""
+"""The real ComfyUI inside this process, with this pack loaded as the host loads it: for tests, benchmarks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .device import host_options
 from .environment import ROOT, SetupError
 
 
@@ -42,7 +43,13 @@ class InProcessHost:
         return getattr(clone, node.FUNCTION)(**{**defaults, **inputs}).args
 
 
-def boot(comfyui: Path, base: Path, options: Sequence[str] = (), extra_paths: Path | None = None) -> InProcessHost:
+def boot(
+    comfyui: Path,
+    base: Path,
+    options: Sequence[str] = (),
+    extra_paths: Path | None = None,
+    device: str = "cpu",
+) -> InProcessHost:
     """Imports the host, once a process.
 
     Args:
@@ -50,6 +57,7 @@ def boot(comfyui: Path, base: Path, options: Sequence[str] = (), extra_paths: Pa
         base: the folder of models, input, output, temp.
         options: more of its command line.
         extra_paths: an ``extra_model_paths.yaml``.
+        device: that the host computes on.
 
     Raises:
         SetupError: there is no host in `comfyui`, or it could not load the pack.
@@ -57,7 +65,7 @@ def boot(comfyui: Path, base: Path, options: Sequence[str] = (), extra_paths: Pa
     if not (comfyui / "main.py").is_file():
         raise SetupError(f"No ComfyUI in {comfyui}. Run `python dev.py test` once: it unpacks one.")
     sys.path.insert(0, str(comfyui))
-    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(base), *options]
+    arguments, sys.argv = sys.argv, ["main.py", *host_options(device), "--base-directory", str(base), *options]
     try:
         import comfy.options
 

@@ -6,18 +6,19 @@ import argparse
 import sys
 
 from .comfy_server import ComfyServer, ServerError, raise_on_terminate
+from .device import add_option
 from .environment import Host, SetupError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="dev.py serve", epilog="Other options go to ComfyUI.")
     parser.add_argument("--port", type=int, default=8188, help="default: %(default)s; 0 takes a free one")
-    parser.add_argument("--gpu", action="store_true", help="use the GPU (default: CPU, enough for the miniature)")
+    add_option(parser)
     args, options = parser.parse_known_args()
     raise_on_terminate()
     try:
         host = Host.from_environ()
-        server = ComfyServer(host, host.base, port=args.port, cpu=not args.gpu, options=tuple(options), console=True)
+        server = ComfyServer(host, host.base, port=args.port, device=args.device, options=tuple(options), console=True)
         with server:
             print(f"ComfyUI is at {server.url} (Ctrl-C stops it).", flush=True)
             code = server.wait()
