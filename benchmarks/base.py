@@ -213,6 +213,7 @@ def main() -> None:
     result = {
         "pictures": pictures.count,
         "sampling": asdict(bench.sampling),
+        "device": bench.device,
         "judges": {name: judged(judge, everything, faces) for name, judge in judges.items()},
     }
     text = text_of(result, pictures.count, bench)

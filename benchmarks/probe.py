@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from devtools.device import add_option, made_on
 from hdb_core import basis_file, hypernet_file
 from hdb_core.hypernet import HyperNet, preprocess
 from hdb_core.training.code import RIDGES, ridge_weights
@@ -45,7 +46,8 @@ def face_tokens(net: HyperNet, people: Sequence[Person], photos: int, batch: int
     for first in range(0, len(people), batch):
         some = people[first : first + batch]
         drawn = np.stack([photo(p, photo_context(p.seed, i)) for p in some for i in range(1, photos + 1)])
-        tokens = net.encode(preprocess(torch.from_numpy(drawn).float() / 255, net.config.encoder))
+        pixels = torch.from_numpy(drawn).to(device_of(net)).float() / 255
+        tokens = net.encode(preprocess(pixels, net.config.encoder))
         parts.append(tokens.unflatten(0, (len(some), photos)))
     return torch.cat(parts)
 
@@ -53,7 +55,13 @@ def face_tokens(net: HyperNet, people: Sequence[Person], photos: int, batch: int
 @torch.no_grad()
 def seen(net: HyperNet, tokens: Tensor, batch: int = 64) -> tuple[Tensor, Tensor]:
     """What the face tokens (N, T, D) of N people sum up, and the predicted up side, (N, numbers) each."""
-    return net.summed(tokens), torch.cat([net(part)[1].flatten(1) for part in tokens.split(batch)])
+    summed, up = net.summed(tokens), torch.cat([net(part)[1].flatten(1) for part in tokens.split(batch)])
+    return summed.cpu(), up.cpu()
+
+
+def device_of(net: HyperNet) -> torch.device:
+    """Where its weights are."""
+    return next(net.parameters()).device
 
 
 def explained(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,13 +95,14 @@ def main() -> None:
     options.add_argument("--basis", type=Path, help="the file of its basis, if that is a learned one")
     options.add_argument("--people", type=int, default=1600)
     options.add_argument("--photos", type=int, nargs="+", default=[1, 3], help="of each of them that are read together")
+    add_option(options)
     options.add_argument("--results", type=Path, default=RESULTS)
     args = options.parse_args()
     if args.basis is not None:
         basis_file.load(args.basis)
     people = [sample_person(UNSEEN + i) for i in range(args.people)]
     targets = torch.tensor([truth(person) for person in people])
-    net = hypernet_file.load(args.hypernet)
+    net = hypernet_file.load(args.hypernet).to(args.device)
     rows: list[dict[str, Any]] = [{"of": item} for item in ITEMS]
     tokens, columns = face_tokens(net, people, max(args.photos)), []
     for photos in args.photos:
@@ -105,6 +114,7 @@ def main() -> None:
     for row in rows:
         shares = (percent(row[column], row[f"{column}, error"]) for column in columns)
         lines.append(f"| {row['of'].replace('_', ' ')} | " + " | ".join(shares) + " |")
+    lines += ["", f"Made on: {', '.join(made_on(args.device).values())}."]
     write_json(args.results / "probe.json", rounded(rows))
     write_text(args.results / "probe.md", "\n".join(lines) + "\n")
     print("\n".join(lines))

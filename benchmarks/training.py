@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from devtools.device import add_option, made_on
 from miniature.scores import mean_over_people
 
 from .common.bench import RESULTS, ROOT
@@ -106,13 +107,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "| variant | steps | own | mean person | stranger | nobody | own below nobody, % | more than diffusion | outside (nobody) | regression (mean person) |",
         "|---|" + "---:|" * 9,
     ]
-    diffusion = {row["steps"]: row for row in rows if row["variant"] == "diffusion"}
+    diffusion = {(row["steps"], device_of(row)): row for row in rows if row["variant"] == "diffusion"}
     for row in rows:
         gain = percent(1 - row["own"] / row["nobody"])
-        more = more_than(row, diffusion.get(row["steps"], row))
+        more = more_than(row, diffusion.get((row["steps"], device_of(row)), row))
         outside = f"{row['own_outside']:.4f} ({row['nobody_outside']:.4f})" if "own_outside" in row else ""
         fits = f"{row['regression']:.3f} ({row['mean_predictor']:.3f})" if "regression" in row else ""
-        lines.append(f"| {row['variant']} | {row['steps']} | {row['own']:.4f} | {row['mean']:.4f} | {row['stranger']:.4f} | {row['nobody']:.4f} | {gain} | {more} | {outside} | {fits} |")  # fmt: skip
+        lines.append(f"| {row['variant']}{'' if device_of(row) == 'cpu' else ', ' + row['made_on']['card']} | {row['steps']} | {row['own']:.4f} | {row['mean']:.4f} | {row['stranger']:.4f} | {row['nobody']:.4f} | {gain} | {more} | {outside} | {fits} |")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -125,9 +126,15 @@ def more_than(row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     return percent(less.value, less.error)
 
 
+def device_of(row: Mapping[str, Any]) -> str:
+    """That a row was trained on; the CPU where it was not noted."""
+    return row.get("made_on", {}).get("device", "cpu")
+
+
 def merged(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows with one more, or one made anew, by steps and in the order of the variants."""
-    keyed = {(r["steps"], list(VARIANTS).index(r["variant"])): r for r in [*rows, row] if r["variant"] in VARIANTS}
+    """The rows with one more, or one made anew, by device, steps and in the order of the variants."""
+    order = list(VARIANTS).index
+    keyed = {(device_of(r), r["steps"], order(r["variant"])): r for r in [*rows, row] if r["variant"] in VARIANTS}
     return [keyed[key] for key in sorted(keyed)]
 
 
@@ -145,21 +152,25 @@ def main() -> None:
     )
     options.add_argument("--basis", type=Path, default=BASIS, help="file of the learned basis")
     options.add_argument("--model", type=Path, default=ROOT / ".runs" / "diffusers")
+    add_option(options)
     options.add_argument("--keep", metavar="NAME", help="name of the table, training_NAME, for other people")
     options.add_argument("--results", type=Path, default=RESULTS)
     args = options.parse_args()
     shared = [
-        *("--model", str(args.model.resolve()), "--photos", str(args.photos.resolve()), "--cpu", "--image-size", "128"),
+        *("--model", str(args.model.resolve()), "--photos", str(args.photos.resolve()), "--image-size", "128"),
+        *(("--cpu",) if args.device == "cpu" else ()),
         *("--encoder", str(args.encoder.resolve()), "--precomputed", str(args.folder.resolve()), "--held-out", "0.1"),
         *("--warmup", "20", "--depth", "2", "--max-photos", "2"),
         *("--min-timestep", "0.05", "--max-timestep", "0.95", "--sample-every", "0"),
     ]
     name_of_table = f"training_{args.keep}" if args.keep else "training"
+    runs = ROOT / ".runs" / (name_of_table if args.device == "cpu" else f"{name_of_table}_{args.device}")
     path = args.results / f"{name_of_table}.json"
     rows: list[Mapping[str, Any]] = []
     for name in args.variants:
-        folder = ROOT / ".runs" / name_of_table / f"{name.replace(', ', '_').replace(' ', '_')}_{args.steps}"
-        row = rounded(trained(name, folder, args.steps, shared, args.masked.resolve(), args.basis.resolve()))
+        folder = runs / f"{name.replace(', ', '_').replace(' ', '_')}_{args.steps}"
+        made = trained(name, folder, args.steps, shared, args.masked.resolve(), args.basis.resolve())
+        row = rounded(made | {"made_on": made_on(args.device)})
         rows = merged(json.loads(path.read_text()) if path.exists() else [], row)  # others may write, too
         write_json(path, rows)
         write_text(path.with_suffix(".md"), table(rows))

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from devtools import device
 from devtools.environment import BASE, CHECKPOINT, ROOT
 from miniature.judge import ARCHITECTURES, Judge
 from miniature.people import SPLITS
@@ -37,6 +38,7 @@ class Bench:
         folder: takes cells and whatever the host writes.
         kept: scores of cells that may have been made elsewhere.
         short: the short evaluation.
+        device: that the host computes on. What is made on another than the CPU has keys of its own.
     """
 
     checkpoint: Path
@@ -45,11 +47,13 @@ class Bench:
     folder: Path
     kept: KeptScores
     short: bool = False
+    device: str = "cpu"
 
     @cached_property
     def cells(self) -> Cells:
         settings = {"checkpoint": file_hash(self.checkpoint), "sampling": asdict(self.sampling), "seeds": self.seeds}
-        return Cells(self.folder / "cells", settings | {"short": self.short})
+        own = {} if self.device == "cpu" else {"device": self.device}
+        return Cells(self.folder / "cells", settings | {"short": self.short} | own)
 
     def finished(self, row: str, settings: Mapping[str, Any], person: int) -> bool:
         """Whether a cell is here, or its scores are kept."""
@@ -69,7 +73,7 @@ class Bench:
 
     @cached_property
     def studio(self) -> Studio:
-        return Studio.open(self.checkpoint, self.folder / "comfyui", self.sampling)
+        return Studio.open(self.checkpoint, self.folder / "comfyui", self.sampling, self.device)
 
 
 def parser(description: str | None, people: int, name: str) -> argparse.ArgumentParser:
@@ -87,6 +91,7 @@ def parser(description: str | None, people: int, name: str) -> argparse.Argument
     options.add_argument("--weights", type=Path, default=ROOT / "weights", help="folder of the judges")
     options.add_argument("--runs", type=Path, default=RUNS, help="folder of finished cells")
     options.add_argument("--results", type=Path, default=RESULTS)
+    device.add_option(options)
     options.add_argument("--report-only", action="store_true", help="make nothing new, report what is there")
     defaults = Sampling()
     options.add_argument("--sampler", default=defaults.sampler_name)
@@ -107,7 +112,9 @@ def open_bench(args: argparse.Namespace, short: bool = False) -> Bench:
         raise SystemExit(f"No checkpoint {args.checkpoint}: complete weights/, or name one with --checkpoint.")
     sampling = Sampling(args.sampler, args.scheduler, args.sampler_steps, args.cfg, not args.float32)
     kept = KeptScores(args.results / KEPT, judge_keys(args.weights))
-    return Bench(args.checkpoint.resolve(), sampling, args.seeds_per_prompt, args.runs.resolve(), kept, short)
+    return Bench(
+        args.checkpoint.resolve(), sampling, args.seeds_per_prompt, args.runs.resolve(), kept, short, args.device
+    )
 
 
 def chosen_subjects(args: argparse.Namespace, short: bool = False) -> list[Subject]:

@@ -69,7 +69,7 @@ def sampled(bench: Bench, models: Models, subject: Subject, **facts: Any) -> Cel
 def sampled_texts(bench: Bench, models: Models, subject: Subject, texts: Sequence[str], **facts: Any) -> Cell:
     """The pictures of any prompts, one for each of the same seeds."""
     pictures = [bench.studio.pictures(models, text, subject.seed, bench.seeds) for text in texts]
-    return Cell(np.stack(pictures), {"prompts": list(texts), **facts})
+    return Cell(np.stack(pictures), {"prompts": list(texts), **facts, "made_on": bench.studio.made_on})
 
 
 class Base:

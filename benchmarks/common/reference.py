@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -95,13 +94,13 @@ def train(
 
         seconds, flops, done = 0.0, 0, 0
         for checkpoint in config.checkpoints:
-            start = time.perf_counter()
+            start = studio.now()
             for step in range(done, checkpoint):
                 if step == 0:
                     flops = counted_flops(lambda: train_step(0))
                 else:
                     train_step(step)
-            seconds, done = seconds + time.perf_counter() - start, checkpoint
+            seconds, done = seconds + studio.now() - start, checkpoint
             yield Checkpoint(done, seconds, flops * done, sum(p.numel() for p in parameters))
 
 

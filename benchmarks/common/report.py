@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ SCORES = ("identity", "retrieval", "edit", "joint", "leak", "drift", "diversity"
 EXTRA_SCORES = ("identity_raw", "pull")
 SHOWN = (*SCORES[:-1], "pull", SCORES[-1])  # in the tables
 FACTS = ("steps", "seconds", "bytes", "flops")
+MADE_ON = "made_on"  # among the facts: device, card, versions
 RESAMPLES = 2000
 COSTS = ("steps", "seconds", "flops")
 REACHED = 0.95  # of a reference's best joint score
@@ -47,6 +48,7 @@ class Row:
     scores: dict[str, dict[int, float]] = field(default_factory=dict)
     kinds: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
     facts: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # by card
 
     @property
     def people(self) -> list[int]:
@@ -63,13 +65,27 @@ class Row:
         for name in FACTS:
             if name in facts:
                 self.facts.setdefault(name, []).append(facts[name])
+        if "seconds" in facts:
+            self.seconds.setdefault(card_of(facts), []).append(facts["seconds"])
 
     def mean(self, score: str) -> Mean | None:
         """Over people, or None where the row has no such score."""
         return mean_over_people(self.scores[score].values()) if score in self.scores else None
 
     def fact(self, name: str) -> float | None:
-        return float(np.mean(self.facts[name])) if name in self.facts else None
+        """Over people; seconds over those of one card."""
+        values = self.seconds.get(self.timed_on) if name == "seconds" else self.facts.get(name)
+        return float(np.mean(values)) if values else None
+
+    @property
+    def timed_on(self) -> str:
+        """The card that most people's seconds are of; "" where none was noted."""
+        return max(self.seconds, key=lambda card: len(self.seconds[card]), default="")
+
+
+def card_of(facts: Mapping[str, Any]) -> str:
+    """The card in a cell's facts, or "" in those from before it was noted, all of one machine's CPU."""
+    return facts.get(MADE_ON, {}).get("card", "")
 
 
 class Scorer:
@@ -101,7 +117,7 @@ class Scorer:
         return {
             "scores": scores,
             "kinds": kinds,
-            "facts": {name: cell.facts[name] for name in FACTS if name in cell.facts},
+            "facts": {name: cell.facts[name] for name in (*FACTS, MADE_ON) if name in cell.facts},
         }
 
     def class_readings(self, cell: Cell) -> dict[str, list]:
@@ -160,7 +176,7 @@ def best_checkpoint(rows: Sequence[Row], name: str) -> Row | None:
     if not checkpoints:
         return None
     _, best = max(checkpoints, key=lambda pair: pair[0])
-    return Row(name, best.scores, best.kinds, best.facts)
+    return replace(best, name=name)
 
 
 class Reached(NamedTuple):
@@ -205,6 +221,8 @@ def compared(row: Row, reached: Reached) -> dict[str, float | None]:
     common = mine.keys() & theirs.keys()
     top = sum(theirs[person] for person in common)
     ratios = {cost: getattr(reached, cost) / own if (own := row.fact(cost)) else None for cost in COSTS}
+    if row.timed_on != reached.best.timed_on:
+        ratios["seconds"] = None
     return {**ratios, "joint": sum(mine[person] for person in common) / top if top else None}
 
 
@@ -238,7 +256,7 @@ def as_object(
              for kind, own in row.kinds.items()}  # fmt: skip
     return rounded({
         "row": row.name, **values(row, SCORES), **{name: row.fact(name) for name in FACTS},
-        "people": len(row.people), **values(row, EXTRA_SCORES), "errors": errors,
+        "timed_on": row.timed_on, "people": len(row.people), **values(row, EXTRA_SCORES), "errors": errors,
         "minus_base": differences(base), "minus_reference": differences(best.get(MAIN_REFERENCE)),
         "minus_unsaved": differences(unsaved),
         "share_of_gain": {name: [share.value, share.error] for name, share in shares.items() if share},

@@ -127,6 +127,8 @@ class Table:
             ranked = {score: rank_correlation(*pair) for score, pair in pairs.items()}
             listed = ", ".join(f"{score} {value:.2f}" for score, value in ranked.items() if value is not None)
             parts.append(f"Rank correlation of the rows between the two judges: {listed}.")
+        if timed_on := sorted({row["timed_on"] for row in objects} - {""}):
+            parts.append(f"Seconds, each a mean over one card: {'; '.join(timed_on)}.")
         parts.append(f"Sampling: {asdict(self.bench.sampling)}, {self.bench.seeds} seeds for each prompt.")
         return "\n\n".join(parts) + "\n"
 

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from devtools.device import made_on, synchronize
 from devtools.environment import Host
 from devtools.inprocess import InProcessHost, boot
 from hdb_core.lidb import AS_LORA, Strengths
@@ -35,7 +36,8 @@ class Sampling:
 
     Attributes:
         bf16: run the UNet under autocast. Weights and patches stay float32: in bfloat16 weights (the host's own
-            --bf16-unet, which computes in float32 on a CPU) a small patch would be rounded away.
+            --bf16-unet, which computes in float32 on a CPU) a small patch would be rounded away. On a GPU the host keeps
+            float16 weights.
     """
 
     sampler_name: str = "dpmpp_2m"
@@ -65,11 +67,11 @@ class Made(NamedTuple):
 class Studio:
     """A booted host with one checkpoint loaded."""
 
-    def __init__(self, host: InProcessHost, checkpoint: Path, sampling: Sampling) -> None:
+    def __init__(self, host: InProcessHost, checkpoint: Path, sampling: Sampling, device: str = "cpu") -> None:
         import comfy.utils
 
         comfy.utils.PROGRESS_BAR_ENABLED = False
-        self.host, self.sampling = host, sampling
+        self.host, self.sampling, self.device = host, sampling, device
         self._step_flops: dict[str, int] = {}
         self._hypernets: dict[Path, Any] = {}
         host.folder_paths.add_model_folder_path("checkpoints", str(checkpoint.parent))
@@ -77,12 +79,13 @@ class Studio:
             self.base = Models(*host.run("CheckpointLoaderSimple", ckpt_name=checkpoint.name))
 
     @classmethod
-    def open(cls, checkpoint: Path | None, folder: Path, sampling: Sampling) -> Studio:
+    def open(cls, checkpoint: Path | None, folder: Path, sampling: Sampling, device: str = "cpu") -> Studio:
         """Boots the host that `dev.py` prepared.
 
         Args:
             checkpoint: the base model; None is the miniature where `dev.py` put it.
             folder: takes whatever the host and its nodes write.
+            device: that the host computes on.
 
         Raises:
             SetupError: no host is there.
@@ -94,9 +97,15 @@ class Studio:
             raise FileNotFoundError(f"No checkpoint {checkpoint}: complete weights/, or name one with --checkpoint.")
         folder.mkdir(parents=True, exist_ok=True)
         logging.getLogger().setLevel(logging.WARNING)
-        host = boot(prepared.root, folder)
+        host = boot(prepared.root, folder, device=device)
         host.folder_paths.add_model_folder_path("lidb_basis", str(prepared.base / "models" / "lidb_basis"))
-        return cls(host, checkpoint.resolve(), sampling)
+        return cls(host, checkpoint.resolve(), sampling, device)
+
+    @cached_property
+    def made_on(self) -> dict[str, str]:
+        """The device, the card, the versions and the dtype behind everything that is made here."""
+        weights = str(self.base.model.model.get_dtype()).removeprefix("torch.")
+        return made_on(self.device, f"{weights}, bfloat16 autocast" if self.sampling.bf16 else weights)
 
     @torch.inference_mode()
     def pictures(self, models: Models, prompt: str, seed: int, count: int, width: int = SIZE) -> np.ndarray:
@@ -105,7 +114,7 @@ class Studio:
         positive = run("CLIPTextEncode", clip=models.clip, text=prompt)[0]
         negative = models.negative or self.negative(models.clip)
         latents = run("EmptyLatentImage", width=width, height=SIZE, batch_size=count)[0]
-        with torch.autocast("cpu", torch.bfloat16, enabled=sampling.bf16):
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=sampling.bf16):
             samples = run(
                 "KSampler", model=models.model, seed=seed, steps=sampling.steps, cfg=sampling.cfg, denoise=1.0,
                 sampler_name=sampling.sampler_name, scheduler=sampling.scheduler,
@@ -140,9 +149,9 @@ class Studio:
         predict = partial(self.host.run, "PredictLiDB", **inputs)
         flops, seconds = counted_flops(predict), []
         for _ in range(TIMED):
-            start = time.perf_counter()
+            start = self.now()
             lidb = predict()[0]
-            seconds.append(time.perf_counter() - start)
+            seconds.append(self.now() - start)
         return Made(lidb, median(seconds), flops)
 
     @torch.inference_mode()
@@ -169,9 +178,14 @@ class Studio:
         base = {"model": self.base.model, "clip": self.base.clip, "vae": self.base.vae}
         inputs = {**base, "image": as_image(photos), "lidb": lidb, "class_images": class_images}
         inputs["mask"] = None if masks is None else as_image(masks)
-        start = time.perf_counter()
+        start = self.now()
         made = self.host.run("FastFinetune", **inputs, **settings)[0]
-        return made, time.perf_counter() - start
+        return made, self.now() - start
+
+    def now(self) -> float:
+        """Seconds of a clock, read when the device has done all that it was told."""
+        synchronize(self.device)
+        return time.perf_counter()
 
     def finetune_step_flops(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,6 +101,13 @@ def test_a_report_is_the_same_where_the_pictures_are_not(table, tmp_path):
     elsewhere = table()
     assert elsewhere.objects({key: BlindJudge()}) == first
     assert elsewhere.grid(elsewhere.subjects[:0]) is None
+
+
+def test_another_device_has_keys_of_its_own(table):
+    here = table()
+    there = replace(here.bench, device="cuda")
+    assert here.bench.key("base", {}) != there.key("base", {})
+    assert here.bench.key("base", {}) == replace(here.bench, device="cpu").key("base", {})
 
 
 def test_a_row_whose_file_is_gone_is_reported_and_not_made(table, tmp_path):

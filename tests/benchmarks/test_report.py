@@ -52,6 +52,21 @@ def test_share_of_the_gain_is_a_ratio_of_means():
     assert gain_share(row("one", {1: 0.5}), BASE, REFERENCE) is None
 
 
+def test_seconds_of_two_cards_are_never_averaged():
+    made = Row("lidb_40")
+    for person, (card, seconds) in enumerate((("H", 1.0), ("H", 3.0), ("A", 50.0))):
+        made.add(
+            person, {"identity": 0.5, "joint": 0.5}, {}, {"seconds": seconds, "steps": 40, "made_on": {"card": card}}
+        )
+    assert (made.timed_on, made.fact("seconds"), made.fact("steps")) == ("H", 2.0, 40)
+    slow = [
+        row(f"dreambooth@{n}", {0: 0.5}, joint, steps=n, seconds=n, flops=n) for n, joint in ((50, 0.2), (100, 0.6))
+    ]
+    reached = cost_of_most(slow, "dreambooth")
+    assert compared(made, reached)["seconds"] is None
+    assert compared(made, reached)["steps"] > 1
+
+
 def test_the_best_checkpoint_has_the_best_joint_score():
     rows = [row(f"dreambooth@{n}", {1: 0.5}, joint, steps=n) for n, joint in ((50, 0.2), (100, 0.6), (200, 0.4))]
     best = best_checkpoint([BASE, *rows], "dreambooth")
