@@ -15,11 +15,13 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from transformers import CLIPTokenizer
 
+from devtools.device import add_option
+
 from .checkpoint import trained_weights
 from .latents import chunk_indices
 from .pictures import training_picture
 from .text import build_text_encoder, load_tokenizer, tokenize, vocabulary
-from .training import Trainer
+from .training import Trainer, to_device
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -51,14 +53,17 @@ class Base(nn.Module):
 
     Args:
         rows: the tokens that have a row of their own, ascending, int64 (V,); see ``vocabulary``.
+        device: that it is for.
     """
 
-    def __init__(self, rows: torch.Tensor) -> None:
+    def __init__(self, rows: torch.Tensor, device: str = "cpu") -> None:
         super().__init__()
         self.register_buffer("rows", rows, persistent=False)
         self.unet = build_unet().to(memory_format=torch.channels_last)
-        self.unet.set_attn_processor(AttnProcessor())  # as in build_text_encoder
-        self.text_encoder = build_text_encoder(len(rows)).requires_grad_(False)
+        if device == "cpu":
+            self.unet.set_attn_processor(AttnProcessor())  # as in build_text_encoder
+        self.text_encoder = build_text_encoder(len(rows), device).requires_grad_(False)
+        self.to(device)
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Predicted noise (B, 4, h, w) for noisy latents (B, 4, h, w), timesteps (B,) and tokens (B, 77)."""
@@ -69,12 +74,15 @@ class Base(nn.Module):
 
 def diffusion_loss(base: nn.Module, latents: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator,
                    signal: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:  # fmt: skip
-    """Min-SNR-5 weighted ε-loss at one stratified random timestep a sample; latents (B, 4, h, w) of unit variance."""
+    """Min-SNR-5 weighted ε-loss at one stratified random timestep a sample; latents (B, 4, h, w) of unit variance.
+
+    Timesteps and noise are drawn on the CPU, so that a seed means the same everywhere; the rest is where latents are.
+    """
     count = len(latents)
     fractions = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-    timesteps = (fractions * 1000).long()
+    timesteps = to_device((fractions * 1000).long(), latents.device)
     share = signal[timesteps].view(-1, 1, 1, 1)
-    noise = torch.randn(latents.shape, generator=generator)
+    noise = to_device(torch.randn(latents.shape, generator=generator), latents.device)
     noisy = (share.sqrt() * latents + (1 - share).sqrt() * noise).to(dtype, memory_format=torch.channels_last)
     snr = share / (1 - share)
     weight = snr.clamp(max=5.0) / snr
@@ -125,22 +133,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
+    add_option(parser)
     args = parser.parse_args()
     tokenizer = load_tokenizer()
     torch.manual_seed(args.seed)
-    base = Base(vocabulary(tokenizer))
+    base = Base(vocabulary(tokenizer), args.device)
     for source in (args.start, args.text):
         if source:
             base.load_state_dict(trained_weights(source), strict=False)
     trainer = Trainer(base, args.run, steps=args.steps, rate=args.rate, ema=0.998, muon=True, adam_scale=0.3)
     data = LatentSet(args.latents, tokenizer, np.random.default_rng([args.seed, trainer.step_count]))
     generator = torch.Generator().manual_seed(args.seed + 7919 * trainer.step_count)
-    signal = alphas_cumprod()
+    signal = alphas_cumprod().to(args.device)
     while trainer.step_count < args.steps:
         if trainer.step_count % 200 == 0:
             data.reload()
         pairs = trainer.step_count % 12 == 11
-        latents, tokens = data.batch(args.batch // 2 if pairs else args.batch, pairs)
+        batch = data.batch(args.batch // 2 if pairs else args.batch, pairs)
+        latents, tokens = (to_device(tensor, args.device) for tensor in batch)
         trainer.step(diffusion_loss(base, latents, tokens, generator, signal))
     trainer.save()
 

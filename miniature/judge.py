@@ -17,6 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from devtools.device import add_option
+
 from .latents import chunk_indices
 from .people import (
     ACCESSORIES,
@@ -34,7 +36,7 @@ from .people import (
     Person,
 )
 from .pictures import subject
-from .training import Trainer, load_average
+from .training import Trainer, load_average, to_device
 from .vae import to_tensor
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -265,14 +267,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    add_option(parser)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     run = args.run or Path(f".runs/judge_{args.architecture}")
-    model = ARCHITECTURES[args.architecture]().to(memory_format=torch.channels_last)
+    model = ARCHITECTURES[args.architecture]().to(args.device, memory_format=torch.channels_last)
     trainer = Trainer(model, run, steps=args.steps, rate=args.rate, ema=0.995, muon=True)
     pictures = _Pictures(args.pictures, np.random.default_rng([args.seed, trainer.step_count]))
     while trainer.step_count < args.steps:
-        batch, names, factors = pictures.batch(args.batch)
+        batch, names, factors = (to_device(tensor, args.device) for tensor in pictures.batch(args.batch))
         outputs = model(batch.to(torch.bfloat16, memory_format=torch.channels_last))
         trainer.step(judge_loss(outputs.float(), names, factors))
     weights = {name: tensor.to(torch.float16) for name, tensor in load_average(run).items()}

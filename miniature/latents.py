@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 
+from devtools.device import add_option
+
 from .checkpoint import trained_weights
 from .pictures import CHUNK, is_pair
+from .training import to_device
 from .vae import build_vae, to_tensor
 
 
@@ -26,9 +29,11 @@ def chunk_indices(chunk: int, pairs: bool) -> list[int]:
 @torch.inference_mode()
 def encode(vae: AutoencoderTiny, pictures: np.ndarray, batch: int = 32) -> np.ndarray:
     """uint8 RGB (N, H, W, 3) to float16 raw latents (N, 4, H/8, W/8)."""
-    parts = [vae.encoder(to_tensor(pictures[i : i + batch]).to(torch.bfloat16, memory_format=torch.channels_last)).float()
-             for i in range(0, len(pictures), batch)]  # fmt: skip
-    return torch.cat(parts).numpy().astype(np.float16)
+    device, parts = next(vae.parameters()).device, []
+    for start in range(0, len(pictures), batch):
+        pixels = to_device(to_tensor(pictures[start : start + batch]), device)
+        parts.append(vae.encoder(pixels.to(torch.bfloat16, memory_format=torch.channels_last)).float())
+    return torch.cat(parts).cpu().numpy().astype(np.float16)
 
 
 def main() -> None:
@@ -38,11 +43,12 @@ def main() -> None:
         "--vae", type=Path, default=Path(".runs/vae"), help="its run, or weights/miniature_vae.safetensors"
     )
     parser.add_argument("--folder", type=Path, default=Path(".runs/latents"))
+    add_option(parser)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     vae = build_vae()
     vae.load_state_dict(trained_weights(args.vae))
-    vae = vae.to(torch.bfloat16).eval()
+    vae = vae.to(args.device, torch.bfloat16).eval()
     for source in sorted(args.pictures.glob("singles_*.npy")):
         for name in (source.name.replace("singles", "pairs"), source.name):
             target = args.folder / name

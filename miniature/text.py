@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from devtools.device import add_option
+
 from . import people
 from .captions import background_words, context_words, person_words, style_words
 from .pictures import subject, training_picture
-from .training import Trainer
+from .training import Trainer, to_device
 
 TEXT_LAYERS = 2
 WIDTH = 768
@@ -40,7 +42,7 @@ LABELS = {name: i for i, name in enumerate(
     ["pair", "empty"] + [f"{side} {a}={v}" for side in SIDES for a, values in _TABLES.items() for v in values])}  # fmt: skip
 
 
-def build_text_encoder(vocabulary: int) -> CLIPTextModel:
+def build_text_encoder(vocabulary: int, device: str = "cpu") -> CLIPTextModel:
     """CLIP-L's text model with its first two layers and ``vocabulary`` token rows only.
 
     The checkpoint adds ten layers that are identities, and zero rows for all tokens that no caption uses.
@@ -57,9 +59,11 @@ def build_text_encoder(vocabulary: int) -> CLIPTextModel:
         bos_token_id=vocabulary - 2,
     )
     encoder = CLIPTextModel(config)
-    # Measured on a CPU: plain matrix products train a fifth faster than the fused attention with its slow backward.
-    encoder.set_attn_implementation("eager")
-    return encoder
+    if (
+        device == "cpu"
+    ):  # measured there: plain products train a fifth faster than fused attention, whose backward is slow
+        encoder.set_attn_implementation("eager")
+    return encoder.to(device)
 
 
 def load_tokenizer(root: Path = Path(".comfyui")) -> CLIPTokenizer:
@@ -118,13 +122,15 @@ class Reader(nn.Module):
 
     Args:
         rows: the tokens that have a row of their own, ascending, int64 (V,); see ``vocabulary``.
+        device: that it is for.
     """
 
-    def __init__(self, rows: torch.Tensor) -> None:
+    def __init__(self, rows: torch.Tensor, device: str = "cpu") -> None:
         super().__init__()
         self.register_buffer("rows", rows, persistent=False)
-        self.text_encoder = build_text_encoder(len(rows))
+        self.text_encoder = build_text_encoder(len(rows), device)
         self.head = nn.Linear(WIDTH, len(LABELS))
+        self.to(device)
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits (B, P, labels) read at positions (B, P) of tokens (B, L)."""
@@ -139,10 +145,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    add_option(parser)
     args = parser.parse_args()
     tokenizer = load_tokenizer()
     torch.manual_seed(args.seed)
-    reader = Reader(vocabulary(tokenizer))
+    reader = Reader(vocabulary(tokenizer), args.device)
     trainer = Trainer(
         reader,
         args.run,
@@ -165,7 +172,11 @@ def main() -> None:
         positions = np.stack(
             [rng.integers(ends.numpy(), length) for _ in range(READ_POSITIONS - 1)] + [ends.numpy()], 1
         )
-        logits = reader(tokens[:, :length].contiguous(), torch.from_numpy(positions)).float()
+        read, truth, places = (
+            to_device(tensor, args.device)
+            for tensor in (tokens[:, :length].contiguous(), truth, torch.from_numpy(positions))
+        )
+        logits = reader(read, places).float()
         trainer.step(F.binary_cross_entropy_with_logits(logits, truth[:, None].expand_as(logits)) * len(LABELS))
 
 

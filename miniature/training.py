@@ -16,7 +16,7 @@ class Trainer:
     """Steps a bf16 model through float32 master weights, keeps their EMA, logs and checkpoints.
 
     Args:
-        model: float32 on entry; becomes bfloat16 in place and stays so.
+        model: float32 on entry, on the device to train on; becomes bfloat16 in place and stays so.
         folder: receives ``state.pt`` (atomically replaced) and ``log.csv``.
         steps: length of the cosine schedule, after which the rate is zero.
         rate: peak learning rate, reached after ``warmup`` steps.
@@ -37,9 +37,11 @@ class Trainer:
         self.optimizers = self._optimizers(muon, adam_only)
         model.to(torch.bfloat16)
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.step_count, self._losses, self._saved, self._started = 0, [], time.time(), time.time()
+        self.device = self.params[0].device
+        self._losses: list[torch.Tensor] = []
+        self.step_count, self._saved, self._started = 0, time.time(), time.time()
         if (folder / "state.pt").exists():
-            self._restore(torch.load(folder / "state.pt", weights_only=True))
+            self._restore(torch.load(folder / "state.pt", map_location=self.device, weights_only=True))
 
     def _optimizers(self, muon: bool, adam_only: tuple[str, ...]) -> list[torch.optim.Optimizer]:
         inner = [muon and m.ndim >= 2 and not any(part in name for part in adam_only)
@@ -81,13 +83,12 @@ class Trainer:
     def step(self, loss: torch.Tensor) -> None:
         """Back-propagates a scalar loss, steps, and every so often logs and saves.
 
+        Only then is the loss read: reading waits for the device.
+
         Raises:
-            RuntimeError: The loss is not finite; the last checkpoint is left alone.
+            RuntimeError: A loss since the last log was not finite; the last checkpoint is left alone.
         """
         loss.backward()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise RuntimeError(f"loss is {value} at step {self.step_count}")
         for master, param in zip(self._stepped, self.params, strict=True):
             # Contiguous as the master is: the fused AdamW reads raw memory, whatever the strides say.
             master.grad = param.grad.to(torch.float32, memory_format=torch.contiguous_format).reshape(master.shape)
@@ -103,20 +104,40 @@ class Trainer:
             decay = min(self.decay, (1 + self.step_count) / (10 + self.step_count))
             torch._foreach_lerp_(self.average, self.masters, 1 - decay)
         self._publish()
-        self._losses.append(value)
+        self._losses.append(loss.detach())
         if self.step_count % LOG_EVERY == 0:
             self._log()
         if time.time() - self._saved > 180 or self.step_count >= self.steps:
             self.save()
 
+    def _mean_loss(self) -> float:
+        """Of the steps since the last log.
+
+        Raises:
+            RuntimeError: One of them is not finite.
+        """
+        losses = torch.stack(self._losses).tolist()
+        for step, value in enumerate(losses, self.step_count - len(losses)):
+            if not math.isfinite(value):
+                raise RuntimeError(
+                    f"loss is {value} at step {step}: start again from {self.folder} with a lower --rate"
+                )
+        return sum(losses) / len(losses)
+
     def _log(self) -> None:
-        mean = sum(self._losses) / len(self._losses)
+        mean = self._mean_loss()
         with open(self.folder / "log.csv", "a") as log:
             log.write(f"{self.step_count},{mean:.5f},{self.learning_rate():.2e},{time.time() - self._started:.0f}\n")
         self._losses = []
 
     def save(self) -> None:
-        """Writes ``state.pt``; a kill at any moment leaves the old or the new one."""
+        """Writes ``state.pt``; a kill at any moment leaves the old or the new one.
+
+        Raises:
+            RuntimeError: A loss since the last log was not finite; nothing is written.
+        """
+        if self._losses:
+            self._mean_loss()
         partial = self.folder / "state.partial"
         state = {"masters": self.masters, "average": self.average, "names": self.names,
                  "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step_count}  # fmt: skip
@@ -125,7 +146,14 @@ class Trainer:
         self._saved = time.time()
 
 
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A CPU tensor on a device; to a GPU through pinned memory, so that the copy waits for nothing."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def load_average(folder: Path) -> dict[str, torch.Tensor]:
     """The averaged float32 weights of a run, by parameter name."""
-    state = torch.load(folder / "state.pt", weights_only=True, mmap=True)
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
     return dict(zip(state["names"], state["average"], strict=True))

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 
-from .training import Trainer
+from devtools.device import add_option
+
+from .training import Trainer, to_device
 
 LATENT_NOISE = 0.08
 
@@ -65,17 +67,18 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=64)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    add_option(parser)
     parser.add_argument(
         "--freeze-encoder", action="store_true", help="train only the decoder, latents stay as they are"
     )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    vae = build_vae()
+    vae = build_vae().to(args.device)
     vae.encoder.requires_grad_(not args.freeze_encoder)
     trainer = Trainer(vae, args.run, steps=args.steps, rate=args.rate, ema=0.998, muon=True, warmup=100)
     pictures = _Pictures(args.pictures, np.random.default_rng([args.seed, trainer.step_count]))
     while trainer.step_count < args.steps:
-        target = pictures.batch(args.batch, args.crop)
+        target = to_device(pictures.batch(args.batch, args.crop), args.device)
         latents = vae.encoder(target.to(torch.bfloat16, memory_format=torch.channels_last))
         output = vae.decoder(latents + LATENT_NOISE * torch.randn_like(latents))
         trainer.step(reconstruction_loss(output.float(), target) + 0.02 * moment_loss(latents.float()))
