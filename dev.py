@@ -1,4 +1,4 @@
-"""The development entry point: python dev.py demo | test | serve | bench | thumbnails. Standard library only."""
+"""The development entry point: python dev.py demo | test | serve | bench | thumbnails | gpu. Standard library only."""
 
 import sys
 
@@ -19,6 +19,7 @@ commands:
   test        lint and all tests, or the tiers that are named; other options go to pytest
   bench       benchmarks by name
   thumbnails  the example workflows' pictures in the template browser
+  gpu         checks on a GPU, also where there is no network: benchmarks/gpu.md
 `dev.py COMMAND --help` shows the options of a command."""
 
 
@@ -31,12 +32,15 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         add_help=False,
         allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", choices=("demo", "serve", "test", "bench", "thumbnails"))
+    parser.add_argument("command", nargs="?", choices=("demo", "serve", "test", "bench", "thumbnails", "gpu"))
     parser.add_argument(
         "--comfyui", type=_absolute, metavar="PATH", help="use this ComfyUI with its own Python, change nothing in it"
     )
     parser.add_argument(
         "--python", type=_absolute, metavar="PATH", help="the Python of that ComfyUI, if it is not found"
+    )
+    parser.add_argument(
+        "--wheels", type=_absolute, metavar="FOLDER", help="no package index: this Python's torch, the rest from wheels"
     )
     args, rest = parser.parse_known_args(arguments)
     if args.command is None:
@@ -53,10 +57,10 @@ def _absolute(path: str) -> Path:
 def main() -> int:
     args, rest = parse(sys.argv[1:])
     os.chdir(ROOT)
-    if rest[:1] in (["-h"], ["--help"]):
+    if rest[:1] in (["-h"], ["--help"]) or args.command == "gpu":  # which prepares by itself
         return subprocess.run([sys.executable, "-m", f"devtools.{args.command}", *rest], check=False).returncode
     try:
-        host = prepare(args.comfyui, args.python)
+        host = prepare(args.comfyui, args.python, args.wheels)
     except SetupError as error:
         print(error, file=sys.stderr)
         return 1

