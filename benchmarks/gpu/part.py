@@ -1,0 +1,110 @@
+"""A part of a check: a process of its own that writes down every result as soon as it has it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from devtools.device import add_option, made_on, synchronize
+
+from ..common.files import rounded, write_json
+
+
+class Part:
+    """The results of a part, as rows in a JSON file.
+
+    Args:
+        path: of the file.
+        device: that is measured.
+        seconds: in which the part should be done.
+        toy: at the smallest sizes, for a rehearsal on a CPU.
+    """
+
+    def __init__(self, path: Path, device: str, seconds: float, toy: bool) -> None:
+        self.path, self.device, self.seconds, self.toy = path, device, seconds, toy
+        self.rows: list[dict[str, Any]] = []
+        self._started = time.monotonic()
+        self._write()
+
+    @classmethod
+    def from_arguments(cls, description: str | None, *more: Callable[[argparse.ArgumentParser], Any]) -> Part:
+        """The part that this process's command line asks for."""
+        parser = argparse.ArgumentParser(description=description)
+        parser.add_argument("--json", type=Path, required=True, help="file of the results")
+        parser.add_argument("--seconds", type=float, default=60.0, help="in which it should be done")
+        parser.add_argument("--toy", action="store_true", help="the smallest sizes, for a rehearsal on a CPU")
+        add_option(parser)
+        args = parser.parse_args()
+        return cls(args.json, args.device, args.seconds, args.toy)
+
+    @property
+    def left(self) -> float:
+        """Seconds until it should be done."""
+        return self.seconds - (time.monotonic() - self._started)
+
+    def add(self, what: str, **values: Any) -> None:
+        """Keeps a result, and prints it."""
+        row = rounded({"what": what, "at_second": self.seconds - self.left, **values})
+        self.rows.append(row)
+        self._write()
+        print(what, {name: value for name, value in row.items() if name not in ("what", "at_second")}, flush=True)
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Goes on after a failure, which becomes a result."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever breaks on a first visit is what the visit is for
+            self.failed(what, error)
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Keeps a failure as a result: its last line; the log has the rest."""
+        traceback.print_exception(error)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        self.add(what, failed=f"{type(error).__name__}: {' … '.join(dict.fromkeys([*lines[:1], *lines[-1:]]))[:300]}")
+
+    def timed(self, work: Callable[[], Any]) -> float:
+        """Seconds of some work, the device's included."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        work()
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def _write(self) -> None:
+        write_json(self.path, {"made_on": made_on(self.device), "rows": self.rows})
+
+
+def interleaved(part: Part, works: dict[str, Callable[[], float]], rounds: int, until: float) -> dict[str, list[float]]:
+    """What each work measures, all once a round, so that a slow moment of the machine hits all of them.
+
+    Args:
+        rounds: at most; a first one, which warms up, does not count, unless there is no other.
+        until: seconds that must be left for another round.
+    """
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds + 1):
+        before = part.left
+        for name, work in list(works.items()):
+            try:
+                value = work()
+            except Exception as error:  # noqa: BLE001 - the others go on
+                part.failed(name, error)
+                del works[name]
+                continue
+            if number or not rounds:
+                found[name].append(value)
+        if part.left - (before - part.left) < until:
+            break
+    return {name: values for name, values in found.items() if values}
+
+
+def middle(values: list[float]) -> dict[str, float]:
+    """Median, the least and the most, and how many."""
+    return {"median": median(values), "least": min(values), "most": max(values), "times": len(values)}
