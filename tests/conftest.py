@@ -15,6 +15,10 @@ from devtools.comfy_server import ComfyServer
 from devtools.environment import Host, SetupError
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="that the host computes on in the tiers host and server")
+
+
 @pytest.fixture(scope="session")
 def prepared_host():
     """The ComfyUI that dev.py prepared."""
@@ -25,9 +29,10 @@ def prepared_host():
 
 
 @pytest.fixture(scope="session")
-def server(prepared_host, tmp_path_factory):
+def server(prepared_host, tmp_path_factory, request):
     """A running ComfyUI with this pack; it writes to a temporary folder."""
-    with ComfyServer(prepared_host, tmp_path_factory.mktemp("comfyui")) as running:
+    device = request.config.getoption("--device")
+    with ComfyServer(prepared_host, tmp_path_factory.mktemp("comfyui"), device=device) as running:
         yield running
 
 

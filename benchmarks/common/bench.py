@@ -52,7 +52,8 @@ class Bench:
     @cached_property
     def cells(self) -> Cells:
         settings = {"checkpoint": file_hash(self.checkpoint), "sampling": asdict(self.sampling), "seeds": self.seeds}
-        own = {} if self.device == "cpu" else {"device": self.device}
+        kind = self.device.partition(":")[0]
+        own = {} if kind == "cpu" else {"device": kind}
         return Cells(self.folder / "cells", settings | {"short": self.short} | own)
 
     def finished(self, row: str, settings: Mapping[str, Any], person: int) -> bool:

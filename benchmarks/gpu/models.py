@@ -155,7 +155,7 @@ def bare_training_step(host: InProcessHost, models: Models, pixels: int, batch: 
         with torch.no_grad():
             conditioning = denoiser.encode_prompts(["a [v] face"] * batch)
         noisy = torch.randn(batch, 4, pixels // 8, pixels // 8, device=denoiser.device, requires_grad=True)
-        sigma = denoiser.sigmas()[torch.linspace(100, 800, batch).long()].clone()
+        sigma = denoiser.sigmas()[torch.linspace(100, 800, batch).long()].to(denoiser.device, copy=True)
 
         def step() -> None:
             denoiser.denoise(noisy, sigma, conditioning).square().mean().backward()

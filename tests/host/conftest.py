@@ -27,7 +27,7 @@ def base_directory(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def host(base_directory: Path):
+def host(base_directory: Path, request):
     """ComfyUI's modules, and the pack's nodes by id."""
     extra = base_directory / "extra" / "people"
     extra_hypernets = base_directory / "extra" / "nets"
@@ -35,7 +35,7 @@ def host(base_directory: Path):
         folder.mkdir(parents=True)
     paths = base_directory / "extra_model_paths.yaml"
     paths.write_text(f"mine:\n  base_path: {extra.parent}\n  lidb: people\n  hyperdreambooth: nets\n")
-    booted = boot(COMFYUI, base_directory, extra_paths=paths)
+    booted = boot(COMFYUI, base_directory, extra_paths=paths, device=request.config.getoption("--device"))
     return SimpleNamespace(
         folder_paths=booted.folder_paths,
         stock=booted.nodes,
@@ -218,12 +218,12 @@ def fingerprint(loaded, sample):
 
     def execute(same_objects: bool = True):
         # First of all: it makes the host take out patches that an earlier sampling has left in place.
-        digest = hashlib.sha256(sample(loaded.model, loaded.clip).contiguous().view(torch.uint8).numpy())
+        digest = hashlib.sha256(sample(loaded.model, loaded.clip).cpu().contiguous().view(torch.uint8).numpy())
         roots = (loaded.model.model, loaded.clip.cond_stage_model, loaded.vae.first_stage_model)
         for root in roots:
             for name, tensor in root.state_dict(keep_vars=True).items():
                 digest.update(f"{name} {tensor.dtype} {id(tensor) if same_objects else ''}".encode())
-                digest.update(tensor.detach().flatten().view(torch.uint8).numpy())
+                digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
             for module in root.modules():
                 digest.update(f"{len(module._forward_hooks)} {'forward' in module.__dict__} {module.training}".encode())
         digest.update(f"{loaded.model.patches} {loaded.clip.patcher.patches} {loaded.model.model_options}".encode())

@@ -1,0 +1,75 @@
+"""The first contact: a part that fails or hangs stops nothing and keeps what it measured, and all fit into nine minutes."""
+
+import textwrap
+
+import pytest
+
+from benchmarks.gpu import first_contact
+from benchmarks.gpu.first_contact import PARTS, PartOf, run_part, table
+from benchmarks.gpu.part import Part, interleaved
+
+PREPARING = 20  # seconds before the first part
+
+
+@pytest.fixture
+def part(tmp_path):
+    return Part(tmp_path / "part.json", "cpu", 60, toy=True)
+
+
+def test_all_parts_fit_into_nine_minutes():
+    assert sum(part.limit for part in PARTS) + PREPARING <= 9 * 60
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """A function that runs source code as a part, with a time limit in seconds; its result."""
+    folder = tmp_path / "benchmarks" / "gpu"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(first_contact, "ROOT", tmp_path)
+    monkeypatch.setattr(first_contact, "STOPPING", 1)
+
+    def run(code: str, limit: float) -> dict:
+        begin = "import json, sys, time\npath = sys.argv[sys.argv.index('--json') + 1]\n"
+        (folder / "sick.py").write_text(begin + textwrap.dedent(code))
+        return run_part(PartOf("sick", "sick", 1), tmp_path, [], limit)
+
+    return run
+
+
+WRITE = "open(path, 'w').write(json.dumps({'rows': [{'what': 'x', 'value': 1.5}]}))\n"
+
+
+def test_a_part_that_hangs_is_stopped_and_keeps_its_rows(written):
+    result = written(WRITE + "time.sleep(60)", limit=2)
+    assert result["end"] == "stopped after 2 s" and result["seconds"] < 10
+    assert result["rows"] == [{"what": "x", "value": 1.5}]
+    assert "| | x | value 1.5 |" in table([result])
+
+
+def test_a_part_that_fails_says_so(written):
+    result = written("raise SystemExit(3)", limit=30)
+    assert result["end"].startswith("failed with code 3") and result["rows"] == []
+
+
+def test_a_failure_is_a_result(part, capsys):
+    with part.attempt("loading"):
+        raise RuntimeError("first line\nin between\nthe cause")
+    assert part.rows[0]["failed"] == "RuntimeError: first line … the cause"
+    assert '"failed"' in part.path.read_text()
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_works_take_turns_and_a_broken_one_leaves(part):
+    seen = []
+
+    def work(name: str) -> float:
+        seen.append(name)
+        if name == "broken":
+            raise ValueError("no")
+        return 1.0
+
+    works = {name: lambda name=name: work(name) for name in ("one", "broken", "two")}
+    found = interleaved(part, works, rounds=2, until=0)
+    assert found == {"one": [1.0, 1.0], "two": [1.0, 1.0]}
+    assert seen == ["one", "broken", "two", "one", "two", "one", "two"]
+    assert part.rows[0]["what"] == "broken"
