@@ -7,7 +7,8 @@ scores that were kept on a CPU, person by person.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,11 +26,11 @@ from ..common.report import Scorer, readings_of
 from ..common.studio import Sampling, Studio
 from ..common.subjects import Subject
 from ..hypernet import HYPERNET
-from .part import Part
-from .part import middle as middle_of
+from .part import Part, middle
 
 SCORES = ("identity", "retrieval", "edit", "joint")
 REPEATED_STEPS = 4
+ENDING = 15  # seconds for what follows the people
 NEAR = 2.0  # standard errors within which two means agree
 ROWS = ("base", "hyper", f"hyper_{STEPS_FROM_A_PREDICTION}_described")
 
@@ -59,36 +60,58 @@ def fingerprint(studio: Studio) -> str:
     return digest.hexdigest()
 
 
-def compare(part: Part, bench: Bench, subjects: list[Subject]) -> None:
-    """Scores of as many people as there is time for, against the kept ones."""
-    key, judge = next((bench.kept.judges[name], judge) for name, judge in load_judges(ROOT / "weights").items())
-    scorer, seconds = Scorer(judge), {}
-    pairs: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    slowest = 0.0
+@dataclass
+class Comparison:
+    """Scores here and on the CPU, person by person, and the seconds that people took here."""
+
+    scorer: Scorer
+    kept: KeptScores
+    judge: str  # its key
+    pairs: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, row: str, subject: Subject, cell: Cell) -> None:
+        """One person's cell; a person of whom no scores are kept counts for the seconds only."""
+        kept, base = (self._kept(name, subject) for name in (row, "base"))
+        if kept and base:
+            found = self.scorer.scored(subject, cell, readings_of(base["class_readings"]))["scores"]
+            for name in SCORES:
+                self.pairs.setdefault((row, name), []).append((found[name], kept["scores"][name]))
+        if "seconds" in cell.facts:
+            self.seconds.setdefault(row, []).append(cell.facts["seconds"])
+
+    def _kept(self, row: str, subject: Subject) -> Mapping[str, Any] | None:
+        return self.kept.get(Place(row, self.kept.key(row), subject.seed, self.judge))
+
+    def report(self, part: Part) -> None:
+        """All that is known so far."""
+        for (row, name), both in self.pairs.items():
+            part.add(f"{row}: {name}", **agreement(both))
+        for row, values in self.seconds.items():
+            part.add(f"{row}: seconds a person", **middle(values))
+
+
+def agreement(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Means of two columns, their paired difference, and whether it is within `NEAR` standard errors."""
+    difference = mean_over_people(here - there for here, there in pairs)
+    here, there = (mean_over_people(values).value for values in zip(*pairs, strict=True))
+    agree = abs(difference.value) <= NEAR * difference.error if len(pairs) > 1 else "one person does not tell"
+    return {"people": len(pairs), "here": here, "cpu": there, "difference": difference.value, "error": difference.error,
+            "agree": agree}  # fmt: skip
+
+
+def compare(part: Part, bench: Bench, subjects: Sequence[Subject]) -> None:
+    """As many people as there is time for, with a report after each."""
+    (name, judge), *_ = load_judges(ROOT / "weights").items()
+    comparison, slowest = Comparison(Scorer(judge), bench.kept, bench.kept.judges[name]), 0.0
     for subject in subjects:
         before = part.left
         for row, cell in made(bench, subject):
-            kept = bench.kept.get(Place(row, bench.kept.key(row), subject.seed, key))
-            base = bench.kept.get(Place("base", bench.kept.key("base"), subject.seed, key))
-            readings = readings_of(base["class_readings"]) if base else None
-            found = scorer.scored(subject, cell, readings)
-            for name in SCORES if kept else ():
-                pairs.setdefault((row, name), []).append((found["scores"][name], kept["scores"][name]))
-            if "seconds" in cell.facts:
-                seconds.setdefault(row, []).append(cell.facts["seconds"])
+            comparison.add(row, subject, cell)
+        comparison.report(part)
         slowest = max(slowest, before - part.left)
-        if part.left < 1.3 * slowest + 10:
+        if part.left < 1.3 * slowest + ENDING:
             break
-    for (row, name), both in pairs.items():
-        difference = mean_over_people(here - there for here, there in both)
-        here, there = (mean_over_people(values).value for values in zip(*both, strict=True))
-        agree = abs(difference.value) <= NEAR * difference.error if len(both) > 1 else None
-        part.add(
-            f"{row}: {name}", people=len(both), here=here, cpu=there, difference=difference.value,
-            error=difference.error, agree=agree,
-        )  # fmt: skip
-    for row, values in seconds.items():
-        part.add(f"{row}: seconds a person", people=len(values), **middle_of(values))
 
 
 def repeated(studio: Studio, subject: Subject) -> dict[str, Any]:

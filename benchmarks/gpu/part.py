@@ -49,9 +49,9 @@ class Part:
         return self.seconds - (time.monotonic() - self._started)
 
     def add(self, what: str, **values: Any) -> None:
-        """Keeps a result, and prints it."""
+        """Keeps a result, in place of one of the same name, and prints it."""
         row = rounded({"what": what, "at_second": self.seconds - self.left, **values})
-        self.rows.append(row)
+        self.rows = [*(other for other in self.rows if other["what"] != what), row]
         self._write()
         print(what, {name: value for name, value in row.items() if name not in ("what", "at_second")}, flush=True)
 

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.gpu import first_contact
 from benchmarks.gpu.first_contact import PARTS, PartOf, run_part, table
+from benchmarks.gpu.nodes import agreement
 from benchmarks.gpu.part import Part, interleaved
 
 PREPARING = 20  # seconds before the first part
@@ -73,3 +74,16 @@ def test_works_take_turns_and_a_broken_one_leaves(part):
     assert found == {"one": [1.0, 1.0], "two": [1.0, 1.0]}
     assert seen == ["one", "broken", "two", "one", "two", "one", "two"]
     assert part.rows[0]["what"] == "broken"
+
+
+def test_agreement_is_paired_over_people():
+    near = agreement([(0.5, 0.52), (0.9, 0.88), (0.1, 0.1)])
+    assert near["agree"] and near["people"] == 3 and near["difference"] == pytest.approx(0)
+    assert not agreement([(0.5, 0.4), (0.9, 0.79), (0.1, 0.0)])["agree"]
+
+
+def test_a_result_of_the_same_name_is_replaced(part):
+    part.add("x", value=1)
+    part.add("y", value=2)
+    part.add("x", value=3)
+    assert [(row["what"], row["value"]) for row in part.rows] == [("y", 2), ("x", 3)]
