@@ -36,12 +36,12 @@ class PartOf(NamedTuple):
 
 
 PARTS = (
-    PartOf("nodes", "nodes", 110),
+    PartOf("nodes", "nodes", 100),
     PartOf("memory", "memory", 75),
-    PartOf("memory, 12 GB", "memory", 45, ("--cap-gb", "12")),
-    PartOf("memory, 6 GB", "memory", 45, ("--cap-gb", "6")),
-    PartOf("speed", "speed", 130),
-    PartOf("rates", "rates", 110),
+    PartOf("memory, 12 GB", "memory", 55, ("--cap-gb", "12")),
+    PartOf("memory, 6 GB", "memory", 55, ("--cap-gb", "6")),
+    PartOf("speed", "speed", 135),
+    PartOf("rates", "rates", 100),
 )
 
 

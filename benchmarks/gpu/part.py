@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -81,28 +81,30 @@ class Part:
         write_json(self.path, {"made_on": made_on(self.device), "rows": self.rows})
 
 
-def interleaved(part: Part, works: dict[str, Callable[[], float]], rounds: int, until: float) -> dict[str, list[float]]:
-    """What each work measures, all once a round, so that a slow moment of the machine hits all of them.
+def interleaved(part: Part, works: Mapping[str, Callable[[], float]], rounds: int, until: float) -> None:
+    """Measures all works once a round, so that a slow moment of the machine hits all of them; every value is a result
+    at once.
+
+    A first value is without warming up, and counts only until there is another. A work that fails is left out.
 
     Args:
-        rounds: at most; a first one, which warms up, does not count, unless there is no other.
+        works: name → what gives a number of seconds.
+        rounds: at most.
         until: seconds that must be left for another round.
     """
     found: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         before = part.left
-        for name, work in list(works.items()):
+        for name in list(found):
             try:
-                value = work()
+                found[name].append(works[name]())
             except Exception as error:  # noqa: BLE001 - the others go on
                 part.failed(name, error)
-                del works[name]
+                del found[name]
                 continue
-            if number or not rounds:
-                found[name].append(value)
+            part.add(name, unit="s", **middle(found[name][1:] or found[name]))
         if part.left - (before - part.left) < until:
             break
-    return {name: values for name, values in found.items() if values}
 
 
 def middle(values: list[float]) -> dict[str, float]:
