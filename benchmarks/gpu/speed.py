@@ -129,7 +129,8 @@ def main() -> None:
             pixels = size_of(family, part.toy)
             measured = Measured(part, host, random_models(family, part.toy), pixels)
             works = {f"{family}, {pixels} px, {name}": work for name, work in measured.works().items()}
-            part.add(f"{family}, {pixels} px, floor, batch 1, one step", tflop=measured.flops(1) / 1e12)
+            with part.attempt(f"{family}, operations"):
+                part.add(f"{family}, {pixels} px, floor, batch 1, one step", tflop=measured.flops(1) / 1e12)
             interleaved(part, works, 1 if part.toy else ROUNDS, share * start)
 
 
