@@ -1,4 +1,4 @@
-"""The development entry point: python dev.py demo | test | serve | bench | thumbnails | gpu. Standard library only."""
+"""The development entry point: python dev.py demo | test | serve | bench | thumbnails | stale | gpu. Standard library only."""
 
 import sys
 
@@ -19,6 +19,7 @@ commands:
   test        lint and all tests, or the tiers that are named; other options go to pytest
   bench       benchmarks by name
   thumbnails  the example workflows' pictures in the template browser
+  stale       kept tables, pictures and recommendations that other weights made
   gpu         checks on a GPU, also where there is no network: benchmarks/gpu.md
 `dev.py COMMAND --help` shows the options of a command."""
 
@@ -32,7 +33,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         add_help=False,
         allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", choices=("demo", "serve", "test", "bench", "thumbnails", "gpu"))
+    parser.add_argument("command", nargs="?", choices=("demo", "serve", "test", "bench", "thumbnails", "stale", "gpu"))
     parser.add_argument(
         "--comfyui", type=_absolute, metavar="PATH", help="use this ComfyUI with its own Python, change nothing in it"
     )

@@ -5,11 +5,11 @@
 ``bench people``, whose rows of the same settings are not made again. ``--rows`` makes and reports only some. Rows:
 
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
-* ``hyper``: Predict LiDB; ``hyper_k1``: in one iteration; ``_3photos``: from two more photos of the person, each told;
-* ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` from nothing; ``_described``: it is
-  told what the photo shows besides the person; ``_saved`` (by ``--rows`` only): after Save LiDB and Load LiDB;
-  ``_guided``: applied with little of the person in the prompt's own pass and more by guidance; ``_as_lora``: applied as
-  any LoRA is, at full strength and without guidance of its own; ``_narrow``: with a basis of 25 × 12, if
+* ``hyper``: Predict LiDB; ``_3photos``: from two more photos of the person, each captioned;
+* ``hyper_N``: FastFinetune with N steps from there, its rank relaxed, and ``lidb_N`` without a hypernetwork;
+  ``_described``: the photo is captioned with what it shows besides the person; ``_saved`` (by ``--rows`` only): after
+  Save LiDB and Load LiDB; ``_guided``: applied as a person from one photo, otherwise as a prediction
+  (`hdb_core.recommended`); ``_as_lora``: applied as an ordinary LoRA, at strength 1; ``_narrow``: with a basis of 25 × 12, if
   ``python -m miniature.make hypernet_in_narrow_basis`` has made the hypernetwork;
 * ``lora1``, ``lora4``: LoRA-DreamBooth of rank 1 and 4;
 * ``dreambooth@N``, ``dreambooth_described@N``, ``textual_inversion@N``: checkpoints; without a number the one with the
@@ -25,23 +25,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from devtools import environment
-from hdb_core.finetune import STEPS_FROM_A_PREDICTION, FinetuneConfig
-from hdb_core.lidb import AS_LORA, STRENGTHS
+from hdb_core.recommended import AS_LORA, FROM_PREDICTION, RECOMMENDED
 
 from .common.bench import ROOT, chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
 from .common.files import write_text
 from .common.methods import (
-    FROM_NOTHING,
-    LORA,
+    WITHOUT_HYPERNET,
     Base,
     Caption,
     DreamBooth,
     FastFinetuning,
     LoRA,
     Method,
-    NodeConfig,
     Predicted,
     RealPictures,
     Stranger,
@@ -50,13 +46,15 @@ from .common.methods import (
 )
 from .common.report import short_table
 from .common.results import Table, add_options, make_and_report
+from .common.settings import LORA, STRENGTHS, NodeConfig
+from .common.studio import HYPERNET
 from .common.textual_inversion import TextualInversionConfig
 
-HYPERNET = environment.BASE / "models" / "hyperdreambooth" / environment.HYPERNET
 NARROW_HYPERNET = ROOT / ".runs" / "narrow" / "hypernet.safetensors"
-STEPS = sorted({5, 10, 20, 40, STEPS_FROM_A_PREDICTION})
-FEW_AND_MANY = (STEPS_FROM_A_PREDICTION, 40)
-COLD_STEPS = (FinetuneConfig().steps, 40, 400)
+FEW = RECOMMENDED[FROM_PREDICTION].steps
+STEPS = sorted({5, 10, 20, 40, FEW})
+FEW_AND_MANY = (FEW, 40)
+COLD_STEPS = (24, 40, 400)
 RANKS = (1, 4)  # of LoRA
 BOTH = (STRENGTHS, AS_LORA)
 
@@ -85,12 +83,12 @@ def all_methods(
 
     return [
         Base(), Caption(),
-        Predicted("hyper_k1", hypernet, iterations=1), predicted, several,
-        *(after(n, predicted) for n in STEPS), after(STEPS_FROM_A_PREDICTION, predicted, ""),
+        predicted, several,
+        *(after(n, predicted) for n in STEPS), after(FEW, predicted, ""),
         *(after(n, several, "_3photos_described", photos=3) for n in FEW_AND_MANY),
         in_narrow, *(after(n, in_narrow, "_described_narrow") for n in FEW_AND_MANY),
         *(FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in COLD_STEPS),
-        *FROM_NOTHING, FastFinetuning(f"lidb_{COLD_STEPS[0]}", {"steps": COLD_STEPS[0]}),
+        *WITHOUT_HYPERNET, FastFinetuning(f"lidb_{COLD_STEPS[0]}", {"steps": COLD_STEPS[0]}),
         *(LoRA(f"lora{rank}", {**LORA, "rank": rank}, strengths=(AS_LORA,)) for rank in RANKS),
         DreamBooth(dreambooth), DreamBooth(dreambooth, "dreambooth_described", True, base_negative=True),
         TextualInversion(inversion), Stranger(predicted), RealPictures(),

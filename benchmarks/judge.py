@@ -6,7 +6,6 @@ prompts score; and whether the two judges rank pictures alike.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,8 @@ from miniature.scores import (
 )
 from miniature.training import load_average
 from miniature.vae import build_vae, to_tensor
+
+from .common.files import write_json
 
 Subject = tuple[Person, Context]
 
@@ -263,7 +264,7 @@ def main() -> None:
     result = report(judges, seeds, load_vae(args.weights, args.vae))
     print_table(result)
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps({"split": args.split, "first": args.first, **result}, indent=1) + "\n")
+    write_json(args.results, {"split": args.split, "first": args.first, **result})
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
 continues. Scores are kept in ``benchmarks/results/cells.jsonl``: once that is committed, another machine continues, too. ``--share 1/2`` and ``--share 2/2`` in two processes with OMP_NUM_THREADS=1 use two cores best. Rows:
 
 * ``base``, ``caption``: the base with "a [v] face", and with the full true caption instead;
-* ``lidb_N``: FastFinetune from nothing with N steps; ``_saved``: after Save LiDB and Load LiDB;
-  ``_described``: told what the photo shows besides the person; without, for the smallest N; ``_guided``: applied with
-  little of the person in the prompt's own pass and more by guidance; ``_3photos``: from two more photos of the person,
-  each told; ``_prior``: with class-prior preservation, and ``_narrow``: with a basis of 25 × 12, both for the smallest
+* ``lidb_N``: FastFinetune with N steps, without a hypernetwork; ``_saved``: after Save LiDB and Load LiDB;
+  ``_described``: the photo is captioned with what it shows besides the person; without, for the smallest N;
+  ``_guided``: applied as a person from one photo, otherwise as a prediction (`hdb_core.recommended`); ``_3photos``: from
+  two more photos of the person, each captioned; ``_prior``: with class-prior preservation, and ``_narrow``: with a basis of 25 × 12, both for the smallest
   N; ``_learned``: in a basis learned from people, if ``python -m miniature.make basis`` has made it;
 * ``dreambooth@N``: checkpoints of full DreamBooth; ``dreambooth``: the one with the best joint score, the reference;
 * ``stranger``: the next person's LiDB; ``photo``: the given photo itself; ``render``: true pictures of the prompts.
@@ -19,12 +19,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hdb_core.finetune import FinetuneConfig
-
 from .common.bench import ROOT, chosen_subjects, open_bench, parser
 from .common.dreambooth import DreamBoothConfig
 from .common.methods import (
-    FROM_NOTHING,
+    WITHOUT_HYPERNET,
     Base,
     Caption,
     DreamBooth,
@@ -46,14 +44,14 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig, basis: Path =
     """Every method, in the order of the table.
 
     Args:
-        steps: of FastFinetune from nothing, a row each.
+        steps: of FastFinetune without a hypernetwork, a row each.
         reference: of full DreamBooth.
         basis: file of the learned basis.
     """
     persons = [FastFinetuning(f"lidb_{n}_described", {"steps": n}, described=True) for n in steps]
     fewest = {"steps": min(steps)}
     narrow = FastFinetuning(f"lidb_{min(steps)}_described_narrow", {**fewest, "basis": NARROW}, described=True)
-    untold = FastFinetuning(f"lidb_{min(steps)}", fewest)
+    undescribed = FastFinetuning(f"lidb_{min(steps)}", fewest)
     prior = FastFinetuning(f"lidb_{min(steps)}_described_prior", {**fewest, "prior_weight": 1.0}, described=True)
     learned = FastFinetuning(
         f"lidb_{LEARNED_STEPS}_described_learned", {"steps": LEARNED_STEPS}, LearnedBasis(basis), described=True
@@ -62,8 +60,8 @@ def all_methods(steps: Sequence[int], reference: DreamBoothConfig, basis: Path =
         Base(),
         Caption(),
         *persons,
-        *FROM_NOTHING,
-        untold,
+        *WITHOUT_HYPERNET,
+        undescribed,
         prior,
         narrow,
         learned,
@@ -77,9 +75,7 @@ def main() -> None:
     options = parser(__doc__, people=50, name="people")
     reference = DreamBoothConfig()
     options.add_argument("--rows", nargs="+", help="only these rows (default: all)")
-    options.add_argument(
-        "--steps", type=int, nargs="+", default=[FinetuneConfig().steps, 40, 150, 400], help="of FastFinetune"
-    )
+    options.add_argument("--steps", type=int, nargs="+", default=[24, 40, 150, 400], help="of FastFinetune")
     options.add_argument("--reference-people", type=int, default=16, help="how many get full DreamBooth")
     options.add_argument("--reference-rate", type=float, default=reference.rate)
     options.add_argument("--reference-steps", type=int, nargs="+", default=list(reference.checkpoints))

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from devtools.device import add_option, made_on
-from hdb_core import basis_file, hypernet_file
+from hdb_core.files import basis as basis_file
+from hdb_core.files import hypernet as hypernet_file
 from hdb_core.hypernet import HyperNet, preprocess
-from hdb_core.training.code import RIDGES, ridge_weights
+from hdb_core.train.face_code import RIDGES, ridge_weights
 from miniature.drawing import photo
 from miniature.people import GEOMETRY, Person, sample_person
 from miniature.photos import FIRST, photo_context

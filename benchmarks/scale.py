@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from hdb_core.adapters import attach
 from hdb_core.basis import BasisRecipe
-from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig, PhotoEncoder
+from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig
+from hdb_core.hypernet.encoder import PhotoEncoder
 from hdb_core.layout import Layout, find_targets, layout_of
-from hdb_core.training.fit import FitConfig
-from hdb_core.training.loop import TrainConfig
-from hdb_core.training.photos import Person, Photo
-from hdb_core.training.vision import HOST_ENCODERS
+from hdb_core.train.base.vision import HOST_ENCODERS
+from hdb_core.train.data.photos import Person, Photo
+from hdb_core.train.person_loss import TrainConfig
 
 from .common.bench import RESULTS
 from .common.files import write_json, write_text
@@ -103,11 +103,10 @@ class Workload:
 
     people: int = 15_000
     photos: int = 1
-    fit_steps: int = FitConfig().steps
+    fit_steps: int = 40
     times_pretrained: int = 32
     times_seen: int = 40
     batch: int = TrainConfig().people
-    draws: int = TrainConfig().draws
     max_photos: int = TrainConfig().max_photos
     max_iterations: int = TrainConfig().max_iterations
     held_out: float = 0.02
@@ -141,17 +140,16 @@ def stages(counted: Counted, work: Workload) -> list[Stage]:
     """The stages of `hdb_core.train`. The frozen encoder computes at float32, everything else at bfloat16."""
     photos, fits = work.people * work.photos, work.people * work.fit_steps
     pretrained, learned = work.people * work.times_pretrained, work.steps * work.batch
-    denoised = learned * work.draws
     refinements = (1 + work.max_iterations) / 2  # drawn evenly
     held_out = max(1, round(work.held_out * work.people))
     settings = work.max_photos * work.max_iterations
-    judged = 4 * held_out * settings * work.draws  # own, mean, nobody's, a stranger's
+    judged = 4 * held_out * settings  # own, mean, a stranger's, and the base model
     predicted = held_out * work.max_photos * sum(range(1, work.max_iterations + 1))
-    train = denoised * counted.fit_step + learned * refinements * counted.learn
+    train = learned * counted.fit_step + learned * refinements * counted.learn
     return [
         Stage("precompute", fits, fits * counted.fit_step + photos * counted.vae, photos * counted.vision),
         Stage("pretrain", pretrained, pretrained * counted.learn_to_see, 0),
-        Stage("train", denoised, train, 0),
+        Stage("train", learned, train, 0),
         Stage("evaluate", judged, judged * counted.denoise + predicted * counted.predict, 0),
     ]
 
@@ -183,7 +181,7 @@ def many_photos(counted: Counted, work: Workload, photos: int, gpu: Gpu, utilisa
     """The numbers of the section about many photos, one photo a person, on one node of 8 ``gpu``."""
     node = NUM_GPUS[-1]
     disk = disk_bytes(counted, photos, photos)
-    sample = work.draws * counted.fit_step + (1 + work.max_iterations) / 2 * counted.learn
+    sample = counted.fit_step + (1 + work.max_iterations) / 2 * counted.learn
     rate = node * gpu.bf16 * utilisation / sample
     fitted = HALF * (counted.latents + counted.person)
     full = fitted + HALF * counted.tokens
@@ -376,7 +374,7 @@ def text_of(result: Mapping[str, Any]) -> str:
         f"## {work['people']:,} people",
         (f"{work['photos']} photo(s) of each; {work['fit_steps']} steps of fitting, which may be left out; `pretrain`, which a frozen ViT-H does "
         f"without, sees everybody {work['times_pretrained']} times, as the miniature's did; {work['steps']:,} steps of {work['batch']} "
-        f"people with {work['draws']} draw(s), so that everybody is seen {work['times_seen']} times: an assumption, the time "
+        f"people, so that everybody is seen {work['times_seen']} times: an assumption, the time "
         f"is proportional to it. {work['held_out']:.0%} of the people are judged."),
         markdown(["stage", "samples", "PFLOP, bfloat16", "PFLOP, float32"], stage_rows),
         (f"Hours at {result['utilisation']:.0%} of the peak rates, in TFLOP/s of bfloat16 and of float32: {peaks}. Reading and "
@@ -406,7 +404,7 @@ What breaks, in the order in which it is met:
 - **{GROUP} people a file.** {m["group files"]:,.0f} files of people and tokens in two folders, each opened at every start \
 to compare its settings, and again to learn who is in it.
 - **Everybody in memory.** `read_people` would hold {size(m["people in memory"])} in every process, \
-{size(NUM_GPUS[-1] * m["people in memory"])} on a node of {NUM_GPUS[-1]}. `PersonLoss` puts the up sides of everybody onto \
+{size(NUM_GPUS[-1] * m["people in memory"])} on a node of {NUM_GPUS[-1]}. `PeopleInBase` puts the up sides of everybody onto \
 the GPU at once to measure their energy: {size(m["all ups"])}. `evaluate` keeps the predictions of all {m["held out"]:,.0f} \
 people who were kept from training (of {m["held out now"]:,.0f} in the table above).
 - **Random access.** People are drawn evenly from all. On {node} at {utilisation:.0%}, `train` takes \
@@ -449,7 +447,6 @@ def main() -> None:
         "times_pretrained",
         "times_seen",
         "batch",
-        "draws",
         "max_photos",
         "max_iterations",
     ):

@@ -1,8 +1,8 @@
 """Settings of the fast fine-tune, or of a reference, compared on dev people with the short evaluation.
 
 ``python dev.py bench tune --set learning_rate=0.01,0.02 rank=1,4`` tries every combination; every other setting has its
-default. ``--method hyper`` goes on from a prediction, ``--method predict`` is that alone, ``--method learned`` starts from
-nothing in a learned basis, ``--method lora`` is LoRA-DreamBooth; ``--strengths 0.8,0.5,2 1,1,1`` applies each person
+default. ``--method hyper`` goes on from a prediction, ``--method predict`` is that alone, ``--method learned`` starts in a
+learned basis, ``--method lora`` is LoRA-DreamBooth; ``--strengths 0.8,0.5,2 1,1,1`` applies each person
 both ways. ``--method dreambooth --set rate=1e-5,3e-5``, ``dreambooth_adapted`` (only the layers that a LiDB adapts) and
 ``textual_inversion`` do the same for these references, at each of their checkpoints. ``--keep NAME`` calls the table
 ``tune_NAME`` instead of ``tune``.
@@ -17,12 +17,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hdb_core.lidb import AS_LORA, STRENGTHS, Strengths
+from hdb_core.recommended import AS_LORA, Strengths
 
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
 from .common.methods import (
-    LORA,
     AdaptedDreamBooth,
     Base,
     DreamBooth,
@@ -30,11 +29,11 @@ from .common.methods import (
     LearnedBasis,
     LoRA,
     Method,
-    NodeConfig,
     Predicted,
     TextualInversion,
 )
 from .common.results import Table, add_options, make_and_report
+from .common.settings import LORA, STRENGTHS, NodeConfig
 from .common.textual_inversion import TextualInversionConfig
 from .hypernet import HYPERNET
 from .people import BASIS
@@ -100,7 +99,9 @@ def main() -> None:
     options.add_argument("--checkpoints", type=int, nargs="+", help="of a reference (default: its own)")
     options.add_argument("--hypernet", type=Path, default=HYPERNET, help="its file, for --method hyper")
     options.add_argument("--basis", type=Path, default=BASIS, help="its file, for --method learned")
-    options.add_argument("--described", action="store_true", help="told what the photo shows besides the person")
+    options.add_argument(
+        "--described", action="store_true", help="caption the photo with what it shows besides the person"
+    )
     options.add_argument(
         "--strengths", type=parsed_strengths, nargs="+", default=[STRENGTHS], metavar="MODEL,CLIP,GUIDANCE",
         help="that a LiDB is applied with",

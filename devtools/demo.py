@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import workflow
-from .comfy_server import ComfyServer, Progress, PromptError, PromptInterrupted, ServerError, raise_on_terminate
+from .comfy_client import Progress, PromptError, PromptInterrupted, ServerError
+from .comfy_server import ComfyServer, raise_on_terminate
 from .device import add_option
 from .environment import CHECKPOINT, HYPERNET, OF_THE_MINIATURE, ROOT, Host, SetupError, lacking
 
@@ -47,7 +48,7 @@ CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # back to an empty line
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="dev.py demo", description=__doc__)
-    parser.add_argument("--steps", type=int, help="of FastFinetune (default: the workflow's)")
+    parser.add_argument("--steps", type=int, help="of FastFinetune (default: automatic)")
     parser.add_argument(
         "--seeds", type=int, default=4, help="pictures for each prompt, all judged (default: %(default)s)"
     )
@@ -95,7 +96,6 @@ def run(host: Host, steps: int | None, seeds: int, device: str) -> None:
     report = {
         **sizes(person),
         **scores,
-        "steps": session.steps,
         "seeds": seeds,
         "prompts": edits,
         "seconds": {name: round(value, 1) for name, value in session.seconds.items()},
@@ -122,21 +122,18 @@ class Session:
         self._person = {"before": [finetune, 0], "predicted": [predict, 0], "after": [finetune, 0]}
         (self._save,), (self._pictures,) = (workflow.nodes_of(prompt, kind) for kind in ("SaveLiDB", "SaveImage"))
         self._text = prompt[sampler]["inputs"]["positive"][0]
-        self._steps = {} if steps is None else {"steps": steps}
         self._prompt = workflow.edited(
             prompt,
             {
-                finetune: self._steps,
+                finetune: {} if steps is None else {"steps": steps},
                 photo: {"image": PHOTO.name},
                 prompt[sampler]["inputs"]["latent_image"][0]: {"batch_size": seeds},
             },
         )
-        self.steps = self._prompt[finetune]["inputs"]["steps"]
 
     def pictures(self, text: str, column: str) -> list[Image]:
         """The pictures of a prompt, one for each seed; ``column`` is one of `COLUMNS`."""
-        nobody = {"strength_model": 0.0, "strength_clip": 0.0} if column == "before" else {}
-        apply = {"lidb": self._person[column], **nobody}
+        apply = {"lidb": self._person[column], "strength": 0.0 if column == "before" else 1.0}
         prompt = workflow.edited(self._prompt, {self._text: {"text": text}, self._apply: apply})
         label = f"“{text}” {LABELS[column]}"
         since = time.monotonic()
@@ -182,17 +179,19 @@ def judged(
 
 
 def sizes(person: Path) -> dict[str, int]:
-    """Bytes of the person's file, and of the same person on SD 1.5: as many components a layer, the same header."""
-    from hdb_core.lidb_file import read_header
+    """Bytes of the person's file, and of the same person on SD 1.5: as many components a layer, the same header; and the
+    steps that it says it took."""
+    from hdb_core.files.lidb import read_header
 
     header = read_header(person)
     component = header.component_bytes
-    components = sum(header.ranks) or header.rank * len(header.layout.layers)
+    components = sum(header.ranks)
     sd15_layers = SD15_LAYERS + SD15_CONVOLUTIONS * header.layout.has_convolutions
     lidb_bytes = person.stat().st_size
     on_sd15 = components / len(header.layout.layers) * sd15_layers
     there = round(lidb_bytes + component * (on_sd15 - components))
-    return {"lidb_bytes": lidb_bytes, "lidb_bytes_sd15": there, "sd15_layers": sd15_layers, "rank": header.rank}
+    counts = {"lidb_bytes": lidb_bytes, "lidb_bytes_sd15": there, "sd15_layers": sd15_layers}
+    return {**counts, "rank": max(header.ranks), "steps": header.about.steps}
 
 
 def summary(report: Mapping[str, Any]) -> str:

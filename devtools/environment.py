@@ -304,28 +304,35 @@ def _link(link: Path, target: Path) -> None:
 
 def _ensure_models(host: Host) -> None:
     """The models of `weights/`: the base expanded to the single-file checkpoint that stock loaders read, the hypernetwork
-    as it is. Both are left alone until `weights/` changes, since a running server reads them."""
-    weights, expander = ROOT / "weights", ROOT / "miniature" / "checkpoint.py"
+    with today's header. Both are left alone until `weights/` or what writes them changes, since a running server reads
+    them."""
+    weights, core = ROOT / "weights", ROOT / "hdb_core"
+    folders = (core, core / "files", core / "hypernet")
+    writers = [ROOT / "miniature" / "checkpoint.py", *(path for f in folders for path in sorted(f.glob("*.py")))]
     if not (weights / "miniature_base.safetensors").is_file():
         _say("The miniature base model is not in weights/: continuing without it.")
         return
     target = host.base / "models" / "checkpoints" / CHECKPOINT
     shipped, hypernet = weights / "miniature_hypernet.safetensors", host.base / "models" / "hyperdreambooth" / HYPERNET
     stamp = target.with_suffix(".stamp")
-    wanted = _digest([expander, *sorted(p for p in weights.rglob("*") if p.is_file())])
+    wanted = _digest([*writers, *sorted(p for p in weights.rglob("*") if p.is_file())])
     if target.is_file() and hypernet.is_file() == shipped.is_file() and _read(stamp) == wanted:
         return
     _say("Expanding the miniature base model …")
     stamp.unlink(missing_ok=True)
-    _run(
-        module(host.python, "miniature.checkpoint", "expand", "--weights", str(weights), "--target", str(target)),
-        "The miniature base model could not be expanded",
-    )
+    _make_model(host, "expand", target)
     if shipped.is_file():
-        shutil.copy(shipped, hypernet)
+        _make_model(host, "hypernet", hypernet)
     else:
         hypernet.unlink(missing_ok=True)
     stamp.write_text(wanted)
+
+
+def _make_model(host: Host, command: str, target: Path) -> None:
+    arguments = ("--weights", str(ROOT / "weights"), "--target", str(target))
+    _run(
+        module(host.python, "miniature.checkpoint", command, *arguments), f"{target.name} could not be made of weights/"
+    )
 
 
 @contextlib.contextmanager

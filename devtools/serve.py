@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .comfy_server import ComfyServer, ServerError, raise_on_terminate
+from .comfy_client import ServerError
+from .comfy_server import ComfyServer, raise_on_terminate
 from .device import add_option
 from .environment import Host, SetupError
 

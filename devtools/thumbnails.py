@@ -10,9 +10,11 @@ import sys
 from typing import TYPE_CHECKING
 
 from . import workflow
-from .comfy_server import ComfyServer, PromptError, ServerError, raise_on_terminate
+from .comfy_client import PromptError, ServerError
+from .comfy_server import ComfyServer, raise_on_terminate
 from .demo import PHOTO, decoded
 from .environment import ROOT, Host, SetupError
+from .stale import record
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +42,7 @@ def main() -> int:
     for name, picture in made.items():
         path = ROOT / "example_workflows" / f"{name}.jpg"
         beside(photo, picture).save(path, quality=85)
+        record(path)
         print(f"{path.name}: {path.stat().st_size} bytes")
     return 0
 

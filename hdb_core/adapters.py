@@ -6,17 +6,113 @@ its weight in any format. One person for the whole batch, or another person for 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .basis import BasisRecipe, layer_basis
 from .errors import LayoutError
+from .layout import Layout
 
-Factors = tuple[Tensor, Tensor]
+Factors = tuple[Tensor, Tensor]  # up (out, R) and down (R, in) of a layer
+
+
+class Group(NamedTuple):
+    """Layers of one shape and their bases."""
+
+    names: tuple[str, ...]  # n
+    down_aux: Tensor  # (n, a', in)
+    up_aux: Tensor  # (n, out, b')
+
+
+class Adapters:
+    """The bases of one recipe and layout on one device, grouped by layer shape; turns a person's factors into adapters.
+
+    SD 1.5 has 27 shapes and SDXL 25: a person is expanded in two batched products a shape, whatever the number of
+    layers. The bases live as long as this object.
+
+    Args:
+        recipe: of the bases.
+        layout: the layers, whose order the factors follow.
+        device: of bases and factors.
+        dtype: that layers' factors are cast to; the products are float32.
+    """
+
+    def __init__(
+        self,
+        recipe: BasisRecipe,
+        layout: Layout,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.recipe, self.layout, self.device, self.dtype = recipe, layout, torch.device(device), dtype
+        shapes: dict[tuple[int, int], list[int]] = {}
+        for index, layer in enumerate(layout.layers):
+            shapes.setdefault((layer.in_features, layer.out_features), []).append(index)
+        self.groups = [self._group(indices) for indices in shapes.values()]
+        # A node runs in inference mode, whose tensors could never take part in training.
+        with torch.inference_mode(False):
+            self._order = torch.tensor([i for indices in shapes.values() for i in indices], device=self.device)
+        self._counts = [len(group.names) for group in self.groups]
+
+    def expand(self, down: Tensor, up: Tensor) -> dict[str, Factors]:
+        """The low-rank factors in the layers' own dimensions, as any LoRA has them; differentiable.
+
+        Args:
+            down: (..., L, R, a) float32; leading dimensions are the people of a batch.
+            up: (..., L, b, R) float32.
+
+        Returns:
+            Layer name → (up (..., out, R), down (..., R, in)); ``delta_weight = up @ down``.
+        """
+        made: dict[str, Factors] = {}
+        downs = down.index_select(-3, self._order).split(self._counts, -3)
+        ups = up.index_select(-3, self._order).split(self._counts, -3)
+        for group, own_down, own_up in zip(self.groups, downs, ups, strict=True):
+            a, b = group.down_aux.shape[1], group.up_aux.shape[2]
+            wide_down = _product(own_down[..., :a], group.down_aux).to(self.dtype)
+            wide_up = _product(own_up[..., :b, :].mT, group.up_aux.mT).mT.to(self.dtype)
+            made |= zip(group.names, zip(wide_up.unbind(-3), wide_down.unbind(-3), strict=True), strict=True)
+        return {layer.name: made[layer.name] for layer in self.layout.layers}
+
+    def to(self, device: torch.device | str) -> Adapters:
+        """The same on another device, without making the bases again; itself if they are there already."""
+        if torch.device(device) == self.device:
+            return self
+        moved = copy.copy(self)
+        moved.device = torch.device(device)
+        # A node runs in inference mode, whose tensors could never take part in training.
+        with torch.inference_mode(False):
+            moved.groups = [Group(names, *(aux.to(device) for aux in bases)) for names, *bases in self.groups]
+            moved._order = self._order.to(device)
+        return moved
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the bases."""
+        return sum(aux.numel() * aux.element_size() for group in self.groups for aux in (group.down_aux, group.up_aux))
+
+    def _group(self, indices: list[int]) -> Group:
+        layers = [self.layout.layers[index] for index in indices]
+        with torch.inference_mode(False):
+            bases = [layer_basis(self.recipe, layer) for layer in layers]
+            down_aux, up_aux = (torch.stack(side).to(self.device) for side in zip(*bases, strict=True))
+        return Group(tuple(layer.name for layer in layers), down_aux, up_aux)
+
+
+def _product(factors: Tensor, bases: Tensor) -> Tensor:
+    """(..., n, R, k) @ (n, k, d) as one batched product over n: the people's rows stand side by side."""
+    people = factors.shape[:-3]
+    rows = factors.flatten(0, -4).permute(1, 0, 2, 3).flatten(1, 2) if people else factors
+    product = rows @ bases
+    if not people:
+        return product
+    return product.unflatten(1, (-1, factors.shape[-2])).permute(1, 0, 2, 3).unflatten(0, people)
 
 
 def low_rank_output(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:

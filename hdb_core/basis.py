@@ -15,7 +15,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -86,9 +85,8 @@ def is_known(recipe: BasisRecipe) -> bool:
     return not recipe.learned or recipe.learned in _LEARNED
 
 
-@lru_cache(maxsize=1024)
 def layer_basis(recipe: BasisRecipe, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The two bases of a layer, on the CPU. Cached: do not write into them.
+    """The two bases of a layer, computed on the CPU.
 
     Returns:
         down_aux (a', in) float32 with orthonormal rows, up_aux (out, b') float32 with orthonormal columns.
@@ -101,31 +99,36 @@ def layer_basis(recipe: BasisRecipe, layer: Layer) -> tuple[Tensor, Tensor]:
     if recipe.learned:
         return _learned(recipe, layer)
     a, b = recipe.dims(layer)
-    down = orthonormal_columns(recipe.seed, layer.name, "down", layer.in_features, a)
-    up = orthonormal_columns(recipe.seed, layer.name, "up", layer.out_features, b)
-    # A cached inference tensor (a node runs in inference mode) could never take part in training later.
+    # A node runs in inference mode, whose tensors could never take part in training.
     with torch.inference_mode(False):
-        return torch.from_numpy(np.ascontiguousarray(down.T)), torch.from_numpy(up)
-
-
-def bases_of(
-    recipe: BasisRecipe, layout: Layout, device: torch.device | str = "cpu"
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer name → (down_aux, up_aux), see `layer_basis`, for all layers on one device."""
-    bases = {layer.name: layer_basis(recipe, layer) for layer in layout.layers}
-    return {name: (down_aux.to(device), up_aux.to(device)) for name, (down_aux, up_aux) in bases.items()}
+        down = orthonormal_columns(recipe.seed, layer.name, "down", layer.in_features, a)
+        up = orthonormal_columns(recipe.seed, layer.name, "up", layer.out_features, b)
+        return down.mT.contiguous(), up
 
 
 def probe(recipe: BasisRecipe, layout: Layout) -> list[float]:
     """A few projections that identify a basis: a fixed vector seen by some layers, both sides, two numbers each."""
-    count = min(_NUM_PROBED_LAYERS, len(layout.layers))
-    picked = np.linspace(0, len(layout.layers) - 1, count).round().astype(int)
     values: list[float] = []
-    for index in picked:
-        down_aux, up_aux = layer_basis(recipe, layout.layers[index])
+    for layer in _probed(recipe, layout):
+        down_aux, up_aux = layer_basis(recipe, layer)
         for rows in (down_aux[:2], up_aux.T[:2]):
             values += (rows.double() @ _probe_vector(rows.shape[1])).tolist()
     return values
+
+
+def probe_size(recipe: BasisRecipe, layout: Layout) -> int:
+    """How many numbers `probe` draws."""
+    return sum(_numbers(recipe, layer) for layer in _probed(recipe, layout))
+
+
+def _probed(recipe: BasisRecipe, layout: Layout) -> list[Layer]:
+    """The smallest layers, which take the least time."""
+    return sorted(layout.layers, key=lambda layer: _numbers(recipe, layer))[:_NUM_PROBED_LAYERS]
+
+
+def _numbers(recipe: BasisRecipe, layer: Layer) -> int:
+    a, b = recipe.dims(layer)
+    return a * layer.in_features + b * layer.out_features
 
 
 def same_basis(probe_a: list[float], probe_b: list[float]) -> bool:
@@ -154,10 +157,17 @@ def _probe_vector(size: int) -> Tensor:
     return vector / vector.norm()
 
 
-def orthonormal_columns(seed: int, name: str, side: str, size: int, dim: int) -> np.ndarray:
-    """(size, dim) float32 with orthonormal columns, random and frozen, computed in float64."""
+def orthonormal_columns(seed: int, name: str, side: str, size: int, dim: int) -> Tensor:
+    """(size, dim) float32 with orthonormal columns, random and frozen, computed in float64.
+
+    They are the Q of a QR factorisation whose R has a positive diagonal, which makes it unique. From the Cholesky
+    factor of the Gram matrix it comes many times faster than from Householder's reflections; a second round keeps it
+    exact where a nearly square matrix is badly conditioned.
+    """
     digest = hashlib.sha256(f"{seed}/{name}/{side}".encode()).digest()
     normals = np.random.RandomState(np.frombuffer(digest, "<u4")).standard_normal((size, dim))
-    q, r = np.linalg.qr(normals)
-    # The signs of QR depend on the library; a positive diagonal of R makes the factorisation unique.
-    return (q * np.where(np.diagonal(r) < 0, -1.0, 1.0)).astype(np.float32)
+    columns = torch.from_numpy(normals)
+    for _ in range(1 if size >= 2 * dim else 2):
+        root = torch.linalg.cholesky(columns.mT @ columns)
+        columns = torch.linalg.solve_triangular(root, columns.mT, upper=False).mT
+    return columns.float()

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .lidb import LiDB
-
 
 class HDBError(Exception):
     """Base of every error this library raises on purpose."""
@@ -44,17 +39,11 @@ class FinetuneError(HDBError, ValueError):
     """The inputs or settings of a fine-tune make no sense."""
 
 
-class FinetuneDiverged(HDBError, RuntimeError):
-    """Training produced NaN, infinity or an exploding loss.
+def require(holds: bool, name: str, expected: str, got: object, error: type[HDBError]) -> None:
+    """Refuse a setting that makes no sense.
 
-    Attributes:
-        lidb: the last state whose loss was sound.
-        losses: one finite loss per sound step.
-        step: the step (from 1) that failed.
+    Raises:
+        HDBError: of the class `error`, if the condition does not hold.
     """
-
-    def __init__(self, message: str, lidb: LiDB, losses: tuple[float, ...], step: int) -> None:
-        super().__init__(message)
-        self.lidb = lidb
-        self.losses = losses
-        self.step = step
+    if not holds:
+        raise error(f"Expected {name}: {expected}, got {got!r}.")

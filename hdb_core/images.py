@@ -5,6 +5,26 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from .errors import HDBError
+
+
+def as_rgb(images: Tensor | None, error: type[HDBError]) -> Tensor:
+    """Pictures (N, H, W, 1, 3 or 4) in 0..1, as ComfyUI's IMAGE, as RGB (N, 3, H, W) float32; alpha is left out.
+
+    Raises:
+        HDBError: of the class `error`: there is no picture, or its shape or values cannot be used.
+    """
+    if images is None or images.numel() == 0:
+        raise error("There is no photo: image is empty. Connect Load Image with the person's photo to it.")
+    if images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
+        raise error(
+            f"image must be (batch, height, width, 3), got {tuple(images.shape)}. Connect the IMAGE output of Load Image."
+        )
+    if not bool(images.isfinite().all()):
+        raise error("The photo contains NaN or infinite values. Check the node that makes it.")
+    pixels = images.movedim(-1, 1).float()
+    return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels[:, :3]
+
 
 def resize_to_cover(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize pictures to cover a size and crop the centre; antialiased bicubic.

@@ -23,6 +23,7 @@ from torch import nn
 from .errors import LayoutError
 
 FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
+FAMILY_BY_CONTEXT = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # width of the text that the UNet reads
 
 _TEXT_ENCODERS = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
 # Of these encoders ComfyUI reads the last layer but one: the last one has no effect, and other programs leave it out.
@@ -166,16 +167,25 @@ def host_key(name: str, num_res_blocks: int = 2, family: str = "sd1") -> str:
         return f"{first if match[1] == 'text_encoder' else 'clip_g'}.transformer.{match[2]}.weight"
     if not (match := _NEUTRAL_UNET.fullmatch(name)):
         raise LayoutError(f"Expected the name of an adapted layer, got {name!r}. Make the LiDB again with this pack.")
-    section, level, index = match[1], int(match[2] or 0), int(match[3] or match[5] or 0)
-    tail = f"1.{match[4]}" if match[4] else f"0.{_CONVOLUTIONS[match[6]]}"
-    if section == "mid_block" and match[6]:  # two residual blocks with the attention between them
-        return f"diffusion_model.middle_block.{2 * index}.{_CONVOLUTIONS[match[6]]}.weight"
-    block = {
-        "down_blocks": f"input_blocks.{1 + level * (num_res_blocks + 1) + index}",
-        "mid_block": "middle_block",
-        "up_blocks": f"output_blocks.{level * (num_res_blocks + 1) + index}",
-    }[section]
+    kind, tail = ("attentions", match[4]) if match[4] else ("resnets", _CONVOLUTIONS[match[6]])
+    block = ldm_block(match[1], int(match[2] or 0), kind, int(match[3] or match[5] or 0), num_res_blocks)
     return f"diffusion_model.{block}.{tail}.weight"
+
+
+def ldm_block(section: str, level: int, kind: str, index: int, num_res_blocks: int) -> str:
+    """Where the original checkpoints keep a residual block or an attention: ``input_blocks.1.0``, ``middle_block.1``.
+
+    Args:
+        section: ``down_blocks``, ``mid_block`` or ``up_blocks``, as diffusers has it.
+        level: of the section; none in ``mid_block``.
+        kind: ``resnets`` or ``attentions``.
+        index: within the level.
+        num_res_blocks: residual blocks per UNet level.
+    """
+    if section == "mid_block":  # two residual blocks with the attention between them
+        return f"middle_block.{2 * index if kind == 'resnets' else 1}"
+    number, slot = level * (num_res_blocks + 1) + index, 0 if kind == "resnets" else 1
+    return f"input_blocks.{1 + number}.{slot}" if section == "down_blocks" else f"output_blocks.{number}.{slot}"
 
 
 def neutral_unet_name(name: str, num_res_blocks: int) -> str | None:

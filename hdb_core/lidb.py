@@ -14,39 +14,45 @@ Source: HyperDreamBooth, arXiv 2307.06949, section 4.1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .basis import BasisRecipe, bases_of, layer_basis
+from .adapters import Adapters
+from .basis import BasisRecipe, layer_basis
 from .errors import LiDBError
 from .layout import Layout, require_layers
+from .recommended import FROM_PHOTO, RECOMMENDED, Strengths
 
 
-class Strengths(NamedTuple):
-    """How a person is applied; by default as the identity and the edits of people of the miniature were best.
-
-    In the picture that guidance makes, a person counts ``model · guidance`` times. Less of them in the prompt's own
-    pass leaves it more of its words; guidance then leads to the person, too.
+@dataclass(frozen=True)
+class About:
+    """What a LiDB says about itself.
 
     Attributes:
-        model: of the change of the UNet.
-        clip: of the change of the text encoder.
-        guidance: how much of the UNet's change guidance makes; 1 is as much as of an ordinary LoRA.
+        made_from: what the person was made from, a key of `recommended.RECOMMENDED`; decides how they are applied.
+        prompt: that means the person, with the token.
+        token: what means the person in a prompt, ``[v]``.
+        photos: how many the person was made from.
+        steps: of the fast fine-tune, all of them; 0 is a prediction alone.
+        strengths: that the person is to be applied with.
+        model: the host's class of the base model; a note, since the layout decides what a person fits.
+        name: of the person, as the user calls them.
+        thumbnail: a picture, WebP in base64.
     """
 
-    model: float = 0.7
-    clip: float = 0.5
-    guidance: float = 2.5
-
-
-STRENGTHS = Strengths()
-AS_LORA = Strengths(1.0, 1.0, 1.0)
-# For a person learned from nothing: little of them in the prompt's own pass, and more by guidance.
-GUIDED = Strengths(0.35, 0.5, 4.5)
+    made_from: str = FROM_PHOTO
+    prompt: str = "a [v] face"
+    token: str = "[v]"
+    photos: int = 1
+    steps: int = 0
+    strengths: Strengths = RECOMMENDED[FROM_PHOTO].strengths
+    model: str = ""
+    name: str = ""
+    thumbnail: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +66,7 @@ class LiDB:
         basis: recipe of the frozen bases.
         down: [L, R, a] float32.
         up: [L, b, R] float32.
-        info: free text about how it was made (``prompt``, ``token``, …).
+        about: how it was made and how it wants to be used.
 
     Raises:
         LiDBError: if the shapes do not belong together.
@@ -70,7 +76,7 @@ class LiDB:
     basis: BasisRecipe
     down: Tensor
     up: Tensor
-    info: Mapping[str, str] = field(default_factory=dict)
+    about: About = field(default_factory=About)
 
     def __post_init__(self) -> None:
         _check_shapes(self)
@@ -105,34 +111,18 @@ class Factors(NamedTuple):
     up: Tensor
 
 
-def expand(lidb: LiDB) -> dict[str, tuple[Tensor, Tensor]]:
+def expand(lidb: LiDB, adapters: Adapters | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """The low-rank factors in the layers' own dimensions, as any LoRA has them.
+
+    Args:
+        lidb: the person.
+        adapters: of its recipe and layout; None makes them, at seconds for a full-size model.
 
     Returns:
         Layer name → (up (out, R), down (R, in)); ``delta_weight = up @ down``.
     """
-    bases = bases_of(lidb.basis, lidb.layout, lidb.down.device)
-    return expand_factors(bases, lidb.down, lidb.up)
-
-
-def expand_factors(
-    bases: Mapping[str, tuple[Tensor, Tensor]], down: Tensor, up: Tensor
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """`expand` for bare factors; differentiable.
-
-    Args:
-        bases: layer name → (down_aux (a', in), up_aux (out, b')) of the L layers, in order, on the factors' device.
-        down: [..., L, R, a] float32; leading dimensions are the people of a batch.
-        up: [..., L, b, R] float32.
-
-    Returns:
-        Layer name → (up (..., out, R), down (..., R, in)).
-    """
-    rows = zip(bases.items(), down.unbind(-3), up.unbind(-3), strict=True)
-    return {
-        name: (up_aux @ layer_up[..., : up_aux.shape[1], :], layer_down[..., : down_aux.shape[0]] @ down_aux)
-        for (name, (down_aux, up_aux)), layer_down, layer_up in rows
-    }
+    adapters = adapters or Adapters(lidb.basis, lidb.layout, lidb.down.device)
+    return adapters.expand(lidb.down.to(adapters.device), lidb.up.to(adapters.device))
 
 
 def start_down(basis: BasisRecipe, layout: Layout, rank: int) -> Tensor:
@@ -148,15 +138,14 @@ def start_down(basis: BasisRecipe, layout: Layout, rank: int) -> Tensor:
 def nobody(layout: Layout, basis: BasisRecipe) -> LiDB:
     """A person of rank 1 that changes nothing; a fine-tune that goes on from there is a cold start in its basis."""
     up = torch.zeros(len(layout.layers), basis.up_dim, 1)
-    return LiDB(layout, basis, start_down(basis, layout, 1), up, {"made_by": "nothing"})
+    return LiDB(layout, basis, start_down(basis, layout, 1), up)
 
 
 def delta_weight(lidb: LiDB, index: int) -> Tensor:
     """The full change (out, in) of layer number `index`; differentiable. Only for export and tests: it is large."""
-    layer = lidb.layout.layers[index]
-    bases = {layer.name: layer_basis(lidb.basis, layer)}
-    up, down = expand_factors(bases, lidb.down[index : index + 1], lidb.up[index : index + 1])[layer.name]
-    return up @ down
+    down_aux, up_aux = layer_basis(lidb.basis, lidb.layout.layers[index])
+    down, up = lidb.down[index, :, : len(down_aux)], lidb.up[index, : up_aux.shape[1]]
+    return up_aux @ up @ down @ down_aux
 
 
 def core(lidb: LiDB) -> Tensor:
@@ -213,7 +202,7 @@ def truncate(lidb: LiDB, rank: int) -> LiDB:
     down = (vh[:, :rank] @ q_down.mT) * root[..., None]
     largest = down.gather(-1, down.abs().argmax(-1, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0).to(down)
-    return LiDB(lidb.layout, lidb.basis, (down * sign).to(lidb.down), (up * sign.mT).to(lidb.up), lidb.info)
+    return LiDB(lidb.layout, lidb.basis, (down * sign).to(lidb.down), (up * sign.mT).to(lidb.up), lidb.about)
 
 
 def strongest(lidb: LiDB, count: int) -> LiDB:
@@ -237,7 +226,7 @@ def strongest(lidb: LiDB, count: int) -> LiDB:
     kept = kept.view_as(size).to(size.device)
     rank = max(1, int(kept.sum(1).max()))
     down, up = (whole.down * kept[..., None])[:, :rank], (whole.up * kept[:, None])[..., :rank]
-    return LiDB(lidb.layout, lidb.basis, down, up, lidb.info)
+    return LiDB(lidb.layout, lidb.basis, down, up, lidb.about)
 
 
 def extend(lidb: LiDB, layout: Layout) -> LiDB:
@@ -258,7 +247,7 @@ def extend(lidb: LiDB, layout: Layout) -> LiDB:
     kept = torch.tensor([places[layer] for layer in lidb.layout.layers])
     down = start_down(lidb.basis, layout, lidb.rank).index_copy(0, kept, lidb.down)
     up = lidb.up.new_zeros(len(layout.layers), *lidb.up.shape[1:]).index_copy(0, kept, lidb.up)
-    return LiDB(layout, lidb.basis, down, up, lidb.info)
+    return LiDB(layout, lidb.basis, down, up, lidb.about)
 
 
 def weighted_sum(lidbs: Sequence[LiDB], weights: Sequence[float], rank: int | None = None) -> LiDB:
@@ -280,9 +269,24 @@ def weighted_sum(lidbs: Sequence[LiDB], weights: Sequence[float], rank: int | No
     first = lidbs[0]
     down = torch.cat([lidb.down for lidb in lidbs], dim=1)
     up = torch.cat([lidb.up * weight for lidb, weight in zip(lidbs, weights, strict=True)], dim=2)
-    total = LiDB(first.layout, first.basis, down, up, {})
+    total = LiDB(first.layout, first.basis, down, up, first.about)
     limit = min(total.rank if rank is None else rank, first.basis.max_rank)
     return total if total.rank <= limit else truncate(total, limit)
+
+
+def blend(lidb_a: LiDB, lidb_b: LiDB, share: float) -> LiDB:
+    """``(1 − share) · a + share · b``, to be applied with strengths blended alike.
+
+    The rest of `About` is that of the person with the larger share, but for name and thumbnail, which are neither's.
+
+    Raises:
+        LiDBError: if the two do not belong together.
+    """
+    both = weighted_sum([lidb_a, lidb_b], [1 - share, share])
+    pairs = zip(lidb_a.about.strengths, lidb_b.about.strengths, strict=True)
+    strengths = Strengths(*((1 - share) * a + share * b for a, b in pairs))
+    larger = lidb_b.about if share > 0.5 else lidb_a.about
+    return replace(both, about=replace(larger, strengths=strengths, name="", thumbnail=""))
 
 
 def require_same_space(lidbs: Sequence[LiDB]) -> None:

@@ -7,7 +7,6 @@ Packed matrices are int8 with a float16 scale a row; token rows that no caption 
 
 import argparse
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +14,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from hdb_core.files import container
+from hdb_core.files import hypernet as hypernet_file
+from hdb_core.files.atomic import replacing
+from hdb_core.hypernet import HyperNet
+from hdb_core.layout import ldm_block
 
 from .training import load_average
 
@@ -40,23 +45,19 @@ def ldm_name(name: str, layers_per_block: int = 1) -> str:
     for ours, theirs in _ENDS.items():
         if name.startswith(ours + "."):
             return theirs + name.removeprefix(ours)
-    part, rest = re.fullmatch(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(.*)", name).groups()
-    kind, index, rest = re.fullmatch(r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", rest).groups()
+    section, level, kind, index, rest = re.fullmatch(
+        r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)",
+        name,
+    ).groups()
+    block = int(level or 0)
+    if kind == "downsamplers":
+        return f"input_blocks.{(block + 1) * (layers_per_block + 1)}.0.op.{rest.removeprefix('conv.')}"
+    if kind == "upsamplers":
+        return f"output_blocks.{block * (layers_per_block + 1) + layers_per_block}.2.{rest}"
     if kind == "resnets":
         module, leaf = rest.split(".", 1)
         rest = f"{_RESNET[module]}.{leaf}"
-    slot, j = {"resnets": 0, "attentions": 1}.get(kind), int(index)
-    if part == "mid_block":
-        return f"middle_block.{2 * j if kind == 'resnets' else 1}.{rest}"
-    block, stride = int(part.split(".")[1]), layers_per_block + 1
-    if kind == "downsamplers":
-        return f"input_blocks.{(block + 1) * stride}.0.op.{rest.removeprefix('conv.')}"
-    if kind == "upsamplers":
-        return f"output_blocks.{block * stride + layers_per_block}.2.{rest}"
-    side = (
-        f"input_blocks.{1 + block * stride + j}" if part.startswith("down") else f"output_blocks.{block * stride + j}"
-    )
-    return f"{side}.{slot}.{rest}"
+    return f"{ldm_block(section, block, kind, int(index), layers_per_block)}.{rest}"
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,9 +153,8 @@ def expand(source_dir: Path, target: Path) -> None:
         unpack_tensors(base) | {_TOKEN_ROWS: rows}, unpack_tensors(vae), float(header["vae_scale"])
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"format": FORMAT})
-    os.replace(partial, target)
+    with replacing(target) as partial:
+        save_file(tensors, partial, metadata={"format": FORMAT})
 
 
 def write_diffusers(source_dir: Path, target: Path) -> None:
@@ -210,6 +210,30 @@ def write_base(folder: Path, base: dict[str, torch.Tensor], rows: torch.Tensor) 
     save_file(pack_tensors(base) | {_TOKEN_ROWS: rows.to(torch.int32)}, folder / BASE_FILE, metadata=_HEADER)
 
 
+def convert_hypernet(source_dir: Path, target: Path) -> None:
+    """Writes the shipped hypernetwork, whose header is of the format before the present one, as nodes read it.
+
+    Args:
+        source_dir: the repository's ``weights/``.
+        target: the file to make, for example ``models/hyperdreambooth/hdb_miniature.safetensors``.
+
+    Raises:
+        FileNotFoundError: It is not there.
+    """
+    path = source_dir / HYPERNET_FILE
+    tensors, metadata = read_packed(path)
+    fields = json.loads(metadata[hypernet_file.KIND.key])
+    layout, basis = container.read_space(hypernet_file.KIND, fields, path)
+    sizes = {name: value for name, value in fields["sizes"].items() if name != "free_down"}
+    sizes["encoder"]["cut"] = "centre"
+    net = HyperNet.create(hypernet_file.read_config(sizes, layout, basis))
+    # The statistics of its face codes were not kept: a spread of 0 is unknown.
+    unknown = {name: net.state_dict()[name] for name in ("code_center", "code_spread")}
+    net.load_state_dict({name: weight.float() for name, weight in tensors.items()} | unknown)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    hypernet_file.save(net, target, fields["info"])
+
+
 def _pack(runs: Path, folder: Path) -> None:
     """Packs what was trained; a file whose training is not there stays as it is."""
     from .text import load_tokenizer, vocabulary
@@ -227,15 +251,17 @@ def _pack(runs: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("pack", "expand", "diffusers"))
+    parser.add_argument("command", choices=("pack", "expand", "hypernet", "diffusers"))
     parser.add_argument("--runs", type=Path, default=Path(".runs"))
     parser.add_argument("--weights", type=Path, default=Path(__file__).parent.parent / "weights")
-    parser.add_argument("--target", type=Path, help="default: .runs/hdb_miniature.safetensors, or .runs/diffusers")
+    parser.add_argument("--target", type=Path, help="default: a file or folder of .runs")
     args = parser.parse_args()
     if args.command == "pack":
         _pack(args.runs, args.weights)
     elif args.command == "expand":
         expand(args.weights, args.target or args.runs / "hdb_miniature.safetensors")
+    elif args.command == "hypernet":
+        convert_hypernet(args.weights, args.target or args.runs / "hdb_miniature_hypernet.safetensors")
     else:
         write_diffusers(args.weights, args.target or args.runs / "diffusers")
 

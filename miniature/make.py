@@ -19,16 +19,12 @@ ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "weights"
 RUNS = ROOT / ".runs"
 _TRAIN = "--model .runs/diffusers --image-size 128"
-_FITTED = f"{_TRAIN} --photos .runs/fitted --folder .runs/regression"
-_FACES = f"{_TRAIN} --photos .runs/faces --convolutions --precomputed .runs/latents_of_faces"
-_ENCODER = f"{_FACES} --folder .runs/encoder"
-_HYPERNET = f"{_FACES} --folder .runs/hypernet"
-_LEARNED = f"{_FACES} --folder .runs/basis"
-_NARROW = f"{_FACES} --folder .runs/narrow --down-dim 25 --up-dim 12"
-_CHECK = f"{_FACES} --folder .runs/check --overfit 16"
-_LEVELS = "--min-timestep 0.05 --max-timestep 0.95"
-_DIFFUSION = f"--rank 4 --depth 2 --warmup 20 --max-photos 2 {_LEVELS} --sample-every 0"
-_SAME_ENCODER = f"--encoder .runs/hypernet/encoder.safetensors {_DIFFUSION}"
+_FACES = f"{_TRAIN} --photos .runs/faces"
+_SHARED = "--set precomputed=.runs/latents_of_faces"
+_LEVELS = "train.noise=[0.05,0.95] evaluate.noise=[0.05,0.95]"
+_DIFFUSION = f"net.depth=2 train.warmup=20 train.max_photos=2 {_LEVELS} samples.every=0"
+_SAME_ENCODER = f"{_DIFFUSION} begin_with=.runs/hypernet/encoder.safetensors pretrain.steps=0"
+_LEARNED = "basis.file=.runs/basis/basis.safetensors"
 STAGES = {
     "pictures": "miniature.pictures",
     "vae": "miniature.vae",
@@ -40,31 +36,30 @@ STAGES = {
     "pack": "miniature.checkpoint pack",
     "diffusers": "miniature.checkpoint diffusers",
     "faces": "miniature.photos --folder .runs/faces --people 13400 --photos 4 --masks face",
-    "latents_of_faces": f"hdb_core.train precompute {_ENCODER}",
-    "encoder": f"hdb_core.train pretrain {_ENCODER} --portraits --pretrain-steps 8000 --pretrain-people 32",
-    "pretrain": f"hdb_core.train pretrain {_HYPERNET} --portraits --pretrain-steps 2800 "
-    "--encoder .runs/encoder/encoder.safetensors",
-    "hypernet": f"hdb_core.train train {_HYPERNET} {_DIFFUSION} --steps 1000",
-    "evaluate": f"hdb_core.train evaluate {_HYPERNET} --max-photos 3 {_LEVELS}",
+    "encoder": f"hdb_core.train .runs/encoder {_FACES} --steps 0 {_SHARED} pretrain.portraits=true "
+    "pretrain.steps=8000 pretrain.people=32",
+    "hypernet": f"hdb_core.train .runs/hypernet {_FACES} --rank 4 --steps 1000 {_SHARED} pretrain.portraits=true "
+    f"pretrain.steps=2800 begin_with=.runs/encoder/encoder.safetensors {_DIFFUSION} evaluate.photos=3",
     "pack_hypernet": "miniature.checkpoint pack",
     # Of no shipped file, for the benchmarks: a check on sixteen people, fitted people, and hypernetworks in a learned
     # basis and in a narrow one.
-    "check": f"hdb_core.train train {_CHECK} {_SAME_ENCODER} --people 16 --steps 200",
-    "evaluate_check": f"hdb_core.train evaluate {_CHECK} --max-photos 1 {_LEVELS}",
+    "check": f"hdb_core.train .runs/check {_FACES} --overfit 16 --rank 4 --people 16 --steps 200 {_SHARED} "
+    f"{_SAME_ENCODER}",
     "fitted": "miniature.photos --folder .runs/fitted --people 384 --photos 4",
-    "precompute": f"hdb_core.train precompute {_FITTED} --fit-steps 40 --min-timestep 0.15",
+    "precompute": f"hdb_core.train .runs/regression {_TRAIN} --photos .runs/fitted --no-convolutions --stage precompute "
+    "--set fit.steps=40 fit.noise=[0.15,1.0]",
     "people": "miniature.photos --folder .runs/people --people 3400 --photos 4",
-    "basis": f"hdb_core.train basis {_TRAIN} --photos .runs/people --folder .runs/basis --convolutions --draws 4 "
-    "--min-timestep 0 --max-timestep 0.8 --held-out 0.005",
-    "hypernet_in_basis": f"hdb_core.train train {_LEARNED} {_SAME_ENCODER} --steps 1000",
-    "hypernet_in_narrow_basis": f"hdb_core.train train {_NARROW} {_SAME_ENCODER} --steps 1000",
+    "basis": f"hdb_core.train .runs/basis {_TRAIN} --photos .runs/people --stage basis --set basis.learn_from=64 "
+    "held_out=0.005",
+    "hypernet_in_basis": f"hdb_core.train .runs/in_basis {_FACES} --rank 4 --steps 1000 {_SHARED} {_SAME_ENCODER} "
+    f"{_LEARNED}",
+    "hypernet_in_narrow_basis": f"hdb_core.train .runs/narrow {_FACES} --rank 4 --steps 1000 {_SHARED} {_SAME_ENCODER} "
+    "basis.down_dim=25 basis.up_dim=12",
 }
 MADE_BY = {
     "miniature_vae.safetensors": ("pictures", "vae", "latents", "pack"),
     "miniature_base.safetensors": ("pictures", "vae", "latents", "text", "base", "pack"),
-    "miniature_hypernet.safetensors": (
-        *("diffusers", "faces", "latents_of_faces", "encoder", "pretrain", "hypernet", "evaluate", "pack_hypernet"),
-    ),
+    "miniature_hypernet.safetensors": (*("diffusers", "faces", "encoder", "hypernet", "pack_hypernet"),),
     "judge_a.safetensors": ("pictures", "judge_a"),
     "judge_b.safetensors": ("pictures", "judge_b"),
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from hdb_core.training.photos import MASK
+from hdb_core.train.data.photos import MASK
 
 from .captions import photo_words
 from .drawing import face_mask, head_mask, photo

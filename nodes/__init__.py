@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .finetune import FastFinetune
+from .apply import ApplyLiDBToModel, ApplyOptions
+from .blend import BlendLiDB
+from .empty import EmptyLiDB
+from .files import LoadLiDB, SaveLiDB, SaveLiDBAsLoRA
+from .finetune import FastFinetune, FastFinetuneOptions
 from .host.folders import register_folders
 from .hypernet import LoadHyperNet, PredictLiDB
-from .lidb import ApplyLiDBToModel, BlendLiDB, EmptyLiDB, LoadLiDB, SaveLiDB
-from .lora import SaveLiDBAsLoRA
 
 NODES: list[type[io.ComfyNode]] = [
-    LoadHyperNet, PredictLiDB, EmptyLiDB, FastFinetune, ApplyLiDBToModel, SaveLiDB, LoadLiDB, BlendLiDB, SaveLiDBAsLoRA,
+    LoadHyperNet, PredictLiDB, EmptyLiDB, FastFinetune, FastFinetuneOptions, ApplyLiDBToModel, ApplyOptions, SaveLiDB,
+    LoadLiDB, BlendLiDB, SaveLiDBAsLoRA,
 ]  # fmt: skip
 
 

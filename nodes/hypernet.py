@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 
 from ..hdb_core.errors import HyperNetFileError
 from .host.folders import find_hypernet, saved_hypernets
 from .host.hypernets import HostHyperNet
 from .host.progress import send_text
-from .host.targets import require_unet
+from .host.targets import class_of, require_unet
 from .types import CATEGORY, HYPERNET, LIDB
-
-MAX_ITERATIONS = 16
 
 
 class LoadHyperNet(io.ComfyNode):
@@ -31,7 +31,7 @@ class LoadHyperNet(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="Only for a hypernetwork that was trained with your own image encoder; it says so if it needs one.",
+                    tooltip="Only for a hypernetwork that was trained with a CLIP Vision model; it says so if it needs one.",
                 ),
             ],
             outputs=[HYPERNET.Output(display_name="hypernet", tooltip="Connect Predict LiDB.")],
@@ -61,39 +61,33 @@ class PredictLiDB(io.ComfyNode):
             node_id="PredictLiDB",
             display_name="Predict LiDB",
             category=CATEGORY,
-            description="Predicts a person's LiDB from one photo, or several, in one pass and without training.",
+            description="Predicts a person's LiDB from one or several photos, without training.",
             inputs=[
                 HYPERNET.Input("hypernet", tooltip="From Load HyperNet."),
                 io.Image.Input(
                     "image",
-                    tooltip="A photo of the person, cropped to the face as in training; a batch of photos of one person gives one person.",
-                ),
-                io.Int.Input(
-                    "iterations",
-                    default=0,
-                    min=0,
-                    max=MAX_ITERATIONS,
-                    tooltip="How often the prediction is refined. 0: as often at most as in its training.",
+                    tooltip="A photo of the person, cropped to the face, or a batch of photos of one person.",
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The MODEL that the person is meant for: tells at once if it does not fit.",
+                    tooltip="The base model for this person: an error says at once if it does not fit.",
                 ),
             ],
             outputs=[
                 LIDB.Output(display_name="lidb", tooltip="The person. Connect Apply LiDB to Model, or Fast Finetune."),
-                io.String.Output(display_name="prompt", tooltip="The prompt that means this person, with its token."),
+                io.String.Output(display_name="prompt", tooltip="A prompt for this person, with the token."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(
-        cls, hypernet: HostHyperNet, image: io.Image.Type, iterations: int, model: io.Model.Type | None = None
-    ) -> io.NodeOutput:
+    def execute(cls, hypernet: HostHyperNet, image: io.Image.Type, model: io.Model.Type | None = None) -> io.NodeOutput:
         if model is not None:
             require_unet(model, hypernet.config.layout, "This hypernetwork")
-        lidb = hypernet.predict(image, iterations or None)
-        send_text(f"predicted from {lidb.info['photos']} photo(s), k = {lidb.info['iterations']}", cls.hidden.unique_id)
-        return io.NodeOutput(lidb, lidb.info["prompt"])
+        lidb = hypernet.predict(image)
+        if model is not None:
+            lidb = replace(lidb, about=replace(lidb.about, model=class_of(model)))
+        photos = "one photo" if len(image) == 1 else f"{len(image)} photos"
+        send_text(f"predicted from {photos}", cls.hidden.unique_id)
+        return io.NodeOutput(lidb, lidb.about.prompt)

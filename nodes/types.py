@@ -6,3 +6,5 @@ CATEGORY = "HyperDreamBooth"
 
 LIDB = io.Custom("LIDB")
 HYPERNET = io.Custom("HYPERNET")
+FINETUNE_OPTIONS = io.Custom("FINETUNE_OPTIONS")
+APPLY_OPTIONS = io.Custom("APPLY_OPTIONS")

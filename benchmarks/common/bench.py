@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from devtools.environment import BASE, CHECKPOINT, ROOT
 from miniature.judge import ARCHITECTURES, Judge
 from miniature.people import SPLITS
 
+from . import settings
 from .cells import Cells
 from .kept import KeptScores
 from .studio import MISSING, Sampling, Studio, file_hash
@@ -148,12 +149,12 @@ def load_judges(folder: Path) -> dict[str, Judge]:
 
 
 def parsed_settings(pairs: Sequence[str], config: type) -> dict[str, list[Any]]:
-    """``name=value,value`` with the names and types of a dataclass's fields.
+    """``name=value,value`` with the names and types of a dataclass's fields, those of noise levels among them.
 
     Raises:
         SystemExit: an unknown name or a value of another type.
     """
-    types: Mapping[str, str] = {f.name: str(f.type) for f in fields(config)}
+    types = settings.types(config)
     readers: dict[str, Callable[[str], Any]] = {
         "int": int,
         "float": float,

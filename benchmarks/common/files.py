@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from devtools.stale import record
+from hdb_core.files import atomic
 
 
 def rounded(value: Any) -> Any:
@@ -18,11 +20,10 @@ def rounded(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole file, or what was there before."""
+    """The whole file, or what was there before; a result is recorded with the weights that made it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    atomic.write_text(path, text)
+    record(path)
 
 
 def write_json(path: Path, objects: Any) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from devtools.stale import record
+
 LABEL_WIDTH, LINE_HEIGHT, MARGIN = 150, 13, 3
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
@@ -50,3 +52,4 @@ def save(image: Image.Image, path: Path) -> None:
     """As a PNG of 256 colours: a third of the size, no visible difference."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.quantize(256, Image.Quantize.MEDIANCUT).save(path, optimize=True)
+    record(path)

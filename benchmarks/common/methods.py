@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from hdb_core.finetune import STEPS_FROM_SEVERAL_PHOTOS, STEPS_IF_GUIDED, FinetuneConfig
-from hdb_core.lidb import AS_LORA, GUIDED, STRENGTHS, Strengths
-from hdb_core.lidb_file import COMPACT, DEFAULT_RANK
+from hdb_core.files.lidb import COMPACT, DEFAULT_RANK
 from hdb_core.prompt import caption
+from hdb_core.recommended import AS_LORA, FROM_PHOTO, FROM_PHOTOS, RECOMMENDED, Strengths, made_from
 from miniature.captions import photo_words
 from miniature.drawing import head_mask
 from miniature.prompts import describe
@@ -25,7 +24,8 @@ from .bench import Bench
 from .cells import Cell
 from .dreambooth import DreamBoothConfig, dreambooth
 from .reference import Checkpoint
-from .studio import Made, Models, hash_or_missing
+from .settings import GUIDED, STRENGTHS, resolved
+from .studio import Made, Models, hash_or_missing, hypernet_hash
 from .subjects import CLASS_PROMPT, Subject
 from .textual_inversion import TextualInversionConfig, textual_inversion
 
@@ -34,20 +34,7 @@ if TYPE_CHECKING:
 
 BYTES_PER_WEIGHT = 2  # float16, as checkpoints are shared
 CLASS_PICTURES = DreamBoothConfig().class_pictures
-# Dimensions of a basis that is complete on every layer of SD 1.x; narrower layers cut it to their size.
-COMPLETE = {"down_dim": 1280, "up_dim": 1280}
-# Steps and rate chosen on dev people.
-LORA = {"steps": 150, "learning_rate": 3e-4, "convolutions": False, "down_lr_scale": 1.0, "weighting": "native",
-        "max_timestep": 1.0, "train_text_encoder": True, "prior_weight": 1.0, "basis": COMPLETE}  # fmt: skip
-
 FILE = {"rank": DEFAULT_RANK, "bits": COMPACT}  # as Save LiDB writes it
-
-
-@dataclass(frozen=True)
-class NodeConfig(FinetuneConfig):
-    """All settings of FastFinetune: those of the training, and which layers the host gives it."""
-
-    convolutions: bool = True
 
 
 class Method(Protocol):
@@ -82,7 +69,7 @@ class Base:
 
 
 class Caption:
-    """The base model, told all that words can say of the person."""
+    """The base model, prompted with a full description of the person."""
 
     rows: ClassVar[Mapping[str, Mapping[str, Any]]] = {"caption": {}}
 
@@ -124,21 +111,19 @@ class Predicted:
     Attributes:
         name: of the row.
         hypernet: the hypernetwork's file.
-        iterations: k; 0 is the file's own.
         photos: how many of the person it sees.
         strengths: that the person is applied with, each a row; see `applied_rows`.
     """
 
     name: str
     hypernet: Path
-    iterations: int = 0
     photos: int = 1
     strengths: tuple[Strengths, ...] = (STRENGTHS,)
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
         """All that decides the prediction."""
-        return {"hypernet": hash_or_missing(self.hypernet), "iterations": self.iterations, "photos": self.photos}
+        return {"hypernet": hypernet_hash(self.hypernet), "photos": self.photos}
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
@@ -154,7 +139,7 @@ class Predicted:
                 yield row, sampled(bench, applied(bench, lidb, settings), subject, **facts)
 
     def made(self, bench: Bench, subject: Subject) -> Made:
-        return bench.studio.predict(self.hypernet, subject.photos(self.photos), self.iterations)
+        return bench.studio.predict(self.hypernet, subject.photos(self.photos))
 
     def person(self, bench: Bench, subject: Subject) -> LiDB:
         return self.made(bench, subject).lidb
@@ -162,7 +147,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class LearnedBasis:
-    """EmptyLiDB: nobody yet, in a basis that was learned from people.
+    """EmptyLiDB: an untrained start in a basis that was learned from people.
 
     Attributes:
         path: the basis's file.
@@ -176,7 +161,7 @@ class LearnedBasis:
         return {"basis": hash_or_missing(self.path)}
 
     def made(self, bench: Bench, subject: Subject) -> Made:
-        return Made(bench.studio.nobody(self.path), 0.0, 0)
+        return Made(bench.studio.empty(self.path), 0.0, 0)
 
 
 @dataclass(frozen=True)
@@ -185,9 +170,10 @@ class FastFinetuning:
 
     Attributes:
         name: of the row; the last is "<name>_saved".
-        settings: fields of FinetuneConfig that are not at their default; a basis as a dict.
-        start: what it goes on from, which brings its basis; None starts from nothing in a random one.
-        described: the training is told what the photo shows besides the person.
+        settings: fields of NodeConfig that are not at their default, noise levels by their own names; a basis as a dict.
+            Automatic steps are those recommended.
+        start: what it goes on from, which brings its basis; None is a random one.
+        described: the photos are captioned with what they show besides the person.
         strengths: that the person is applied with, each a row; see `applied_rows`.
         masked: only the head of the photo is learned.
         photos: how many of the person it learns from.
@@ -203,11 +189,11 @@ class FastFinetuning:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Every field of FinetuneConfig, but what the photo shows: `described` says whether it is told."""
-        basis = FinetuneConfig().basis.fields() | self.settings.get("basis", {})
-        config = {**asdict(FinetuneConfig()), **self.settings, "basis": basis}
+        """Every setting but the captions: `described` says whether there are any."""
+        config = resolved(self.settings)
         del config["photo_words"]
-        return config
+        source = made_from(self.photos, isinstance(self.start, Predicted))
+        return config | {"steps": config["steps"] or RECOMMENDED[source].steps}
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
@@ -243,7 +229,7 @@ class FastFinetuning:
         photos, contexts = subject.photos(self.photos), subject.contexts(self.photos)
         masks = np.stack([head_mask(subject.person, c) for c in contexts]) if self.masked else None
         words = "\n".join(map(photo_words, contexts)) if self.described else ""
-        settings = {"seed": subject.seed, "photo_words": words, **self.settings}
+        settings = {"seed": subject.seed, "photo_words": words, **self.settings, "steps": self.config["steps"]}
         lidb, seconds = bench.studio.finetune(photos, **inputs, masks=masks, **settings)
         step = bench.studio.finetune_step_flops(photos, self.settings, **inputs)
         made = Made(lidb, seconds, self.config["steps"] * step)
@@ -254,7 +240,7 @@ class FastFinetuning:
         path = self._file(bench, subject)
         if not path.exists():
             self._through_file(bench, subject, self.made(bench, subject).lidb)
-        return bench.studio.host.module("hdb_core.lidb_file").load(path)
+        return bench.studio.host.module("hdb_core.files.lidb").load(path)
 
     def _through_file(self, bench: Bench, subject: Subject, lidb: LiDB) -> tuple[LiDB, int]:
         loaded, path = bench.studio.saved(lidb, f"bench{os.getpid()}")
@@ -268,14 +254,14 @@ class FastFinetuning:
         return bench.cells.path(self.name, self.rows[self.name], subject.seed).with_suffix(".safetensors")
 
 
-# Steps and strengths chosen on dev people.
-FROM_NOTHING = tuple(
+ONE, SEVERAL = RECOMMENDED[FROM_PHOTO].steps, RECOMMENDED[FROM_PHOTOS].steps
+WITHOUT_HYPERNET = tuple(
     FastFinetuning(f"lidb_{name}", {"steps": steps}, None, True, (strengths,), photos=photos)
     for name, steps, strengths, photos in (
         ("40_described_guided", 40, GUIDED, 1),
-        (f"{STEPS_IF_GUIDED}_described_guided", STEPS_IF_GUIDED, GUIDED, 1),
-        (f"{STEPS_IF_GUIDED}_3photos_described_guided", STEPS_IF_GUIDED, GUIDED, 3),
-        (f"{STEPS_FROM_SEVERAL_PHOTOS}_3photos_described", STEPS_FROM_SEVERAL_PHOTOS, STRENGTHS, 3),
+        (f"{ONE}_described_guided", ONE, GUIDED, 1),
+        (f"{ONE}_3photos_described_guided", ONE, GUIDED, 3),
+        (f"{SEVERAL}_3photos_described", SEVERAL, STRENGTHS, 3),
     )
 )
 
@@ -323,7 +309,7 @@ class Reference:
     Attributes:
         config: settings.
         name: of the rows, before "@".
-        described: the training is told what the photo shows besides the person.
+        described: the photo is captioned with what it shows besides the person.
         base_negative: further rows, "<name>_base_negative@", encode the negative prompt as before the training.
     """
 

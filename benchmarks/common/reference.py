@@ -68,27 +68,29 @@ def train(
         trained: puts trainable parameters into the model and takes them out again.
         prior: pictures of the class, as many a step as photos.
     """
-    core = studio.host.module("hdb_core.finetune")
-    training = studio.host.module("nodes.host.training")
+    core, diffusion = studio.host.module("hdb_core.finetuning"), studio.host.module("hdb_core.diffusion")
+    memory_of = studio.host.module("nodes.host.memory").memory_of
     model, clip = studio.base.model, studio.base.clip
     settings = core.FinetuneConfig(
         prompt=config.prompt, class_prompt=config.class_prompt, prior_weight=prior.weight if prior else 0.0,
-        batch_size=config.batch_size, seed=seed, max_timestep=1.0,
+        batch_size=config.batch_size, seed=seed, noise=diffusion.NoiseLevels(),
     )  # fmt: skip
     latents = encoded(studio, photo[None])
     prior_latents = encoded(studio, prior.pictures) if prior else None
-    samples = config.batch_size * (2 if prior else 1)
+    memory = memory_of(model, config.batch_size * (2 if prior else 1) * latents[0, 0].numel())
     with (
         torch.inference_mode(),
-        training.training(model, clip, samples * latents.shape[-2] * latents.shape[-1]) as denoiser,
+        studio.host.module("nodes.host.differentiable").differentiable(model, clip, memory) as denoiser,
         trained() as parameters,
     ):
-        sampler = core.BatchSampler(denoiser.sigmas(), latents, settings, None, prior_latents)
+        sampler = studio.host.module("hdb_core.finetuning.batches").BatchSampler(
+            denoiser.sigmas(), latents, settings, None, prior_latents
+        )
         optimizer = torch.optim.AdamW(parameters, lr=config.rate, weight_decay=config.weight_decay, fused=True)
 
         def train_step(step: int) -> None:
             conditioning = denoiser.encode_prompts(sampler.prompts(step))
-            core.diffusion_loss(denoiser, sampler.draw(step), conditioning).backward()
+            diffusion.diffusion_loss(denoiser, sampler.draw(step), conditioning).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -107,5 +109,5 @@ def train(
 @torch.inference_mode()
 def encoded(studio: Studio, pictures: np.ndarray) -> Any:
     """Model-space latents (N, 4, 16, 16) of uint8 (N, 128, 128, 3)."""
-    images = studio.host.module("nodes.host.images")
-    return images.encode(studio.base.model, studio.base.vae, as_image(pictures).movedim(-1, 1))
+    photos = studio.host.module("nodes.host.photos")
+    return photos.encode(studio.base.model, studio.base.vae, as_image(pictures).movedim(-1, 1))

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
@@ -17,15 +17,21 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from devtools import environment
 from devtools.device import made_on, synchronize
 from devtools.environment import Host
 from devtools.inprocess import InProcessHost, boot
-from hdb_core.lidb import AS_LORA, Strengths
+from hdb_core.recommended import AS_LORA, Strengths
+
+from .settings import NOISE, NodeConfig
 
 if TYPE_CHECKING:
     from hdb_core.lidb import LiDB
 
 SIZE = 128
+HYPERNET = environment.BASE / "models" / "hyperdreambooth" / environment.HYPERNET
+SHIPPED_HYPERNET = environment.ROOT / "weights" / "miniature_hypernet.safetensors"
+WIDGETS = frozenset(("prompt", "photo_words", "steps", "resolution", "seed"))  # of Fast Finetune itself
 MISSING = "missing"  # instead of the hash of a file
 TIMED = 5  # predictions: a single one of milliseconds says more of what else the machine did
 
@@ -129,14 +135,14 @@ class Studio:
         return self.host.run("CLIPTextEncode", clip=clip, text="")[0]
 
     @torch.inference_mode()
-    def nobody(self, basis: Path) -> LiDB:
+    def empty(self, basis: Path) -> LiDB:
         """EmptyLiDB in a learned basis."""
         self.host.folder_paths.add_model_folder_path("lidb_basis", str(basis.parent), is_default=True)
         return self.host.run("EmptyLiDB", basis_name=basis.name)[0]
 
     @torch.inference_mode()
-    def predict(self, hypernet: Path, photos: np.ndarray, iterations: int = 0) -> Made:
-        """PredictLiDB on photos of a person, uint8 (N, 128, 128, 3); 0 iterations are as many as the file says.
+    def predict(self, hypernet: Path, photos: np.ndarray) -> Made:
+        """PredictLiDB on photos of a person, uint8 (N, 128, 128, 3).
 
         The seconds are the median of `TIMED` predictions after a first one, which reads the weights.
         """
@@ -145,8 +151,9 @@ class Studio:
             # hdb_core.train writes a learned basis into the same folder.
             self.host.folder_paths.add_model_folder_path("lidb_basis", str(hypernet.parent))
             self._hypernets[hypernet] = self.host.run("LoadHyperNet", hypernet_name=hypernet.name)[0]
-        inputs = {"hypernet": self._hypernets[hypernet], "image": as_image(photos), "iterations": iterations}
+        inputs = {"hypernet": self._hypernets[hypernet], "image": as_image(photos)}
         predict = partial(self.host.run, "PredictLiDB", **inputs)
+        predict()
         flops, seconds = counted_flops(predict), []
         for _ in range(TIMED):
             start = self.now()
@@ -170,22 +177,30 @@ class Studio:
             lidb: goes on from this person.
             class_pictures: uint8 (N, 128, 128, 3), for a prior_weight above 0.
             masks: uint8 (N, 128, 128), 255 where a photo is learned; None learns all of it.
-            **settings: fields of FinetuneConfig, a basis as a dict of its fields.
+            **settings: of `settings.NodeConfig`, noise levels by their own names, a basis as a dict of its fields.
         """
-        if "basis" in settings:
-            settings["basis"] = self.host.module("hdb_core.basis").BasisRecipe(**settings["basis"])
-        class_images = None if class_pictures is None else as_image(class_pictures)
+        widgets = {name: settings.pop(name) for name in WIDGETS & settings.keys()}
         base = {"model": self.base.model, "clip": self.base.clip, "vae": self.base.vae}
-        inputs = {**base, "image": as_image(photos), "lidb": lidb, "class_images": class_images}
+        inputs = {**base, "image": as_image(photos), "lidb": lidb, "options": self._options(settings, class_pictures)}
         inputs["mask"] = None if masks is None else as_image(masks)
         start = self.now()
-        made = self.host.run("FastFinetune", **inputs, **settings)[0]
+        made = self.host.run("FastFinetune", **inputs, **widgets)[0]
         return made, self.now() - start
 
     def now(self) -> float:
         """Seconds of a clock, read when the device has done all that it was told."""
         synchronize(self.device)
         return time.perf_counter()
+
+    def _options(self, settings: Mapping[str, Any], class_pictures: np.ndarray | None) -> Any:
+        """What Fast Finetune Options gives, with settings that only benchmarks change."""
+        class_images = None if class_pictures is None else as_image(class_pictures)
+        own, config = dict(settings), self.host.module("hdb_core.finetuning").FinetuneConfig()
+        convolutions = own.pop("convolutions", NodeConfig.convolutions)
+        basis = replace(config.basis, **own.pop("basis", {}))
+        noise = replace(config.noise, **{name: own.pop(name) for name in NOISE & own.keys()})
+        config = replace(config, **own, basis=basis, noise=noise)
+        return self.host.module("nodes.host.finetune").FinetuneOptions(config, convolutions, class_images)
 
     def finetune_step_flops(
         self,
@@ -198,7 +213,8 @@ class Studio:
         key = json.dumps([{**settings, "steps": None}, str(lidb and lidb.basis)], sort_keys=True)
         if key not in self._step_flops:
             train = partial(self.finetune, photos, lidb, class_pictures)
-            one, two = (counted_flops(partial(train, **{**settings, "steps": n})) for n in (1, 2))
+            # The first run may make the bases, which the others find.
+            _, one, two = (counted_flops(partial(train, **{**settings, "steps": n})) for n in (1, 1, 2))
             self._step_flops[key] = two - one
         return self._step_flops[key]
 
@@ -209,8 +225,7 @@ class Studio:
         `AS_LORA` is a LoRA as it is commonly used, both prompts going through its CLIP.
         """
         inputs = {"model": self.base.model, "clip": self.base.clip, "lidb": lidb}
-        inputs |= {"strength_model": strengths.model, "strength_clip": strengths.clip}
-        model, clip = self.host.run("ApplyLiDBToModel", **inputs, person_guidance=strengths.guidance)
+        model, clip = self.host.run("ApplyLiDBToModel", **inputs, options=strengths)
         return Models(model, clip, self.base.vae, None if strengths == AS_LORA else self.negative(self.base.clip))
 
     @torch.inference_mode()
@@ -248,6 +263,11 @@ def file_hash(path: Path) -> str:
 def hash_or_missing(path: Path) -> str:
     """The same, or `MISSING` where the file is not on this machine."""
     return file_hash(path) if path.is_file() else MISSING
+
+
+def hypernet_hash(path: Path) -> str:
+    """The same of a hypernetwork; of the one that `dev.py` makes of ``weights/``, the hash of what it is made of."""
+    return hash_or_missing(SHIPPED_HYPERNET if path.resolve() == HYPERNET.resolve() else path)
 
 
 def counted_flops(work: Callable[[], object]) -> int:

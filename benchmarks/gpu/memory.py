@@ -54,7 +54,7 @@ def measured(part: Part, host: InProcessHost, models: Models, pixels: int, batch
         seconds = part.timed(
             lambda: host.run(
                 "FastFinetune", model=models.model, clip=models.clip, vae=models.vae, image=image, steps=STEPS,
-                batch_size=batch, resolution=pixels,
+                resolution=pixels, options=host.run("FastFinetuneOptions", batch_size=batch)[0],
             )
         )  # fmt: skip
     at_once = min(batch, plan["samples_at_once"])

@@ -127,31 +127,31 @@ def randomiser(device: torch.device) -> Callable[[nn.Module], None]:
 @contextmanager
 def watched_plan(host: InProcessHost) -> Iterator[dict[str, Any]]:
     """What FastFinetune plans while this is open: `samples_at_once`; `start` is called when the training begins."""
-    training, plan = host.module("nodes.host.training"), {"start": lambda: None}
-    original = training.finetune
+    node, plan = host.module("nodes.host.finetune"), {"start": lambda: None}
+    original = node.finetune
 
     def noted(*given: Any, samples_at_once: int | None = None, **options: Any) -> Any:
         plan["samples_at_once"] = samples_at_once
         plan["start"]()
         return original(*given, samples_at_once=samples_at_once, **options)
 
-    training.finetune = noted
+    node.finetune = noted
     try:
         yield plan
     finally:
-        training.finetune = original
+        node.finetune = original
 
 
 def planned_bytes(host: InProcessHost, models: Models, pixels: int) -> int:
     """What FastFinetune takes a sample of a square photo to keep."""
-    return host.module("nodes.host.training").memory_of(models.model, (pixels // 8) ** 2)
+    return host.module("nodes.host.memory").memory_of(models.model, (pixels // 8) ** 2)
 
 
 @contextmanager
 def bare_training_step(host: InProcessHost, models: Models, pixels: int, batch: int) -> Iterator[Callable[[], None]]:
     """Forward, and backward through activations alone: below this no training of a frozen base can be."""
-    training = host.module("nodes.host.training").training
-    with torch.inference_mode(), training(models.model, models.clip, batch * (pixels // 8) ** 2) as denoiser:
+    differentiable = host.module("nodes.host.differentiable").differentiable
+    with torch.inference_mode(), differentiable(models.model, models.clip) as denoiser:
         with torch.no_grad():
             conditioning = denoiser.encode_prompts(["a [v] face"] * batch)
         noisy = torch.randn(batch, 4, pixels // 8, pixels // 8, device=denoiser.device, requires_grad=True)

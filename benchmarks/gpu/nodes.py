@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from devtools.environment import BASE, CHECKPOINT, ROOT
-from hdb_core.finetune import STEPS_FROM_A_PREDICTION
+from hdb_core.recommended import FROM_PREDICTION, RECOMMENDED
 from miniature.people import SPLITS
 from miniature.scores import mean_over_people
 
@@ -32,13 +32,14 @@ SCORES = ("identity", "retrieval", "edit", "joint")
 REPEATED_STEPS = 4
 ENDING = 15  # seconds for what follows the people
 NEAR = 2.0  # standard errors within which two means agree
-ROWS = ("base", "hyper", f"hyper_{STEPS_FROM_A_PREDICTION}_described")
+STEPS = RECOMMENDED[FROM_PREDICTION].steps
+ROWS = ("base", "hyper", f"hyper_{STEPS}_described")
 
 
 def methods() -> list[Method]:
     """Those of `ROWS`, of the same names and settings as in `bench hypernet`."""
     predicted = Predicted(ROWS[1], HYPERNET)
-    return [Base(), predicted, FastFinetuning(ROWS[2], {"steps": STEPS_FROM_A_PREDICTION}, predicted, described=True)]
+    return [Base(), predicted, FastFinetuning(ROWS[2], {"steps": STEPS}, predicted, described=True)]
 
 
 def made(bench: Bench, subject: Subject) -> Iterator[tuple[str, Cell]]:

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from devtools.device import cores, synchronize
 from devtools.environment import ROOT
-from hdb_core import hypernet_file
-from hdb_core.training.pretrain import PhotoPredictor
+from hdb_core.hypernet import EncoderConfig
+from hdb_core.train.encoder_loss import PhotoPredictor
 from miniature.base import Base, alphas_cumprod, diffusion_loss
 from miniature.latents import encode
 from miniature.people import sample_person
@@ -100,7 +100,7 @@ def unet_training(part: Part, batch: int, folder: Path) -> Callable[[], None]:
 
 def encoder_training(part: Part, batch: int) -> Callable[[], None]:
     """A step of the image encoder's training, as `hdb_core.train pretrain` takes it, on the same pixels."""
-    config = hypernet_file.load(ROOT / "weights" / "miniature_hypernet.safetensors").config.encoder
+    config = EncoderConfig()
     net = PhotoPredictor(config, WIDTH, COMPONENTS).to(part.device)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-4, fused=True)
     pixels = torch.rand(batch, 3, config.image_size, config.image_size, device=part.device)

@@ -52,9 +52,9 @@ class Measured:
 
     def finetune(self, batch: int, steps: int) -> Any:
         """A person by FastFinetune."""
-        models = self.models._asdict()
+        models, options = self.models._asdict(), self.host.run("FastFinetuneOptions", batch_size=batch)[0]
         return self.host.run(
-            "FastFinetune", **models, image=self.image, steps=steps, batch_size=batch, resolution=self.pixels
+            "FastFinetune", **models, image=self.image, steps=steps, resolution=self.pixels, options=options
         )[0]
 
     def floor(self, batch: int) -> float:
@@ -99,14 +99,13 @@ class Measured:
 
     def person(self, guidance: float) -> Any:
         """The MODEL with a person."""
-        return self.host.run(
-            "ApplyLiDBToModel", model=self.models.model, clip=self.models.clip, lidb=self.lidb, strength_model=0.5,
-            strength_clip=0.5, person_guidance=guidance,
-        )[0]  # fmt: skip
+        options = self.host.run("ApplyOptions", strength_model=0.5, strength_clip=0.5, person_guidance=guidance)[0]
+        models = {"model": self.models.model, "clip": self.models.clip}
+        return self.host.run("ApplyLiDBToModel", **models, lidb=self.lidb, options=options)[0]
 
     def works(self) -> dict[str, Callable[[], float]]:
         """Name → what measures seconds of a step."""
-        models = {"base": self.models.model, "person": self.person(0.0), "person with guidance": self.person(2.5)}
+        models = {"base": self.models.model, "person": self.person(1.0), "person with guidance": self.person(2.5)}
         return {  # those first that matter most, should the time not be enough for all
             "floor, batch 4": partial(self.floor, 4),
             "FastFinetune, batch 4": partial(per_step, self.part, partial(self.finetune, 4), *self.few),

@@ -4,15 +4,14 @@ extra_model_paths.yaml."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
 
-from ...hdb_core import basis_file
 from ...hdb_core.basis import BasisRecipe, is_known
 from ...hdb_core.errors import BasisFileError, HDBError, HyperNetFileError, LiDBFileError
+from ...hdb_core.files import basis as basis_file
 
 LIDBS, HYPERNETS, BASES = "lidb", "hyperdreambooth", "lidb_basis"
 EXTENSION = ".safetensors"
@@ -93,35 +92,3 @@ def _find(category: str, name: str, what: str, node: str, error: type[HDBError])
             f"There is no {what} file {name!r} in {folders}. Put it there, or choose another one from the list."
         )
     return Path(path)
-
-
-def save_to_output(prefix: str, write: Callable[[Path], object]) -> Path:
-    """Number and write a file below the output folder, as the host's own savers do.
-
-    Args:
-        prefix: for example ``lidb/person``; %year% and the like are expanded.
-        write: writes the file to the path it gets.
-
-    Raises:
-        LiDBFileError: the prefix is empty or leaves the output folder, or the folder cannot be written.
-    """
-    output = folder_paths.get_output_directory()
-    parts = Path(prefix).parts
-    if not parts or prefix.endswith(("/", "\\")) or ".." in parts or os.path.isabs(prefix) or "\0" in prefix:
-        raise LiDBFileError(
-            f"filename_prefix must be a name inside the output folder, such as lidb/person, got {prefix!r}."
-        )
-    path = None
-    try:
-        folder, filename, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
-        os.makedirs(folder, exist_ok=True)
-        path = Path(folder, f"{filename}_{counter:05}_{EXTENSION}")
-        write(path)
-    except OSError as error:
-        if path is not None:
-            path.unlink(missing_ok=True)
-        raise LiDBFileError(
-            f"Cannot write {prefix!r} below {output}: {error.strerror or error}. "
-            "Make the folder writable, free some space, or choose another filename_prefix."
-        ) from error
-    return path

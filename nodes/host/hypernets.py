@@ -9,9 +9,10 @@ from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...hdb_core import hypernet_file
 from ...hdb_core.errors import HyperNetError
+from ...hdb_core.files import hypernet as hypernet_file
 from ...hdb_core.hypernet import HyperNetConfig, predict, preprocess
+from ...hdb_core.images import as_rgb
 from ...hdb_core.lidb import LiDB
 from .folders import provide_basis
 
@@ -39,7 +40,7 @@ class HostHyperNet:
                 "Connect Load CLIP Vision with that model."
             )
 
-    def predict(self, image: Tensor, iterations: int | None) -> LiDB:
+    def predict(self, image: Tensor) -> LiDB:
         """The person on photos (N, H, W, 3) in 0..1.
 
         Raises:
@@ -53,7 +54,7 @@ class HostHyperNet:
             tokens = net.encode(pixels.to(device))
         else:
             tokens = self._clip_tokens(image).to(device)
-        return predict(net, tokens, iterations)
+        return predict(net, tokens)
 
     def _loaded(self) -> ModelPatcher:
         if self._patcher is None:
@@ -65,7 +66,9 @@ class HostHyperNet:
 
     def _clip_tokens(self, image: Tensor) -> Tensor:
         encoder = self.config.encoder
-        tokens = self.clip_vision.encode_image(image[..., :3])["penultimate_hidden_states"].float()
+        tokens = self.clip_vision.encode_image(as_rgb(image, HyperNetError).movedim(1, -1))[
+            "penultimate_hidden_states"
+        ].float()
         expected = (encoder.num_tokens, encoder.token_width)
         if tuple(tokens.shape[1:]) != expected:
             raise HyperNetError(

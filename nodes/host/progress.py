@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.utils
 from comfy.model_management import throw_exception_if_processing_interrupted
 
-from ...hdb_core.finetune import FinetuneProgress
+from ...hdb_core.finetuning import FinetuneProgress
 from ..plot import loss_plot
 
 PREVIEW_SECONDS = 1.0  # between two previews: drawing and sending must not slow the training
@@ -24,8 +24,8 @@ def send_text(text: str, node_id: str | None) -> None:
 class FinetuneDisplay:
     """Callback of a fine-tune. Raises the host's InterruptProcessingException when the user cancels."""
 
-    def __init__(self, steps: int, node_id: str | None) -> None:
-        self.bar = comfy.utils.ProgressBar(steps, node_id=node_id)
+    def __init__(self, node_id: str | None) -> None:
+        self.bar = comfy.utils.ProgressBar(1, node_id=node_id)  # the first step brings the total
         self.node_id = node_id
         self.losses: list[float] = []
         self.drawn = -PREVIEW_SECONDS

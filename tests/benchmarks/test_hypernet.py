@@ -27,7 +27,7 @@ def methods(tmp_path):
 
 def test_rows(methods, tmp_path):
     assert chosen_rows(methods(), None, "_saved") == [
-        "base", "caption", "hyper_k1", "hyper", "hyper_as_lora", "hyper_3photos",
+        "base", "caption", "hyper", "hyper_as_lora", "hyper_3photos",
         "hyper_5_described", "hyper_10_described", "hyper_12_described", "hyper_20_described", "hyper_40_described",
         "hyper_12", "hyper_12_3photos_described", "hyper_40_3photos_described",
         "hyper_narrow", "hyper_12_described_narrow", "hyper_40_described_narrow",

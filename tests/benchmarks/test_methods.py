@@ -9,7 +9,6 @@ from benchmarks.common.cells import Cell
 from benchmarks.common.dreambooth import DreamBoothConfig
 from benchmarks.common.kept import KeptScores, Place
 from benchmarks.common.methods import (
-    LORA,
     DreamBooth,
     FastFinetuning,
     LearnedBasis,
@@ -20,11 +19,12 @@ from benchmarks.common.methods import (
     fill,
 )
 from benchmarks.common.results import share
+from benchmarks.common.settings import LORA, NOISE, STRENGTHS, NodeConfig
 from benchmarks.common.studio import Sampling
 from benchmarks.common.subjects import Subject
 from benchmarks.common.textual_inversion import TextualInversionConfig
-from hdb_core.finetune import FinetuneConfig
-from hdb_core.lidb import AS_LORA, STRENGTHS, Strengths
+from hdb_core.finetuning import FinetuneConfig
+from hdb_core.recommended import AS_LORA, Strengths
 from miniature.people import SPLITS
 
 DEV = SPLITS["dev"].start
@@ -94,7 +94,7 @@ def test_a_prediction_is_keyed_by_the_file_and_all_that_it_is_asked(bench, tmp_p
     one, two, again = (Predicted("hyper", path) for path in nets)
     assert one.rows == again.rows
     cold, warm, lora = FastFinetuning("x"), FastFinetuning("x", start=one), LoRA("x", LORA)
-    methods = (one, two, Predicted("hyper", nets[0], 1), Predicted("hyper", nets[0], photos=3), cold, warm, lora,
+    methods = (one, two, Predicted("hyper", nets[0], photos=3), cold, warm, lora,
                FastFinetuning("x", start=two), FastFinetuning("x", start=one, described=True))  # fmt: skip
     keys = {bench.cells.key(method.rows[method.name]) for method in methods}
     assert len(keys) == len(methods)
@@ -126,6 +126,23 @@ def test_a_default_that_is_spelled_out_is_the_same_row(bench):
     spelled = FastFinetuning("x", {"steps": 40, "rank": FinetuneConfig().rank})
     short = FastFinetuning("x", {"steps": 40})
     assert bench.cells.key(spelled.rows["x"]) == bench.cells.key(short.rows["x"])
+
+
+def test_noise_levels_are_set_by_their_own_names(bench):
+    assert parsed_settings(["max_timestep=0.8", "weighting=native"], NodeConfig) == {
+        "max_timestep": [0.8], "weighting": ["native"]
+    }  # fmt: skip
+    plain, other = FastFinetuning("x"), FastFinetuning("x", {"max_timestep": 0.5})
+    assert (
+        other.config["noise"] == {**plain.config["noise"], "max_timestep": 0.5} and set(other.config["noise"]) == NOISE
+    )
+    assert bench.cells.key(plain.rows["x"]) != bench.cells.key(other.rows["x"])
+
+
+def test_automatic_steps_are_those_recommended(tmp_path):
+    start = Predicted("hyper", tmp_path / "net.safetensors")
+    chosen = (FastFinetuning("x"), FastFinetuning("x", photos=3), FastFinetuning("x", start=start))
+    assert [method.config["steps"] for method in chosen] == [56, 100, 12]
 
 
 def test_a_checkpoint_does_not_depend_on_the_others(bench):
@@ -160,15 +177,15 @@ def test_rows_of_the_people_benchmark(tmp_path):
 def test_sweeps(tmp_path):
     net = tmp_path / "net.safetensors"
     net.write_bytes(b"weights")
-    pairs = ["learning_rate=0.01,0.02", "freeze_down=true"]
+    pairs = ["learning_rate=0.01,0.02", "max_timestep=0.9"]
     cold, warm, lora = (tune.swept(method, pairs, net) for method in ("lidb", "hyper", "lora"))
-    names = ["learning_rate=0.01 freeze_down=True", "learning_rate=0.02 freeze_down=True"]
+    names = ["learning_rate=0.01 max_timestep=0.9", "learning_rate=0.02 max_timestep=0.9"]
     assert [m.name for m in cold] == [m.name for m in warm] == [m.name for m in lora] == names
-    assert cold[1].settings == warm[1].settings == {"learning_rate": 0.02, "freeze_down": True}
+    assert cold[1].settings == warm[1].settings == {"learning_rate": 0.02, "max_timestep": 0.9}
     assert (cold[1].start, warm[1].start) == (None, Predicted("hyper", net))
     (learned,) = tune.swept("learned", [], net, basis=net)
     assert learned.start == LearnedBasis(net) and learned.start.settings != cold[0].config
-    assert lora[1].settings == {**LORA, "learning_rate": 0.02, "freeze_down": True}
+    assert lora[1].settings == {**LORA, "learning_rate": 0.02, "max_timestep": 0.9}
     (reference,) = tune.swept("dreambooth", ["rate=1e-5"], net, checkpoints=[3, 5])
     assert list(reference.rows) == ["rate=1e-05@3", "rate=1e-05@5"]
     (inversion,) = tune.swept("textual_inversion", [], net)
@@ -176,7 +193,7 @@ def test_sweeps(tmp_path):
     assert [m.name for m in tune.swept("lidb", [], net)] == ["defaults"]
 
 
-@pytest.mark.parametrize("pair", ["learning_rat=0.1", "rank=many", "basis=1", "freeze_down=perhaps"])
+@pytest.mark.parametrize("pair", ["learning_rat=0.1", "rank=many", "basis=1", "noise=1", "train_text_encoder=perhaps"])
 def test_settings_that_make_no_sense(pair):
     with pytest.raises(SystemExit, match=pair):
         parsed_settings([pair], FinetuneConfig)

@@ -31,7 +31,6 @@ WORK = Workload(
     times_pretrained=5,
     times_seen=8,
     batch=16,
-    draws=3,
     max_photos=2,
     max_iterations=3,
 )
@@ -43,8 +42,8 @@ def test_stages():
     assert pretrain == Stage("pretrain", 500, 500 * 30, 0)
     assert WORK.steps == 50
     assert WORK.decoded == {"pretrain": 500, "train": 800 * 1.5}
-    assert train == Stage("train", 2400, 2400 * 2000 + 800 * 2 * 60, 0)
-    assert evaluate == Stage("evaluate", 4 * 2 * 6 * 3, 144 * 1010 + 2 * 2 * 6 * 20, 0)
+    assert train == Stage("train", 800, 800 * 2000 + 800 * 2 * 60, 0)
+    assert evaluate == Stage("evaluate", 4 * 2 * 6, 48 * 1010 + 2 * 2 * 6 * 20, 0)
 
 
 def test_hours():
@@ -58,7 +57,7 @@ def test_bytes():
     assert 100 < object_bytes(200) < 5000
     many = many_photos(ROUND, WORK, 3200, GPUS[0], 0.5)
     assert (many["group files"], many["full"], many["people in memory"]) == (200, 1300, 3200 * (200 + 200))
-    assert many["samples a second"] == pytest.approx(8 * GPUS[0].bf16 * 0.5 / (3 * 2000 + 2 * 60))
+    assert many["samples a second"] == pytest.approx(8 * GPUS[0].bf16 * 0.5 / (2000 + 2 * 60))
 
 
 @pytest.mark.parametrize(

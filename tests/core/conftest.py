@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from hdb_core.basis import BasisRecipe
 from hdb_core.layout import find_targets, layout_of
-from hdb_core.lidb import LiDB
+from hdb_core.lidb import About, LiDB
 
 WIDTH, TEXT_WIDTH, CHANNELS = 32, 24, 4
 RECIPE = BasisRecipe(seed=3, down_dim=12, up_dim=8)
@@ -123,6 +123,6 @@ def make_lidb(toy, recipe):
         generator, count = torch.Generator().manual_seed(seed), len(toy.layout.layers)
         down = torch.randn(count, rank, recipe.down_dim, generator=generator)
         up = torch.randn(count, recipe.up_dim, rank, generator=generator)
-        return LiDB(toy.layout, recipe, down, up, {"prompt": "a [v] face"})
+        return LiDB(toy.layout, recipe, down, up, About(photos=2, steps=40, name="Anna"))
 
     return make

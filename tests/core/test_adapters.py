@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
-from hdb_core.adapters import attach, low_rank_output
+from hdb_core.adapters import Adapters, attach, low_rank_output
+from hdb_core.basis import BasisRecipe, layer_basis
 from hdb_core.errors import LayoutError
 from hdb_core.lidb import delta_weight, expand
 
@@ -24,6 +26,20 @@ def test_output_path_equals_the_merged_weight(shape, dtype):
     assert torch.equal(y, before)
     tolerance = 1e-4 if dtype == torch.float32 else 0.2
     close(result.float(), x @ (weight + up @ down).T, atol=tolerance, rtol=tolerance / 4)
+
+
+def test_bases_move_without_being_made_again(toy, monkeypatch):
+    adapters = Adapters(BasisRecipe(0, 6, 4), toy.layout)
+    monkeypatch.setattr("hdb_core.adapters.layer_basis", None)
+    assert adapters.to("cpu") is adapters
+    moved = adapters.to("meta")
+    assert moved.device.type == "meta" and moved.num_bytes == adapters.num_bytes
+    count = len(toy.layout.layers)
+    up, down = moved.expand(torch.zeros(count, 2, 6, device="meta"), torch.zeros(count, 4, 2, device="meta"))[
+        toy.layout.layers[0].name
+    ]
+    assert up.device.type == down.device.type == "meta"
+    assert adapters.groups[0].down_aux.device.type == "cpu"
 
 
 @pytest.mark.parametrize("context_length", [1, 5])
@@ -134,3 +150,42 @@ def test_a_person_of_another_model_is_refused_before_anything_is_hooked(toy):
     ):
         pass
     assert not any(module._forward_hooks for module in toy.modules.values())
+
+
+@pytest.mark.parametrize("people", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("recipe", [BasisRecipe(3, 12, 8), BasisRecipe(0, 28, 26)], ids=["basis", "narrow layers"])
+def test_expansion_by_shape_equals_layer_by_layer(toy, recipe, people):
+    adapters, generator = Adapters(recipe, toy.layout), torch.Generator().manual_seed(0)
+    down = torch.randn(*people, len(toy.layout.layers), 2, recipe.down_dim, generator=generator)
+    up = torch.randn(*people, len(toy.layout.layers), recipe.up_dim, 2, generator=generator)
+    factors = adapters.expand(down, up)
+    assert list(factors) == [layer.name for layer in toy.layout.layers]
+    for i, layer in enumerate(toy.layout.layers):
+        down_aux, up_aux = layer_basis(recipe, layer)
+        close(factors[layer.name][0], up_aux @ up[..., i, : up_aux.shape[1], :])
+        close(factors[layer.name][1], down[..., i, :, : len(down_aux)] @ down_aux)
+
+
+def test_expansion_is_differentiable_and_casts_once(toy, recipe):
+    adapters = Adapters(recipe, toy.layout, dtype=torch.bfloat16)
+    down, up = (torch.randn(len(toy.layout.layers), *size, requires_grad=True) for size in ((1, 12), (8, 1)))
+    factors = adapters.expand(down, up)
+    assert {factor.dtype for pair in factors.values() for factor in pair} == {torch.bfloat16}
+    sum(factor.float().sum() for pair in factors.values() for factor in pair).backward()
+    assert (down.grad.norm(dim=(1, 2)) > 0).all() and (up.grad.norm(dim=(1, 2)) > 0).all()
+    assert {group.down_aux.dtype for group in adapters.groups} == {torch.float32}
+
+
+def test_layers_of_one_shape_share_two_products(toy, recipe):
+    """However many layers a model has, the number of operations is that of its shapes."""
+    adapters = Adapters(recipe, toy.layout)
+    shapes = {(layer.in_features, layer.out_features) for layer in toy.layout.layers}
+    factors = torch.zeros(len(toy.layout.layers), 1, 12), torch.zeros(len(toy.layout.layers), 8, 1)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        adapters.expand(*factors)
+    assert sum(event.name == "aten::bmm" for event in profiler.events()) == 2 * len(shapes) < len(toy.layout.layers)
+
+
+def test_the_memory_of_the_bases_is_said(toy, recipe):
+    sizes = [12 * layer.in_features + 8 * layer.out_features for layer in toy.layout.layers]
+    assert Adapters(recipe, toy.layout).num_bytes == 4 * sum(sizes)

@@ -6,25 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hdb_core.adapters import attach
+from hdb_core.adapters import Adapters, attach
 from hdb_core.basis import BasisRecipe
-from hdb_core.errors import FinetuneDiverged, FinetuneError, LayoutError
-from hdb_core.finetune import (
-    BatchSampler,
-    FinetuneConfig,
-    TrainableFactors,
-    diffusion_loss,
-    finetune,
-    latent_mask,
-    photo_captions,
-    start_factors,
-    weighted,
-)
+from hdb_core.diffusion import NoiseLevels, diffusion_loss
+from hdb_core.errors import FinetuneError, LayoutError
+from hdb_core.finetuning import FinetuneConfig, FinetuneDiverged, finetune
+from hdb_core.finetuning.batches import BatchSampler, latent_mask
+from hdb_core.finetuning.factors import TrainableFactors, start_factors
 from hdb_core.layout import Layout
-from hdb_core.lidb import LiDB, core, expand, norm, start_down
+from hdb_core.lidb import About, LiDB, core, expand, norm, start_down
+from hdb_core.recommended import FROM_PHOTO, FROM_PHOTOS, FROM_PREDICTION, RECOMMENDED
 
 close = torch.testing.assert_close
-CONFIG = FinetuneConfig(steps=3, rank=2, batch_size=3, max_timestep=1.0, train_text_encoder=True)
+CONFIG = FinetuneConfig(steps=3, rank=2, batch_size=3, noise=NoiseLevels(), train_text_encoder=True)
 
 
 @pytest.fixture
@@ -50,22 +44,20 @@ def test_v_weighting_is_the_error_of_v(toy, latents, config):
     conditioning = toy.encode_prompts([config.prompt] * len(batch.sigma))
     denoised, s = toy.denoise(noisy, batch.sigma, conditioning), batch.sigma.view(-1, 1, 1, 1)
     v, predicted = ((noisy - x) / s / (s**2 + 1).sqrt() - s * x / (s**2 + 1).sqrt() for x in (batch.latents, denoised))
-    loss = diffusion_loss(toy, weighted(toy, batch, "v"), conditioning)
+    loss = diffusion_loss(toy, NoiseLevels().weighted(toy, batch), conditioning)
     close(loss, (v - predicted).square().mean())
-    assert weighted(toy, batch, "native") is batch
+    assert NoiseLevels(weighting="native").weighted(toy, batch) is batch
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"weighting": "native"},
-        {"freeze_down": True},
+        {"noise": NoiseLevels(weighting="native")},
         {"train_text_encoder": False},
-        {"final_lr_scale": 0.0},
-        {"max_grad_norm": 0.5},
-        {"down_lr_scale": 1.0},
-        {"min_timestep": 0.3, "max_timestep": 0.9},
+        {"down_rate": 0.0},
+        {"down_rate": 1.0},
+        {"noise": NoiseLevels(0.3, 0.9)},
         {"rank": 1, "batch_size": 1},
         {"basis": BasisRecipe(3, 28, 26)},  # wider than the text layers
     ],
@@ -92,7 +84,7 @@ def test_low_precision_activations_train_float32_factors(toy_of_dtype, latents, 
 
 
 def test_every_up_factor_has_a_gradient_at_the_first_step(toy, latents, config):
-    factors = TrainableFactors(toy.layout, config, torch.device("cpu"))
+    factors = TrainableFactors(Adapters(config.basis, toy.layout), config)
     sampler = BatchSampler(toy.sigmas(), latents, config)
     with attach(toy.modules, factors()):
         diffusion_loss(toy, sampler.draw(0), toy.encode_prompts(sampler.prompts(0))).backward()
@@ -109,7 +101,7 @@ def test_steps_draw_different_noise_and_timesteps(toy, latents, config):
 
 @pytest.mark.parametrize("span", [(0.0, 1.0), (0.25, 0.5), (0.999, 1.0)])
 def test_timesteps_cover_their_range_evenly(toy, latents, span):
-    config = replace(CONFIG, batch_size=4, min_timestep=span[0], max_timestep=span[1])
+    config = replace(CONFIG, batch_size=4, noise=NoiseLevels(*span))
     table = toy.sigmas()
     sampler = BatchSampler(table, latents, config)
     drawn = torch.cat([sampler.draw(step).sigma for step in range(50)])
@@ -158,11 +150,11 @@ def test_a_warm_start_is_exactly_the_given_person(toy, make_lidb):
 
 def test_a_warm_start_goes_on_where_the_person_is(toy, latents, make_lidb, config):
     init = make_lidb(0, 1)
-    init = LiDB(init.layout, init.basis, init.down * 0.1, init.up * 0.1, {"made_by": "a hypernetwork"})
+    init = LiDB(init.layout, init.basis, init.down * 0.1, init.up * 0.1, About(FROM_PREDICTION))
     result = finetune(toy, latents, replace(config, rank=3, learning_rate=1e-6), init=init)
     assert result.lidb.rank == 3
     assert (core(result.lidb) - core(init)).norm() < 1e-3 * norm(init)
-    assert result.lidb.info["started_from"] == "a hypernetwork"
+    assert result.lidb.about.made_from == FROM_PREDICTION
     empty = finetune(toy, latents, replace(config, rank=3, learning_rate=1e-6))
     assert abs(result.losses[0] - empty.losses[0]) > 1e-4
 
@@ -176,7 +168,7 @@ def test_a_zero_person_is_a_cold_start(toy, latents, config):
 
 
 def test_frozen_sides_and_layers_do_not_move(toy, latents, config):
-    frozen = finetune(toy, latents, replace(config, freeze_down=True)).lidb
+    frozen = finetune(toy, latents, replace(config, down_rate=0.0)).lidb
     assert torch.equal(frozen.down, start_down(config.basis, toy.layout, 2))
     free = finetune(toy, latents, config).lidb
     assert (free.down - frozen.down).abs().max() > 1e-4
@@ -204,15 +196,15 @@ def test_every_photo_is_captioned_with_its_own_words(toy, config):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_one_line_of_words_is_for_all_photos(config, count):
-    assert photo_captions(replace(config, photo_words="smiling\n"), count) == ["a [v] face, smiling"] * count
-    assert photo_captions(config, count) == ["a [v] face"] * count
+    assert replace(config, photo_words="smiling\n").captions(count) == ["a [v] face, smiling"] * count
+    assert config.captions(count) == ["a [v] face"] * count
 
 
 def test_a_photo_without_words_has_an_empty_line(config):
     words = replace(config, photo_words="\nsmiling\n\nat the beach\n\n")
-    assert photo_captions(words, 4) == ["a [v] face", "a [v] face, smiling", "a [v] face", "a [v] face, at the beach"]
+    assert words.captions(4) == ["a [v] face", "a [v] face, smiling", "a [v] face", "a [v] face, at the beach"]
     with pytest.raises(FinetuneError, match="one for each of the 2 photos, got 4"):
-        photo_captions(words, 2)
+        words.captions(2)
 
 
 def test_frozen_text_layers_of_a_given_person_still_act(toy, latents, make_lidb, config):
@@ -315,7 +307,7 @@ def test_nan_stops_and_keeps_the_last_good_person(toy, latents, config):
 
 def test_much_noise_is_no_explosion(toy, latents, config):
     """Single noise levels in turn: an error of v is up to 200 times that of ε, where there is much noise."""
-    config = replace(config, steps=20, batch_size=1, learning_rate=1e-6, weighting="v")
+    config = replace(config, steps=20, batch_size=1, learning_rate=1e-6)
     losses = finetune(toy, latents, config).losses
     assert max(losses) > 10 * max(1, losses[0])
 
@@ -338,27 +330,42 @@ def test_works_inside_inference_mode(toy, latents, config):
 
 
 def test_the_person_says_how_it_was_made(toy, latents, config):
-    info = finetune(toy, latents, replace(config, seed=7)).lidb.info
-    assert info["prompt"] == "a [v] face" and info["token"] == "[v]"
-    assert (info["steps"], info["seed"], info["started_from"]) == ("3", "7", "nothing")
+    made = finetune(toy, latents, replace(config, prompt="a sks face")).lidb.about
+    assert made == About(FROM_PHOTO, "a sks face", "sks", 1, 3, RECOMMENDED[FROM_PHOTO].strengths)
+    several = finetune(toy, latents.repeat(2, 1, 1, 1), config).lidb.about
+    assert (several.made_from, several.photos) == (FROM_PHOTOS, 2)
+    assert several.strengths == RECOMMENDED[FROM_PHOTOS].strengths
+
+
+def test_a_person_who_goes_on_keeps_the_name_and_counts_all_steps(toy, latents, config):
+    first = finetune(toy, latents, config).lidb
+    named = replace(first, about=replace(first.about, name="Anna"))
+    about = finetune(toy, latents, config, init=named).lidb.about
+    assert (about.name, about.steps, about.made_from) == ("Anna", 6, FROM_PHOTO)
+
+
+@pytest.mark.parametrize(("photos", "source"), [(1, FROM_PHOTO), (3, FROM_PHOTOS), (1, FROM_PREDICTION)])
+def test_automatic_steps_are_the_recommended_ones(toy, latents, make_lidb, config, photos, source):
+    start = make_lidb(0, 1)
+    init = replace(start, up=start.up * 0.1, about=About(source)) if source == FROM_PREDICTION else None
+    lidb = finetune(toy, latents.repeat(photos, 1, 1, 1), replace(config, steps=0, learning_rate=1e-3), init=init).lidb
+    assert lidb.about.steps == RECOMMENDED[source].steps
+    assert lidb.about.strengths == RECOMMENDED[source].strengths
 
 
 @pytest.mark.parametrize(
     "setting",
     [
-        {"steps": 0},
+        {"steps": -1},
         {"rank": 0},
         {"rank": 51},
         {"batch_size": 0},
         {"learning_rate": 0.0},
         {"learning_rate": math.nan},
         {"learning_rate": math.inf},
-        {"down_lr_scale": -1.0},
-        {"final_lr_scale": math.nan},
+        {"down_rate": -1.0},
+        {"down_rate": math.nan},
         {"prior_weight": -0.1},
-        {"max_grad_norm": 0.0},
-        {"min_timestep": 0.5, "max_timestep": 0.5},
-        {"max_timestep": 1.1},
         {"prompt": "  "},
         {"class_prompt": "", "prior_weight": 1.0},
     ],
@@ -370,15 +377,24 @@ def test_settings_that_make_no_sense(setting):
 
 
 @pytest.mark.parametrize(
+    ("levels", "message"),
+    [((0.5, 0.5), "min_timestep"), ((0.0, 1.1), "max_timestep"), ((0.0, 1.0, "snr"), "weighting")],
+)
+def test_noise_levels_that_make_no_sense(levels, message):
+    with pytest.raises(FinetuneError, match=message):
+        NoiseLevels(*levels)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"latents": torch.zeros(0, 4, 6, 6)}, "at least one photo"),
         ({"latents": torch.zeros(4, 6, 6)}, "shape"),
         ({"latents": torch.full((1, 4, 6, 6), math.nan)}, "NaN"),
-        ({"mask": torch.zeros(48, 48)}, "empty one"),
-        ({"mask": torch.ones(3, 48, 48)}, "each of the 1 photos, got 3"),
-        ({"mask": torch.full((48, 48), math.nan)}, "MASK"),
-        ({"prior_weight": 1.0}, "needs pictures of the class"),
+        ({"mask": torch.zeros(48, 48)}, "mask is empty"),
+        ({"mask": torch.ones(3, 48, 48)}, "1 photos and 3 masks"),
+        ({"mask": torch.full((48, 48), math.nan)}, "mask contains NaN"),
+        ({"prior_weight": 1.0}, "class_images is not connected"),
         ({"prior_weight": 1.0, "prior_latents": torch.zeros(1, 4, 8, 8)}, "width and height"),
     ],
 )

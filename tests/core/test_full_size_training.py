@@ -12,14 +12,17 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from hdb_core.adapters import Adapters
 from hdb_core.basis import BasisRecipe
 from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig
-from hdb_core.training.base_model import DiffusersDenoiser
-from hdb_core.training.faces import PhotoPixels
-from hdb_core.training.fit import FitConfig, fit_people
-from hdb_core.training.loop import FromFaces, PersonLoss, TrainConfig
-from hdb_core.training.people import FittedPerson
-from hdb_core.training.photos import find_people
+from hdb_core.train.base.denoiser import DiffusersDenoiser
+from hdb_core.train.data.faces import PhotoPixels
+from hdb_core.train.data.latents import EncodedPhotos
+from hdb_core.train.data.people import EncodedPerson
+from hdb_core.train.data.photos import find_people
+from hdb_core.train.fit import FitConfig, Fitter
+from hdb_core.train.person_loss import PersonLoss, TrainConfig
+from hdb_core.train.predicted import FromFaces, PeopleInBase
 
 pytestmark = pytest.mark.slow
 CLIP_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
@@ -72,18 +75,20 @@ def test_sd15_fits_people_and_trains_a_hypernetwork(denoiser, people):
     assert denoiser.layout.describe() == "SD 1.x, 128 UNet + 48 text layers"
     before = sums(denoiser)
     latents = torch.randn(2, 1, *LATENT_SHAPE, generator=torch.Generator().manual_seed(1))
-    masks = [torch.ones_like(photos[:, :1]) for photos in latents]
-    up = fit_people(denoiser, list(latents), [[""]] * 2, masks, FitConfig(steps=2), torch.Generator().manual_seed(0))
+    photos = [EncodedPhotos(own, [""], torch.ones_like(own[:, :1])) for own in latents]
+    fitter = Fitter(denoiser, Adapters(BasisRecipe(), denoiser.layout), FitConfig(steps=2))
+    up = fitter.fit(photos, torch.Generator().manual_seed(0))
     assert up.shape == (2, 176, 50, 1) and up.isfinite().all()
     assert (up.flatten(2).norm(dim=-1) > 0).all()
 
-    fitted = [FittedPerson(*row) for row in zip(people, latents.half(), up, strict=True)]
+    fitted = [EncodedPerson(*row) for row in zip(people, latents.half(), up, strict=True)]
     encoder = EncoderConfig(image_size=32, token_width=32, stem=((16, 1), (16, 1)), depth=1)
     config = HyperNetConfig(denoiser.layout, BasisRecipe(), encoder, width=32, depth=1)
     settings = TrainConfig(people=2, regression_weight=0, max_iterations=1)
-    loss_of = PersonLoss(denoiser, fitted, config, settings, PhotoPixels(config.encoder))
+    base = PeopleInBase(denoiser, fitted, config, PhotoPixels(config.encoder))
+    loss_of = PersonLoss(base, settings)
     net = FromFaces(HyperNet.create(config))
-    net.net.set_scale(loss_of.energy)
+    net.net.set_scale(base.energy)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     for step in range(2):
         losses = loss_of(net, step)

@@ -13,21 +13,17 @@ import safetensors.torch
 import torch
 from transformers import ViTConfig, ViTModel
 
-from hdb_core import hypernet_file, lidb_file
-from hdb_core.adapters import attach
-from hdb_core.basis import BasisRecipe, bases_of
+from hdb_core.adapters import Adapters, attach
+from hdb_core.basis import BasisRecipe
+from hdb_core.diffusion import Batch, diffusion_loss
 from hdb_core.errors import HyperNetError, HyperNetFileError
-from hdb_core.finetune import Batch, diffusion_loss
-from hdb_core.hypernet import (
-    EncoderConfig,
-    HyperNet,
-    HyperNetConfig,
-    PhotoEncoder,
-    initialised,
-    predict,
-    preprocess,
-)
-from hdb_core.lidb import delta_weight, expand_factors
+from hdb_core.files import hypernet as hypernet_file
+from hdb_core.files import lidb as lidb_file
+from hdb_core.files.container import checksum
+from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig, predict, preprocess
+from hdb_core.hypernet.encoder import PhotoEncoder, initialised
+from hdb_core.lidb import About, core, delta_weight
+from hdb_core.recommended import FROM_PREDICTION, RECOMMENDED
 
 ROOT = Path(__file__).resolve().parents[2]
 ENCODER = EncoderConfig(image_size=32, token_width=24, patch_size=8, stem=((16, 1),), depth=2, heads=2)
@@ -35,7 +31,7 @@ ENCODER = EncoderConfig(image_size=32, token_width=24, patch_size=8, stem=((16, 
 
 @pytest.fixture
 def config(toy, recipe):
-    return HyperNetConfig(toy.layout, recipe, ENCODER, width=32, depth=2, heads=2)
+    return HyperNetConfig(toy.layout, recipe, ENCODER, width=32, depth=2, heads=2, code=5)
 
 
 @pytest.fixture
@@ -53,11 +49,16 @@ def tokens_of(net, images):
 
 
 def rewrite(path, edit):
+    """Save a file again with another header and an honest checksum."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    fields = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["hypernet"])
+    fields, tensors = (
+        json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["hypernet"]),
+        safetensors.torch.load(data),
+    )
     edit(fields)
-    path.write_bytes(safetensors.torch.save(safetensors.torch.load(data), {"hypernet": json.dumps(fields)}))
+    fields["checksum"] = checksum(fields, tensors)
+    path.write_bytes(safetensors.torch.save(tensors, {"hypernet": json.dumps(fields)}))
 
 
 @pytest.mark.parametrize(
@@ -71,28 +72,24 @@ def test_encoder_has_a_token_for_each_place_or_a_summary(stem, tokens):
         assert net(preprocess(photos(2), encoder)).shape == (2, count, 24)
 
 
-@pytest.mark.parametrize("free_down", [False, True])
-@pytest.mark.parametrize(("rank", "code"), [(1, 0), (3, 0), (3, 5)])
-def test_every_predicted_factor_has_a_gradient_at_step_0(toy, recipe, rank, code, free_down):
+@pytest.mark.parametrize("rank", [1, 3])
+def test_every_predicted_factor_has_a_gradient_at_step_0(toy, recipe, rank):
     """Through the frozen model, with another person for every sample."""
-    config = HyperNetConfig(toy.layout, recipe, ENCODER, 32, 2, 2, rank=rank, free_down=free_down, code=code)
+    config = HyperNetConfig(toy.layout, recipe, ENCODER, 32, 2, 2, rank=rank, code=5)
     net = HyperNet.create(config)
     generator = torch.Generator().manual_seed(0)
-    known = torch.randn(4, code, generator=generator) if code else None
+    known = torch.randn(4, 5, generator=generator)
     down, up = net(net.encode(preprocess(photos(4), ENCODER)), code=known)
     assert down.shape == (4, len(toy.layout.layers), rank, recipe.down_dim)
     assert up.shape == (4, len(toy.layout.layers), recipe.up_dim, rank)
     up.retain_grad()
-    if free_down:
-        down.retain_grad()
     latents, noise = torch.randn(2, 4, 4, 6, 6, generator=generator)
     sigma = toy.sigmas()[torch.tensor([40, 90, 130, 180])]
     batch = Batch(latents, noise, sigma, torch.ones(4, 1, 6, 6), torch.full((4,), 0.25))
-    with attach(toy.modules, expand_factors(bases_of(recipe, toy.layout), down, up)):
+    with attach(toy.modules, Adapters(recipe, toy.layout).expand(down, up)):
         text = toy.encode_prompts(["a [v] face"] * 4)
         diffusion_loss(toy, batch, text).backward()
-    for factor in (up, down) if free_down else (up,):
-        assert (factor.grad.flatten(2).norm(dim=-1) > 0).all()
+    assert (up.grad.flatten(2).norm(dim=-1) > 0).all()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
 
@@ -112,20 +109,19 @@ def test_photos_of_one_person_have_no_order_and_all_count(net):
     person, turned, fewer = (predict(net, t) for t in (tokens, tokens.flip(0), tokens[:2]))
     torch.testing.assert_close(person.up, turned.up)
     assert not torch.allclose(person.up, fewer.up)
-    assert person.info["photos"] == "3" and person.info["token"] == "[v]"
+    assert person.about == About(FROM_PREDICTION, photos=3, strengths=RECOMMENDED[FROM_PREDICTION].strengths)
 
 
 def test_a_prediction_names_its_token(config):
     plain = HyperNet.create(replace(config, prompt="a sks face"))
-    assert predict(plain, tokens_of(plain, photos(1))).info["token"] == "sks"
+    assert predict(plain, tokens_of(plain, photos(1))).about.token == "sks"
 
 
 def test_a_prediction_is_a_person_like_any_other(net, tmp_path):
     person = predict(net, tokens_of(net, photos(1)))
     assert person.rank == 1 and delta_weight(person, 0).any()
     lidb_file.save(person, tmp_path / "p.safetensors")
-    assert lidb_file.read_header(tmp_path / "p.safetensors").shared_down
-    torch.testing.assert_close(lidb_file.load(tmp_path / "p.safetensors").up, person.up, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(core(lidb_file.load(tmp_path / "p.safetensors")), core(person), atol=1e-4, rtol=1e-3)
 
 
 def test_creation_is_repeatable_and_leaves_the_global_generator_alone(config):
@@ -150,9 +146,9 @@ def test_preprocessing_takes_the_central_square():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(0, 64, 64, 3), "Expected photos"),
-        (torch.zeros(64, 64, 3), "Expected photos"),
-        (torch.zeros(1, 64, 64, 1), "Expected photos"),
+        (torch.zeros(0, 64, 64, 3), "There is no photo"),
+        (torch.zeros(64, 64, 3), "batch, height, width, 3"),
+        (torch.zeros(1, 64, 64, 2), "batch, height, width, 3"),
         (torch.zeros(1, 1, 1, 3), "at least 16 pixels"),
         (torch.full((1, 64, 64, 3), torch.nan), "NaN"),
     ],
@@ -173,18 +169,11 @@ def test_wrong_tokens_and_broken_weights(net):
 
 def test_a_hypernetwork_for_clip_vision_says_so(toy, recipe):
     encoder = EncoderConfig("clip_vision", 224, 24, name="ViT-H-14", num_tokens=257)
-    net = HyperNet.create(HyperNetConfig(toy.layout, recipe, encoder, 32, 2, 2))
+    net = HyperNet.create(HyperNetConfig(toy.layout, recipe, encoder, 32, 2, 2, code=5))
     assert not any(name.startswith("encoder.") for name in net.state_dict())
     with pytest.raises(HyperNetError, match=r"ViT-H-14.*Load CLIP Vision"):
         net.encode(torch.zeros(1, 3, 224, 224))
     assert predict(net, torch.randn(1, 257, 24, generator=torch.Generator().manual_seed(0))).up.any()
-
-
-def with_code(net, code):
-    """The same network with a face code of so many numbers."""
-    coded = HyperNet.create(replace(net.config, code=code))
-    coded.load_state_dict({**coded.state_dict(), **net.state_dict()})
-    return coded
 
 
 @pytest.fixture
@@ -226,7 +215,11 @@ def test_refuses_damage(path):
         (lambda fields: fields.update(format_version=9), "version 9.*Update"),
         (lambda fields: fields["basis"].update(seed=7), "another basis"),
         (lambda fields: fields["basis_probe"].__setitem__(0, 0.5), "another basis"),
-        (lambda fields: fields["sizes"].pop("width"), "checksum"),
+        (lambda fields: fields["sizes"].update(width=2**40), "width is not between"),
+        (lambda fields: fields["sizes"].update(depth="two"), "garbles a field"),
+        (lambda fields: fields["sizes"]["encoder"].update(heads=5), "heads divide"),
+        (lambda fields: fields["sizes"]["encoder"].update(token_width=32), "do not fit its sizes"),
+        (lambda fields: fields["sizes"]["encoder"].update(stem=[[16, 1]] * 9), "divides"),
         (lambda fields: fields["sizes"].update(colour="red"), "garbles a field"),
         (lambda fields: fields["sizes"]["encoder"].update(kind="resnet"), "kind vit or clip_vision"),
     ],
@@ -256,7 +249,7 @@ def test_nothing_is_written_when_it_would_not_be_finite(net, tmp_path):
 def test_narrow_layers(toy):
     """A basis wider than the layers: the surplus coordinates of a prediction are zero."""
     recipe = BasisRecipe(0, 100, 50)
-    net = HyperNet.create(HyperNetConfig(toy.layout, recipe, ENCODER, 32, 2, 2))
+    net = HyperNet.create(HyperNetConfig(toy.layout, recipe, ENCODER, 32, 2, 2, code=5))
     person = predict(net, tokens_of(net, photos(1)))
     narrow = [i for i, layer in enumerate(toy.layout.layers) if layer.out_features < 50]
     assert narrow and not any(person.up[i, toy.layout.layers[i].out_features :].any() for i in narrow)
@@ -265,29 +258,44 @@ def test_narrow_layers(toy):
 def test_a_face_code_reaches_the_factors_in_a_straight_line(net, tmp_path):
     """At first it changes nothing; then everything that it says is there before the first refinement; files keep it."""
     generator = torch.Generator().manual_seed(0)
-    coded, tokens = with_code(net, 5), torch.randn(3, 4, net.config.encoder.token_width, generator=generator)
-    for here, before in zip(coded(tokens), net(tokens), strict=True):
-        torch.testing.assert_close(here, before)
-    size = coded.code_mean.shape[0]
-    coded.set_code(torch.randn(size, generator=generator), torch.randn(size, 5, generator=generator))
+    tokens = torch.randn(3, 4, net.config.encoder.token_width, generator=generator)
+    before, size = net(tokens)[1], net.code_mean.shape[0]
+    net.set_code(*(torch.randn(shape, generator=generator) for shape in (size, (size, 5), (9, size))))
+    torch.testing.assert_close(net(tokens)[1], before)
     with torch.no_grad():
-        coded.readout.zero_()
-        coded.offset.zero_()
-        coded.direct.normal_(generator=generator)
-    straight = [coded(tokens * share)[1] for share in (0.0, 0.5, 1.0)]
+        net.readout.zero_()
+        net.offset.zero_()
+        net.direct.normal_(generator=generator)
+    straight = [net(tokens * share)[1] for share in (0.0, 0.5, 1.0)]
     torch.testing.assert_close(straight[1], (straight[0] + straight[2]) / 2)
     assert not torch.allclose(straight[0], straight[2])
-    code = (coded.summed(tokens) - coded.code_mean) @ coded.code_map
-    torch.testing.assert_close(coded(0 * tokens, code=code)[1], straight[2])  # a code that is given is taken
-    hypernet_file.save(coded, tmp_path / "coded.safetensors", {}, torch.float32)
+    torch.testing.assert_close(net(0 * tokens, code=net.code(tokens))[1], straight[2])  # a code that is given is taken
+    hypernet_file.save(net, tmp_path / "coded.safetensors", {}, torch.float32)
     torch.testing.assert_close(hypernet_file.load(tmp_path / "coded.safetensors")(tokens)[1], straight[2])
 
 
+def test_a_file_keeps_the_statistics_of_the_face_codes(net, tmp_path):
+    size, generator = net.code_mean.shape[0], torch.Generator().manual_seed(0)
+    mean, to_code, summed = (torch.randn(shape, generator=generator) for shape in (size, (size, 5), (50, size)))
+    net.set_code(mean, to_code, summed)
+    codes = (summed - mean) @ to_code
+    hypernet_file.save(net, tmp_path / "net.safetensors", {}, torch.float32)
+    loaded = hypernet_file.load(tmp_path / "net.safetensors")
+    torch.testing.assert_close(loaded.code_center, codes.mean(0))
+    torch.testing.assert_close(loaded.code_spread, codes.std(0, correction=0))
+
+
 def test_the_code_of_several_photos_is_their_mean(net):
-    coded, count = with_code(net, 3), net.config.encoder.summary
+    count = net.config.encoder.summary
     one, other = torch.randn(2, 1, count, net.config.encoder.token_width)
-    both = coded.summed(torch.cat([one, other], 1))
-    torch.testing.assert_close(both, (coded.summed(one) + coded.summed(other)) / 2)
+    both = net.summed(torch.cat([one, other], 1))
+    torch.testing.assert_close(both, (net.summed(one) + net.summed(other)) / 2)
+
+
+@pytest.mark.parametrize("sizes", [{"code": 0}, {"rank": 0}, {"iterations": 0}])
+def test_sizes_that_make_no_sense(config, sizes):
+    with pytest.raises(HyperNetError, match="at least 1"):
+        replace(config, **sizes)
 
 
 def test_the_encoder_is_the_vit_of_transformers():
@@ -304,8 +312,8 @@ def test_the_encoder_is_the_vit_of_transformers():
 def test_a_file_needs_no_transformers(path):
     code = (
         "import sys; sys.modules['transformers'] = None\n"
-        "from hdb_core import hypernet_file\n"
-        "print(hypernet_file.load(sys.argv[1]).encoder is not None)"
+        "from hdb_core import load_hypernet\n"
+        "print(load_hypernet(sys.argv[1]).encoder is not None)"
     )
     read = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True, cwd=ROOT)
     assert read.stdout.strip() == "True"

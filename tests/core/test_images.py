@@ -9,7 +9,7 @@ from PIL import Image
 
 from hdb_core.hypernet import EncoderConfig, preprocess
 from hdb_core.images import resize_to_cover
-from hdb_core.training.photos import Photo
+from hdb_core.train.data.photos import Photo
 
 
 def noise(*shape):

@@ -7,20 +7,15 @@ import os
 import pytest
 import torch
 
-from hdb_core import basis, basis_file, lidb_file
-from hdb_core.basis import BasisRecipe, bases_of, is_known, layer_basis
+from hdb_core import basis
+from hdb_core.basis import BasisRecipe, is_known, layer_basis
 from hdb_core.errors import BasisError, BasisFileError, LiDBFileError
+from hdb_core.files import basis as basis_file
+from hdb_core.files import lidb as lidb_file
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import LiDB, core, delta_weight, nobody, norm, start_down
-from hdb_core.training.basis import (
-    BasisConfig,
-    Directions,
-    Photos,
-    _gradients,
-    held_share,
-    learn_basis,
-    trainable_weights,
-)
+from hdb_core.train.basis import BasisConfig, Directions, _gradients, held_share, learn_basis, trainable_weights
+from hdb_core.train.data.latents import EncodedPhotos
 
 DIMS = {"down_dim": 6, "up_dim": 4}
 FILE = "basis.safetensors"
@@ -32,7 +27,11 @@ def people(count, first=0, photos=2):
     shared = torch.randn(count, 1, 4, 6, 6, generator=generator)
     latents = shared + 0.3 * torch.randn(count, photos, 4, 6, 6, generator=generator)
     words = ["smiling", "at the beach", "", "at night"][:photos]
-    return [Photos(own, words, torch.ones_like(own[:, :1])) for own in latents]
+    return [EncodedPhotos(own, words, torch.ones_like(own[:, :1])) for own in latents]
+
+
+def bases_of(recipe, layout):
+    return {layer.name: layer_basis(recipe, layer) for layer in layout.layers}
 
 
 @pytest.fixture
@@ -52,10 +51,8 @@ def forgotten(monkeypatch):
 
     def forget():
         monkeypatch.setattr(basis, "_LEARNED", {})
-        layer_basis.cache_clear()
 
-    yield forget
-    layer_basis.cache_clear()
+    return forget
 
 
 def test_photos_in_groups_ask_for_the_same(toy):
@@ -116,8 +113,8 @@ def test_a_single_photo_is_seen_under_two_noises(toy):
     assert all(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_nobody_to_learn_from_and_broken_photos(toy):
-    with pytest.raises(BasisError, match="nobody"):
+def test_no_people_to_learn_from_and_broken_photos(toy):
+    with pytest.raises(BasisError, match="without people"):
         learn_basis(toy, [], BasisConfig())
     (person,) = people(1)
     person.latents.fill_(torch.nan)

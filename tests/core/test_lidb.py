@@ -1,5 +1,7 @@
 """The algebra on the core equals the algebra on the full matrices."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,9 @@ from hdb_core.basis import BasisRecipe
 from hdb_core.errors import LayoutError, LiDBError
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import (
+    About,
     LiDB,
+    blend,
     core,
     cosine,
     delta_weight,
@@ -19,6 +23,7 @@ from hdb_core.lidb import (
     truncate,
     weighted_sum,
 )
+from hdb_core.recommended import FROM_PHOTO, FROM_PREDICTION, Strengths
 
 close = torch.testing.assert_close
 EXACT = {"atol": 2e-4, "rtol": 1e-5}
@@ -172,3 +177,19 @@ def test_strangers_are_refused(make_lidb):
         truncate(lidb, 0)
     with pytest.raises(LiDBError, match="at least 1"):
         weighted_sum([lidb], [1.0], rank=0)
+
+
+@pytest.mark.parametrize(("share", "larger"), [(0.25, "first"), (0.5, "first"), (0.75, "second")])
+def test_a_blend_is_applied_as_its_persons_are(make_lidb, share, larger):
+    one, other = (
+        replace(make_lidb(seed, 2), about=About(made_from, token=token, name=token, strengths=strengths))
+        for seed, made_from, token, strengths in (
+            (0, FROM_PHOTO, "first", Strengths(0.2, 0.4, 4.0)),
+            (1, FROM_PREDICTION, "second", Strengths(1.0, 0.8, 2.0)),
+        )
+    )
+    both = blend(one, other, share)
+    close(core(both), (1 - share) * core(one) + share * core(other), **EXACT)
+    assert both.about.strengths == pytest.approx((0.2 + 0.8 * share, 0.4 + 0.4 * share, 4 - 2 * share))
+    made_from = FROM_PHOTO if larger == "first" else FROM_PREDICTION
+    assert (both.about.made_from, both.about.token, both.about.name) == (made_from, larger, "")

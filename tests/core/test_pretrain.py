@@ -5,8 +5,8 @@ import torch
 
 from hdb_core.errors import HyperNetError
 from hdb_core.hypernet import EncoderConfig
-from hdb_core.training.code import Components, fit_code
-from hdb_core.training.pretrain import PhotoPredictor
+from hdb_core.train.encoder_loss import PhotoPredictor
+from hdb_core.train.face_code import Components, fit_code
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_directions_do_not_turn_round_with_the_numbers_they_are_found_from(laten
 
 
 def test_an_encoder_without_a_summary_is_refused():
-    with pytest.raises(HyperNetError, match="Set --summary"):
+    with pytest.raises(HyperNetError, match=r"Set encoder\.summary"):
         PhotoPredictor(EncoderConfig(image_size=32, token_width=24, summary=0), 8, 10)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hdb_core.finetune import FinetuneConfig
+from hdb_core.finetuning import FinetuneConfig
 from hdb_core.prompt import rare_token
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hdb_core.basis import bases_of
-from hdb_core.lidb import expand_factors
-from hdb_core.training.samples import sample, sheet
+from hdb_core.adapters import Adapters
+from hdb_core.train.samples import sample, sheet
 
 PROMPTS = ["a [v] face", "a [v] face, at the beach"]
 
@@ -41,7 +40,7 @@ def adapters(toy, recipe):
     generator, count = torch.Generator().manual_seed(1), len(toy.layout.layers)
     down = torch.randn(2, count, 1, recipe.down_dim, generator=generator)
     up = torch.randn(2, count, recipe.up_dim, 1, generator=generator)
-    return expand_factors(bases_of(recipe, toy.layout), down, up)
+    return Adapters(recipe, toy.layout).expand(down, up)
 
 
 def test_the_sampler_follows_the_noise_to_the_data():

@@ -11,13 +11,15 @@ from PIL import Image
 
 from hdb_core.errors import FinetuneError, HyperNetError
 from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig
-from hdb_core.training.faces import PhotoPixels
-from hdb_core.training.fit import FitConfig
-from hdb_core.training.loop import FromFaces, PersonLoss, TrainConfig
-from hdb_core.training.people import FittedPerson
-from hdb_core.training.photos import find_people
-from hdb_core.training.pretrain import PhotoLoss
-from hdb_core.training.trainer import backward, parts_of
+from hdb_core.train.data.faces import PhotoPixels
+from hdb_core.train.data.people import EncodedPerson
+from hdb_core.train.data.photos import find_people
+from hdb_core.train.encoder_loss import PhotoLoss, PretrainConfig
+from hdb_core.train.evaluate import EvaluateConfig, evaluate
+from hdb_core.train.loop import backward, parts_of
+from hdb_core.train.person_loss import PersonLoss, TrainConfig
+from hdb_core.train.predicted import FromFaces, PeopleInBase
+from hdb_core.train.settings import Settings, changed
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def accelerator():
 
 @pytest.fixture
 def loss_of(toy, recipe, tmp_path):
-    """Five people with two photos each, some with a mask; six in a batch, each seen augmented and denoised twice."""
+    """Five people with two photos each, some with a mask; six in a batch, each seen augmented."""
     for i in range(10):
         (tmp_path / str(i // 2)).mkdir(exist_ok=True)
         Image.effect_noise((32, 32), 20 + 20 * i).save(tmp_path / str(i // 2) / f"{i}.png")
@@ -36,20 +38,15 @@ def loss_of(toy, recipe, tmp_path):
     generator = torch.Generator().manual_seed(0)
     up = 0.1 * torch.randn(5, len(toy.layout.layers), recipe.up_dim, 1, generator=generator)
     latents = torch.randn(5, 2, 4, 6, 6, generator=generator)
-    people = [FittedPerson(*row) for row in zip(find_people(tmp_path), latents, up, strict=True)]
+    people = [EncodedPerson(*row) for row in zip(find_people(tmp_path), latents, up, strict=True)]
     encoder = EncoderConfig(image_size=32, token_width=32, stem=((16, 1), (16, 1)), depth=1)
     config = HyperNetConfig(toy.layout, recipe, encoder, width=32, depth=1)
-    return PersonLoss(
-        toy,
-        people,
-        config,
-        TrainConfig(people=6, draws=2, regression_weight=1),
-        PhotoPixels(config.encoder, ("crop", "flip")),
-    )
+    base = PeopleInBase(toy, people, config, PhotoPixels(config.encoder, ("crop", "flip")))
+    return PersonLoss(base, TrainConfig(people=6, regression_weight=1))
 
 
 def gradients(loss_of, accelerator, accumulate):
-    net = FromFaces(HyperNet.create(loss_of.net))
+    net = FromFaces(HyperNet.create(loss_of.base.net))
     losses = backward(accelerator, loss_of, net, 3, parts_of(6, accumulate, accelerator))
     return losses, torch.cat([w.grad.flatten() for w in net.parameters() if w.grad is not None])
 
@@ -63,8 +60,8 @@ def test_parts_add_up_to_the_whole(loss_of, accelerator, accumulate):
 
 
 def test_every_step_draws_other_people_and_noise(loss_of, monkeypatch):
-    toy, drawn = loss_of.denoiser, []
-    add_noise, net = toy.add_noise, FromFaces(HyperNet.create(loss_of.net))
+    toy, drawn = loss_of.base.denoiser, []
+    add_noise, net = toy.add_noise, FromFaces(HyperNet.create(loss_of.base.net))
     monkeypatch.setattr(toy, "add_noise", lambda latents, noise, s: drawn.append((latents, noise, s)) or add_noise(latents, noise, s))  # fmt: skip
     for step in (3, 4, 3):
         loss_of(net, step)
@@ -73,33 +70,51 @@ def test_every_step_draws_other_people_and_noise(loss_of, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize(
-    "settings", [{"diffusion_weight": 0.0}, {"diffusion_start": 5}, {"diffusion_weight": 0.0, "regression_weight": 0.0}]
-)
-def test_a_training_without_a_loss_is_refused(settings):
-    with pytest.raises(HyperNetError, match="No loss would count at the first step"):
-        TrainConfig(**settings)
+def test_a_training_without_a_loss_is_refused():
+    with pytest.raises(HyperNetError, match="No loss would count"):
+        TrainConfig(diffusion_weight=0.0)
     assert TrainConfig(warmup=0).rate(0) > 0
 
 
-@pytest.mark.parametrize("config", [TrainConfig, FitConfig])
+@pytest.mark.parametrize("section", ["train", "fit", "evaluate"])
+@pytest.mark.parametrize("noise", [[0.8, 0.8], [0.0, 1.1]])
+def test_noise_levels_that_make_no_sense_are_refused(section, noise):
+    with pytest.raises(FinetuneError, match="min_timestep, max_timestep"):
+        changed(Settings(), {f"{section}.noise": noise})
+
+
 @pytest.mark.parametrize(
-    "settings", [{"weighting": "x0"}, {"min_timestep": 0.8, "max_timestep": 0.8}, {"max_timestep": 1.1}]
-)
-def test_settings_that_make_no_sense_are_refused(config, settings):
-    with pytest.raises(FinetuneError, match=next(iter(settings))):
-        config(**settings)
+    ("name", "value", "message"),
+    [("train.step", 5, "no setting 'train.step'"), ("train", 5, "no setting 'train'"), ("rank.x", 1, "no setting 'rank.x'"),
+     ("train.steps", "5", "train.steps: a whole number, got '5'"), ("cpu", 1, "cpu: true or false"),
+     ("train.rest", "x", "train.rest: a number"), ("encoder.stem", 3, "encoder.stem: a list"), ("model", 3, "model: a text"),
+     ("fit.noise", [0.1], "fit.noise: two numbers"), ("train.augment", ["tint"], "some of crop, flip, color, got 'tint'"),
+     ("train.max_photos", 0, "at least 1"), ("train.rest", 1.5, "from 0 to 1"), ("train.people", 0, "people of at least 1"),
+     ("rank", 0, "rank: at least 1"), ("held_out", 1.0, "held_out: a share"), ("overfit", -1, "overfit: 0 or"),
+     ("mixed_precision", "fp8", "mixed_precision: no or bf16"), ("prediction_type", "x0", "prediction_type: epsilon")],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(name, value, message):
+    with pytest.raises(HyperNetError, match=message):
+        changed(Settings(), {name: value})
+
+
+def test_augmentation_is_refused_behind_a_frozen_encoder():
+    with pytest.raises(HyperNetError, match="augmented for a trained encoder only"):
+        changed(Settings(), {"clip_vision": "encoder", "train.augment": ["flip"]})
 
 
 @pytest.mark.parametrize("accumulate", [0, 4])
 def test_parts_must_be_even(accelerator, accumulate):
-    with pytest.raises(HyperNetError, match="--people 6 must be a multiple of 1 processes"):
+    with pytest.raises(HyperNetError, match="6 people a step must be a multiple of 1 processes"):
         parts_of(6, accumulate, accelerator)
 
 
 def test_masks_and_augmentations_count(loss_of, accelerator, tmp_path):
     first, _ = gradients(loss_of, accelerator, 1)
-    plain = PersonLoss(loss_of.denoiser, loss_of.people, loss_of.net, loss_of.config, PhotoPixels(loss_of.net.encoder))
+    base = loss_of.base
+    plain = PersonLoss(
+        PeopleInBase(base.denoiser, base.people, base.net, PhotoPixels(base.net.encoder)), loss_of.config
+    )
     assert gradients(plain, accelerator, 1)[0]["diffusion"] != first["diffusion"]
     for mask in tmp_path.glob("*/*.mask.png"):
         Image.new("L", (8, 8), 255).save(mask)
@@ -117,17 +132,18 @@ def left_halves_masked(people, folder):
 
 
 def test_what_a_mask_leaves_out_counts_less_and_is_measured(loss_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(loss_of.denoiser, "denoise", lambda noisy, sigma, text: torch.zeros_like(noisy))
-    people = left_halves_masked(loss_of.people, tmp_path)
+    base = loss_of.base
+    monkeypatch.setattr(base.denoiser, "denoise", lambda noisy, sigma, text: torch.zeros_like(noisy))
+    people = left_halves_masked(base.people, tmp_path)
 
     def losses(rest, where=slice(0)):
-        changed = [replace(person, latents=person.latents.clone()) for person in people]
-        for person in changed:
+        brighter = [replace(person, latents=person.latents.clone()) for person in people]
+        for person in brighter:
             person.latents[..., where] *= 2
-        config = replace(loss_of.config, rest=rest)
-        loss = PersonLoss(loss_of.denoiser, changed, loss_of.net, config, PhotoPixels(loss_of.net.encoder))
-        net = FromFaces(HyperNet.create(loss_of.net))
-        return loss(net, 3)["diffusion"].item(), loss.evaluate(net, 1, 1)
+        own = PeopleInBase(base.denoiser, brighter, base.net, PhotoPixels(base.net.encoder))
+        net = FromFaces(HyperNet.create(base.net))
+        loss = PersonLoss(own, replace(loss_of.config, rest=rest))(net, 3)
+        return loss["diffusion"].item(), evaluate(own, net, EvaluateConfig(), 1, 1)
 
     inside, outside = slice(0, 2), slice(4, 6)  # of six places, the middle ones being partly masked
     alone, little, alike = (losses(rest, outside)[0] - losses(rest)[0] for rest in (0.0, 0.2, 1.0))
@@ -137,15 +153,32 @@ def test_what_a_mask_leaves_out_counts_less_and_is_measured(loss_of, tmp_path, m
     assert in_face["own_outside"] == before["own_outside"] and in_face["own"] > before["own"]
 
 
+def test_a_single_person_is_judged_without_others(loss_of):
+    base = loss_of.base
+    alone = PeopleInBase(base.denoiser, base.people[:1], base.net, PhotoPixels(base.net.encoder))
+    row = evaluate(alone, FromFaces(HyperNet.create(base.net)), EvaluateConfig(draws=2), 1, 1)
+    assert len(row["own_of_each"]) == 1 and "mean" not in row and "stranger" not in row
+    assert row["own"] != row["base"]
+
+
+def test_more_draws_judge_at_more_noise_levels(loss_of, monkeypatch):
+    base, seen = loss_of.base, []
+    add_noise = base.denoiser.add_noise
+    monkeypatch.setattr(base.denoiser, "add_noise", lambda x, noise, s: seen.append(s) or add_noise(x, noise, s))
+    evaluate(base, FromFaces(HyperNet.create(base.net)), EvaluateConfig(draws=3), 1, 1)
+    assert len({tuple(sigma.tolist()) for sigma in seen}) == 3
+
+
 def test_pretraining_does_not_predict_what_masks_leave_out(loss_of, tmp_path):
-    found = left_halves_masked(loss_of.people, tmp_path)
+    base = loss_of.base
+    found = left_halves_masked(base.people, tmp_path)
 
     def loss(places):
-        changed = [replace(person, latents=person.latents.clone()) for person in found]
-        for number, person in enumerate(changed):
+        shifted = [replace(person, latents=person.latents.clone()) for person in found]
+        for number, person in enumerate(shifted):
             person.latents[:, :, :, places] += number
-        faces = PhotoPixels(loss_of.net.encoder)
-        pretraining = PhotoLoss(loss_of.denoiser, changed, faces, "a face", TrainConfig(people=4))
+        faces = PhotoPixels(base.net.encoder)
+        pretraining = PhotoLoss(base.denoiser, shifted, faces, "a face", PretrainConfig(people=4))
         count = len(pretraining.components.variance)
         return pretraining(lambda pixels, text: torch.ones(len(pixels), count), 0)["loss"]
 

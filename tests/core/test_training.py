@@ -8,85 +8,77 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from hdb_core.adapters import Adapters
 from hdb_core.basis import BasisRecipe
+from hdb_core.diffusion import NoiseLevels, draw
 from hdb_core.errors import FinetuneError, HyperNetError
-from hdb_core.finetune import between
 from hdb_core.hypernet import EncoderConfig
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import Factors, factors_inner, start_down
 from hdb_core.prompt import caption
-from hdb_core.training.faces import AUGMENTATIONS, PhotoPixels
-from hdb_core.training.fit import FitConfig, draw, fit_people
-from hdb_core.training.losses import (
-    layer_energy,
-    mean_predictor_loss,
-    regression_loss,
-    squared_distance,
-)
-from hdb_core.training.photos import find_people
+from hdb_core.train.data.faces import AUGMENTATIONS, PhotoPixels
+from hdb_core.train.data.latents import EncodedPhotos
+from hdb_core.train.data.photos import find_people
+from hdb_core.train.fit import FitConfig, Fitter
+from hdb_core.train.regression import layer_energy, mean_predictor_loss, regression_loss, squared_distance
 
 
 @pytest.fixture
-def config(recipe):
-    return FitConfig(steps=8, learning_rate=0.05, basis=recipe)
+def fitter(toy, recipe):
+    return Fitter(toy, Adapters(recipe, toy.layout), FitConfig(steps=8, learning_rate=0.05))
 
 
 def pictures(count, seed):
     return torch.randn(count, 4, 6, 6, generator=torch.Generator().manual_seed(seed))
 
 
-def fitted(toy, latents, config, seed=0):
-    words = [["smiling", "at the beach"][: len(photos)] for photos in latents]
-    masks = [torch.ones_like(photos[:, :1]) for photos in latents]
-    return fit_people(toy, latents, words, masks, config, torch.Generator().manual_seed(seed))
+def encoded(latents, mask=None):
+    words = ["smiling", "at the beach"][: len(latents)]
+    return EncodedPhotos(latents, words, torch.ones_like(latents[:, :1]) if mask is None else mask)
 
 
-def test_people_of_a_batch_do_not_mix(toy, config):
+def fitted(fitter, latents, seed=0):
+    return fitter.fit([encoded(photos) for photos in latents], torch.Generator().manual_seed(seed))
+
+
+def test_people_of_a_batch_do_not_mix(fitter):
     """Another neighbour changes nothing of a person."""
-    together = fitted(toy, [pictures(2, 1), pictures(1, 2)], config)
-    elsewhere = fitted(toy, [pictures(2, 1), pictures(1, 3)], config)
+    together = fitted(fitter, [pictures(2, 1), pictures(1, 2)])
+    elsewhere = fitted(fitter, [pictures(2, 1), pictures(1, 3)])
     torch.testing.assert_close(together[0], elsewhere[0])
     assert (together[1] - elsewhere[1]).norm() > 0.1 * together[1].norm()
 
 
 def test_fitting_lowers_the_loss_and_touches_every_layer(toy, recipe):
     losses = []
-    config = FitConfig(steps=60, learning_rate=0.05, basis=recipe)
-    people = [pictures(1, seed) for seed in range(4)]
-    up = fit_people(
-        toy,
-        people,
-        [[""]] * 4,
-        [torch.ones(1, 1, 6, 6)] * 4,
-        config,
-        torch.Generator().manual_seed(0),
-        lambda _, loss: losses.append(loss),
-    )
+    fitter = Fitter(toy, Adapters(recipe, toy.layout), FitConfig(steps=60, learning_rate=0.05))
+    people = [EncodedPhotos(pictures(1, seed), [""], torch.ones(1, 1, 6, 6)) for seed in range(4)]
+    up = fitter.fit(people, torch.Generator().manual_seed(0), lambda _, loss: losses.append(loss))
     assert up.shape == (4, len(toy.layout.layers), recipe.up_dim, 1)
     assert (up.flatten(2).norm(dim=-1) > 0).all()
     assert sum(losses[-15:]) < 0.97 * sum(losses[:15])
 
 
-def test_fitting_is_repeatable_and_leaves_the_global_generator_alone(toy, config):
+def test_fitting_is_repeatable_and_leaves_the_global_generator_alone(fitter):
     before = torch.random.get_rng_state()
-    first, again, other = (fitted(toy, [pictures(1, 1)], config, seed) for seed in (0, 0, 1))
+    first, again, other = (fitted(fitter, [pictures(1, 1)], seed) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_two_steps_draw_different_noise(toy):
     generator = torch.Generator().manual_seed(0)
-    levels = between(toy.sigmas(), 0.1, 0.8)
+    levels = NoiseLevels(0.1, 0.8).of(toy.sigmas())
     first, second = (draw(levels, pictures(4, 0), torch.ones(4), generator) for _ in range(2))
     assert not torch.equal(first.noise, second.noise) and not torch.equal(first.sigma, second.sigma)
     assert toy.sigmas()[20] <= first.sigma.min() and first.sigma.max() <= toy.sigmas()[159]
 
 
-def test_every_step_of_a_fit_draws_other_noise(toy, config, monkeypatch):
+def test_every_step_of_a_fit_draws_other_noise(toy, fitter, monkeypatch):
     drawn, add_noise = [], toy.add_noise
     monkeypatch.setattr(toy, "add_noise", lambda latents, noise, s: drawn.append(noise) or add_noise(latents, noise, s))
-    fitted(toy, [pictures(1, 1)], config)
-    assert len(drawn) == config.steps
+    fitted(fitter, [pictures(1, 1)])
+    assert len(drawn) == fitter.config.steps
     assert all(not torch.equal(one, other) for one, other in pairwise(drawn))
 
 
@@ -95,9 +87,9 @@ def test_captions():
     assert caption("a [v] face", "") == "a [v] face"
 
 
-def test_divergence_is_an_error(toy, config):
+def test_divergence_is_an_error(fitter):
     with pytest.raises(FinetuneError, match="diverged"):
-        fitted(toy, [torch.full((1, 4, 6, 6), torch.nan)], config)
+        fitted(fitter, [torch.full((1, 4, 6, 6), torch.nan)])
 
 
 def test_people_on_disk(tmp_path):
@@ -145,11 +137,11 @@ def test_a_mask_belongs_to_its_photo(tmp_path):
     assert anna.region(4, 4)[..., :1].min() > 1.5
 
 
-def test_a_mask_counts_in_a_fit(toy, config):
+def test_a_mask_counts_in_a_fit(fitter):
     mask = torch.zeros(1, 1, 6, 6)
     mask[..., :3] = 2
     whole, masked = (
-        fit_people(toy, [pictures(1, 1)], [[""]], [own], config, torch.Generator().manual_seed(0))
+        fitter.fit([encoded(pictures(1, 1), own)], torch.Generator().manual_seed(0))
         for own in (torch.ones_like(mask), mask)
     )
     assert (masked - whole).norm() > 0.1 * whole.norm()
@@ -171,7 +163,7 @@ def test_augmented_photos_depend_on_their_seed_alone(tmp_path):
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_nobody_on_disk(tmp_path):
+def test_no_people_on_disk(tmp_path):
     with pytest.raises(HyperNetError, match="no folder"):
         find_people(tmp_path / "missing")
     with pytest.raises(HyperNetError, match="no photos"):
@@ -221,7 +213,7 @@ def test_predicting_zero_costs_one_and_the_mean_is_the_best_constant():
     torch.testing.assert_close(mean_predictor_loss(target, energy), expected)
 
 
-def test_a_layer_that_nobody_uses_is_left_out():
+def test_a_layer_without_changes_is_left_out():
     target = factors(1)
     target.up[:, 0] = 0
     loss = regression_loss(factors(2), target, layer_energy(target))

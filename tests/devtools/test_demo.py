@@ -6,9 +6,9 @@ from PIL import Image
 
 from devtools import demo
 from hdb_core.basis import BasisRecipe
+from hdb_core.files.lidb import save
 from hdb_core.layout import Layer, Layout
-from hdb_core.lidb import LiDB
-from hdb_core.lidb_file import save
+from hdb_core.lidb import About, LiDB
 from miniature.drawing import photo
 from miniature.prompts import evaluation_photo
 
@@ -35,9 +35,9 @@ def test_the_size_on_sd15_is_counted(tmp_path):
     generator = torch.Generator().manual_seed(0)
     down, up = torch.randn(3, 2, 100, generator=generator), torch.randn(3, 50, 2, generator=generator)
     path = tmp_path / "person.safetensors"
-    size = save(LiDB(Layout("sd1", layers), BasisRecipe(), down, up, {}), path)
+    size = save(LiDB(Layout("sd1", layers), BasisRecipe(), down, up, About(steps=12)), path)
     counted = demo.sizes(path)
-    assert counted["lidb_bytes"] == size
+    assert counted["lidb_bytes"] == size and counted["steps"] == 12
     assert counted["lidb_bytes_sd15"] - size == (176 - 3) * 150 * 2 * 2  # rank 2, float16
 
 
@@ -45,7 +45,7 @@ def test_a_person_has_as_many_components_a_layer_on_sd15(tmp_path):
     linear = Layer("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", 320, 320)
     layout = Layout("sd1", (linear, Layer("unet.mid_block.resnets.0.conv1", 2880, 320)))
     strength = torch.tensor([100.0, 1.0])[:, None, None]  # the linear layer keeps all four, the convolution two
-    person = LiDB(layout, BasisRecipe(), torch.randn(2, 4, 100) * strength, torch.randn(2, 50, 4), {})
+    person = LiDB(layout, BasisRecipe(), torch.randn(2, 4, 100) * strength, torch.randn(2, 50, 4))
     size = save(person, tmp_path / "person.safetensors", rank=3)
     assert demo.sizes(tmp_path / "person.safetensors")["lidb_bytes_sd15"] - size == (3 * 234 - 6) * 150 * 2
 

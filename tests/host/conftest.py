@@ -53,12 +53,27 @@ NODE_IDS = (
     "PredictLiDB",
     "EmptyLiDB",
     "FastFinetune",
+    "FastFinetuneOptions",
     "ApplyLiDBToModel",
+    "ApplyOptions",
     "SaveLiDB",
     "LoadLiDB",
     "BlendLiDB",
     "SaveLiDBAsLoRA",
 )
+
+
+AS_LORA = {"strength_model": 1.0, "strength_clip": 1.0, "person_guidance": 1.0}
+OPTIONS = {
+    "rank",
+    "learning_rate",
+    "batch_size",
+    "convolutions",
+    "train_text_encoder",
+    "prior_weight",
+    "class_prompt",
+    "class_images",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -132,19 +147,28 @@ def run(host):
 
 @pytest.fixture
 def train(run, loaded, photo):
-    """A short Fast Finetune of the photo on the miniature, text encoder included; returns the LIDB."""
+    """A short Fast Finetune of the photo on the miniature, text encoder included; returns the LIDB.
+
+    Takes the inputs of Fast Finetune and those of its options.
+    """
 
     def execute(**inputs):
-        given = {
-            "model": loaded.model,
-            "clip": loaded.clip,
-            "vae": loaded.vae,
-            "image": photo,
-            "steps": 2,
-            "batch_size": 1,
-            "train_text_encoder": True,
-        }
-        return run("FastFinetune", **{**given, **inputs})[0]
+        given = {"model": loaded.model, "clip": loaded.clip, "vae": loaded.vae, "image": photo, "steps": 2}
+        given |= {"batch_size": 1, "train_text_encoder": True} | inputs
+        (options,) = run("FastFinetuneOptions", **{name: given.pop(name) for name in OPTIONS & given.keys()})
+        return run("FastFinetune", **given, options=options)[0]
+
+    return execute
+
+
+@pytest.fixture
+def apply(run, loaded):
+    """Apply LiDB to Model with Apply Options, a plain LoRA unless other numbers are given; returns MODEL and CLIP."""
+
+    def execute(lidb, model=None, clip=None, strength=1.0, **numbers):
+        (options,) = run("ApplyOptions", **AS_LORA | numbers)
+        models = {"model": model or loaded.model, "clip": clip or loaded.clip}
+        return run("ApplyLiDBToModel", **models, lidb=lidb, strength=strength, options=options)
 
     return execute
 
@@ -181,7 +205,7 @@ def person(host, loaded):
         chosen = layout.Layout(family, target.layers if layers is None else target.layers[:layers])
         down = torch.randn(len(chosen.layers), rank, basis.down_dim, generator=generator) * scale
         up = torch.randn(len(chosen.layers), basis.up_dim, rank, generator=generator) * scale
-        return lidb.LiDB(chosen, basis, down, up, {"prompt": "a [v] face"})
+        return lidb.LiDB(chosen, basis, down, up)
 
     return make
 
@@ -203,7 +227,7 @@ def write_hypernet(host, base_directory):
         folder = base_directory / "models" / "hyperdreambooth"
         folder.mkdir(parents=True, exist_ok=True)
         net = host.module("hdb_core.hypernet").HyperNet.create(config)
-        host.module("hdb_core.hypernet_file").save(net, folder / name, {})
+        host.module("hdb_core.files.hypernet").save(net, folder / name, {})
         return name
 
     return execute

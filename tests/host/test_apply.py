@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
-
-
-@pytest.fixture
-def apply(run, loaded):
-    def execute(lidb, model=None, clip=None, strength_model=1.0, strength_clip=1.0):
-        given = {"model": model or loaded.model, "clip": clip or loaded.clip, "lidb": lidb}
-        return run("ApplyLiDBToModel", **given, strength_model=strength_model, strength_clip=strength_clip)
-
-    return execute
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -65,16 +58,16 @@ def merged_weight(patcher, key: str) -> torch.Tensor:
 
 def test_patch_equals_the_training_path(apply, host, person, loaded, monkeypatch):
     """What training sees through its output-side path is what sampling gets from the patches."""
-    training = host.module("nodes.host.training")
+    differentiable = host.module("nodes.host.differentiable").differentiable
     attach = host.module("hdb_core.adapters").attach
     expand = host.module("hdb_core.lidb").expand
-    monkeypatch.setattr(training, "autocast_dtype", lambda device: None)
+    monkeypatch.setattr(host.module("nodes.host.denoiser"), "autocast_dtype", lambda device: None)
     lidb = person(1)
     noisy, sigma = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([2.0, 0.5])
 
     def predict(model, clip, factors):
         with (
-            training.training(model, clip, 128) as denoiser,
+            differentiable(model, clip) as denoiser,
             attach(denoiser.modules, factors),
             torch.no_grad(),
         ):
@@ -91,9 +84,67 @@ def test_patch_equals_the_training_path(apply, host, person, loaded, monkeypatch
     assert difference(hooked, patched) < 0.02
 
 
-def test_strength_zero_changes_nothing(apply, person, loaded, sample):
-    model, clip = apply(person(1), strength_model=0.0, strength_clip=0.0)
+def test_strength_zero_is_the_base_bit_for_bit(run, person, loaded, sample):
+    model, clip = run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=person(1), strength=0.0)
+    assert model is not loaded.model and clip is not loaded.clip
+    assert model.patches == {} == clip.patcher.patches
+    assert model.model_options == loaded.model.model_options and model.wrappers == loaded.model.wrappers
     assert torch.equal(sample(model, clip), sample(loaded.model, loaded.clip))
+
+
+@pytest.mark.parametrize("own", [(0.7, 0.5, 2.5), (0.35, 0.5, 4.5), (0.2, -0.3, 1.0)])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 1.5])
+def test_strength_scales_what_the_file_says(run, apply, host, person, sample, loaded, own, strength):
+    """Model and clip scale with it, guidance is 1 + strength · (guidance - 1)."""
+    lidb = person(1)
+    strengths = host.module("hdb_core.recommended").Strengths(*own)
+    lidb = replace(lidb, about=replace(lidb.about, strengths=strengths))
+    by_file = run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=lidb, strength=strength)
+    model, clip, guidance = own
+    numbers = {"strength_model": strength * model, "strength_clip": strength * clip}
+    by_hand = apply(lidb, **numbers, person_guidance=1 + strength * (guidance - 1))
+    assert torch.equal(sample(*by_file), sample(*by_hand))
+
+
+def test_without_options_the_strengths_are_those_of_the_file(run, host, person, loaded, monkeypatch):
+    seen = []
+    monkeypatch.setattr(host.module("nodes.apply"), "apply_lidb", lambda *given: (seen.append(given[3]), given)[1][:2])
+    recommended = host.module("hdb_core.recommended")
+    for one in recommended.RECOMMENDED.values():
+        lidb = replace(person(1), about=host.module("hdb_core.lidb").About(strengths=one.strengths))
+        run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=lidb)
+        assert seen[-1] == one.strengths
+
+
+def test_options_replace_the_strengths_of_the_file(run, apply, person, loaded, sample):
+    """1, 1 and 1 are a plain LoRA; strength scales them, too."""
+    lidb = person(1)
+    model, clip = apply(lidb)
+    assert model.model_options == loaded.model.model_options
+    by_file = run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=lidb)
+    assert not torch.equal(sample(model, clip), sample(*by_file))
+    half = apply(lidb, strength=0.5, person_guidance=3.0)
+    direct = apply(lidb, strength_model=0.5, strength_clip=0.5, person_guidance=2.0)
+    assert torch.equal(sample(*half), sample(*direct))
+
+
+def test_bases_are_made_once_for_a_loaded_model_and_go_with_it(host, person, loaded, apply, monkeypatch):
+    bases, made = host.module("nodes.host.bases"), []
+    monkeypatch.setattr(bases, "_OF_MODEL", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(
+        bases, "Adapters", lambda *given: made.append(given) or host.module("hdb_core.adapters").Adapters(*given)
+    )
+    model, _ = apply(person(1))
+    apply(person(2), model=model)
+    assert len(made) == 1
+    apply(person(2, convolutions=True))
+    assert len(made) == 2
+    other = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    bases.adapters_of(other, *made[0])
+    assert len(bases._OF_MODEL) == 2
+    del other
+    gc.collect()
+    assert list(bases._OF_MODEL) == [loaded.model.model]
 
 
 @pytest.mark.parametrize(("strength_model", "strength_clip"), [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (-1.0, 1.0)])

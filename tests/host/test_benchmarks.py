@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from benchmarks.common.dreambooth import DreamBoothConfig, dreambooth
-from benchmarks.common.methods import COMPLETE, FILE, LORA, FastFinetuning, NodeConfig
-from benchmarks.common.studio import Sampling, Studio
+from benchmarks.common.methods import FILE, FastFinetuning
+from benchmarks.common.settings import COMPLETE, LORA, NOISE, NodeConfig, resolved
+from benchmarks.common.studio import HYPERNET, Sampling, Studio
 from benchmarks.common.subjects import Subject
 from benchmarks.common.textual_inversion import TextualInversionConfig, embeddings, textual_inversion, token_ids
-from benchmarks.hypernet import HYPERNET
-from hdb_core.lidb import AS_LORA
+from hdb_core.recommended import AS_LORA
 from miniature.people import SPLITS
 
 
@@ -41,7 +41,7 @@ def hypernet(host, layout, tmp_path_factory):
     core, path = host.module("hdb_core.hypernet"), tmp_path_factory.mktemp("nets") / "random.safetensors"
     encoder = core.EncoderConfig(image_size=64, token_width=32, patch_size=16, stem=((16, 1),), depth=1, heads=2)
     net = core.HyperNet.create(core.HyperNetConfig(layout, encoder=encoder, width=32, depth=1, heads=2, iterations=2))
-    host.module("hdb_core.hypernet_file").save(net, path, {})
+    host.module("hdb_core.files.hypernet").save(net, path, {})
     return path
 
 
@@ -60,7 +60,7 @@ def test_pictures_depend_on_the_seed_alone(studio):
 def test_saved_rows_are_of_files_as_the_node_writes_them(studio, host, person, tmp_path):
     lidb = person(1, rank=6)
     _, path = studio.saved(lidb, "default")
-    host.module("hdb_core.lidb_file").save(lidb, tmp_path / "same.safetensors", **FILE)
+    host.module("hdb_core.files.lidb").save(lidb, tmp_path / "same.safetensors", **FILE)
     assert path.read_bytes() == (tmp_path / "same.safetensors").read_bytes()
 
 
@@ -90,15 +90,12 @@ def test_a_person_learned_from_several_photos(studio, subject, monkeypatch):
 
 
 def test_a_predicted_person(studio, subject, hypernet):
-    one, refined, three = (
-        studio.predict(hypernet, subject.photos(photos), k) for k, photos in ((1, 1), (0, 1), (0, 3))
-    )
-    assert not torch.equal(one.lidb.up, refined.lidb.up) and not torch.equal(refined.lidb.up, three.lidb.up)
-    assert three.lidb.info["photos"] == "3" and refined.lidb.info["iterations"] == "2"
-    assert 0 < one.flops < refined.flops < three.flops and 0 < one.seconds < 1
-    goes_on, _ = studio.finetune(subject.photos(1), lidb=refined.lidb, steps=1, rank=2)
-    assert goes_on.info["started_from"] == "hypernetwork"
-    assert studio.finetune_step_flops(subject.photos(1), {"rank": 2}, lidb=refined.lidb) > refined.flops
+    one, three = (studio.predict(hypernet, subject.photos(photos)) for photos in (1, 3))
+    assert not torch.equal(one.lidb.up, three.lidb.up) and three.lidb.about.photos == 3
+    assert 0 < one.flops < three.flops and 0 < one.seconds < 1
+    goes_on, _ = studio.finetune(subject.photos(1), lidb=one.lidb, steps=1, rank=2)
+    assert goes_on.about.made_from == "a prediction"
+    assert studio.finetune_step_flops(subject.photos(1), {"rank": 2}, lidb=one.lidb) > one.flops
 
 
 def test_a_person_with_guidance_of_their_own(studio, subject):
@@ -111,11 +108,24 @@ def test_a_person_with_guidance_of_their_own(studio, subject):
 
 
 def test_a_setting_that_is_not_given_is_the_widgets_default(host):
-    widgets = {
-        slot.id: slot.default for slot in host.nodes["FastFinetune"].GET_SCHEMA().inputs if hasattr(slot, "default")
-    }
+    nodes = (host.nodes["FastFinetune"], host.nodes["FastFinetuneOptions"])
+    slots = [slot for node in nodes for slot in node.GET_SCHEMA().inputs]
+    widgets = {slot.id: slot.default for slot in slots if hasattr(slot, "default")}
     settings = {name: value for name, value in vars(NodeConfig()).items() if name in widgets}
     assert "convolutions" in settings and settings == {name: widgets[name] for name in settings}
+
+
+def test_settings_reach_the_training(studio, subject, monkeypatch, host):
+    """Those of noise levels, the down side's rate and the basis, too, which no widget has."""
+    seen, node = [], host.module("nodes.finetune")
+    finetune = node.finetune_in_host
+    monkeypatch.setattr(node, "finetune_in_host", lambda *given: seen.append(given) or finetune(*given))
+    settings = {**LORA, "steps": 1, "batch_size": 1, "basis": {"down_dim": 40, "up_dim": 40}, "seed": 7}
+    studio.finetune(subject.photos(1), class_pictures=subject.renders[:1], **settings)
+    ((*_, config, _, convolutions, _),) = seen
+    expected = resolved({name: value for name, value in settings.items() if name != "convolutions"})
+    assert {**vars(config), "noise": vars(config.noise), "basis": config.basis.fields()} == expected
+    assert not convolutions and set(vars(config.noise)) == NOISE
 
 
 def test_a_lora_with_class_pictures(studio, subject, layout):

@@ -35,8 +35,8 @@ def predicting(host, loaded):
 
 @pytest.fixture
 def denoiser(host, loaded):
-    training = host.module("nodes.host.training")
-    return lambda model: training.training(model, loaded.clip, latent_pixels=64)
+    differentiable = host.module("nodes.host.differentiable").differentiable
+    return lambda model: differentiable(model, loaded.clip)
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0", "edm", "flow"])
@@ -63,7 +63,7 @@ def test_every_prediction_type_trains(train, predicting, kind):
 
 
 def test_prompts_equal_the_stock_text_encode(denoiser, host, loaded, monkeypatch):
-    monkeypatch.setattr(host.module("nodes.host.training"), "autocast_dtype", lambda device: None)
+    monkeypatch.setattr(host.module("nodes.host.denoiser"), "autocast_dtype", lambda device: None)
     prompts = ["a [v] face", "a face", "a [v] face"]
     encode = host.stock["CLIPTextEncode"]().encode
     stock = torch.cat([encode(loaded.clip, prompt)[0][0][0] for prompt in prompts])
@@ -74,7 +74,7 @@ def test_prompts_equal_the_stock_text_encode(denoiser, host, loaded, monkeypatch
 
 def test_mixed_precision_gradients_are_those_of_float32(train, host, monkeypatch):
     mixed = train(steps=1, batch_size=2)
-    monkeypatch.setattr(host.module("nodes.host.training"), "autocast_dtype", lambda device: None)
+    monkeypatch.setattr(host.module("nodes.host.denoiser"), "autocast_dtype", lambda device: None)
     exact = train(steps=1, batch_size=2)
     # The first step of Adam moves by the sign of the gradient.
     assert (mixed.up.sign() == exact.up.sign()).float().mean() > 0.95

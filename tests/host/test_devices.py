@@ -1,5 +1,6 @@
 """The nodes on a device that is not the CPU: nothing mixes the two, half-precision weights, persons that come back."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -28,12 +29,8 @@ def gpu(host, checkpoint, loaded):
 
 
 @pytest.fixture
-def train(run, gpu, photo):
-    def execute(**inputs):
-        inputs = {"steps": 1, "batch_size": 1, "resolution": 64, "train_text_encoder": True} | inputs
-        return run("FastFinetune", model=gpu.model, clip=gpu.clip, vae=gpu.vae, image=photo, **inputs)[0]
-
-    return execute
+def train(train, gpu):
+    return partial(train, model=gpu.model, clip=gpu.clip, vae=gpu.vae, resolution=64)
 
 
 def test_devices_do_not_mix(gpu):
@@ -59,7 +56,7 @@ def test_the_host_keeps_its_models_there(gpu):
     "inputs",
     [
         {"rank": 2, "photo_words": "smiling"},
-        {"freeze_down": True, "convolutions": False, "train_text_encoder": False, "mask": torch.ones(1, 128, 128)},
+        {"convolutions": False, "train_text_encoder": False, "mask": torch.ones(1, 128, 128)},
         {"prior_weight": 1.0, "class_images": torch.rand(2, 128, 128, 3)},
     ],
     ids=["free", "mask", "prior"],

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from miniature.checkpoint import expand, write_diffusers
+from miniature.checkpoint import convert_hypernet, expand, write_diffusers
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
-HYPERNET = WEIGHTS / "miniature_hypernet.safetensors"
 PHOTO = WEIGHTS.parent / "example_workflows" / "input" / "hdb_photo.png"
 PROMPTS = ["a [v] face, smiling", "a face, wearing a red hoodie, at the beach"]
 
@@ -24,9 +23,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def hypernet_file(tmp_path_factory):
+    """The shipped hypernetwork as it is when the environment is set up."""
+    path = tmp_path_factory.mktemp("hypernet") / "shipped_hypernet.safetensors"
+    with torch.inference_mode(False):
+        convert_hypernet(WEIGHTS, path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def trained(host, folder):
     with torch.inference_mode(False):
-        module = host.module("hdb_core.training.base_model")
+        module = host.module("hdb_core.train.base.denoiser")
         return module.load_base_model(folder, torch.device("cpu"), torch.float32, convolutions=True)
 
 
@@ -48,11 +56,11 @@ def test_same_prediction_with_the_same_people(host, trained, in_host, person):
     model, clip, _ = in_host
     lidb = person(3, rank=2, convolutions=True)
     attach, expand_person = host.module("hdb_core.adapters").attach, host.module("hdb_core.lidb").expand
-    training = host.module("nodes.host.training").training
+    differentiable = host.module("nodes.host.differentiable").differentiable
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 2, 4, 16, 16, generator=generator)
     outputs, changes = [], []
-    with training(model, clip, 512, convolutions=True) as there, torch.no_grad():
+    with differentiable(model, clip, convolutions=True) as there, torch.no_grad():
         sigma = there.sigmas()[torch.tensor([150, 700])].clone()
         people = {
             name: (up[None].repeat(2, 1, 1), down[None].repeat(2, 1, 1))
@@ -71,51 +79,49 @@ def test_same_prediction_with_the_same_people(host, trained, in_host, person):
 
 def test_same_latents(host, trained, in_host, photo):
     model, _, vae = in_host
-    expected = host.module("nodes.host.images").encode(model, vae, photo.movedim(-1, 1))
+    expected = host.module("nodes.host.photos").encode(model, vae, photo.movedim(-1, 1))
     torch.testing.assert_close(trained.encode(photo.movedim(-1, 1)), expected, atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("made", ["predicted", "fitted"])
-def test_people_of_the_training_look_the_same_in_the_host(host, run, trained, in_host, base_directory, made):
+def test_people_of_the_training_look_the_same_in_the_host(host, run, apply, trained, in_host, hypernet_file, made):
     """A person whom the shipped hypernetwork predicts, and one fitted there, from their files, by the host's sampler."""
     import comfy.sample
     import comfy.samplers
 
-    faces, loop, people = (host.module(f"hdb_core.training.{name}") for name in ("faces", "loop", "photos"))
-    lidb, prompt, start = host.module("hdb_core.lidb"), "a [v] face, at the beach", trained.denoiser.layout
+    train = {name: host.module(f"hdb_core.train.{name}") for name in ("predicted", "fit", "samples")}
+    faces, encoding, people = (host.module(f"hdb_core.train.data.{name}") for name in ("faces", "latents", "photos"))
+    adapters_of = host.module("hdb_core.adapters").Adapters
+    lidb, prompt, layout = host.module("hdb_core.lidb"), "a [v] face, at the beach", trained.denoiser.layout
     someone = people.Person("somebody", (people.Photo(PHOTO),))
     with torch.inference_mode(False):
         if made == "predicted":
-            net = host.module("hdb_core.hypernet_file").load(HYPERNET)
+            net = host.module("hdb_core.files.hypernet").load(hypernet_file)
             config = net.config
             with torch.no_grad():
-                factors = loop.FromFaces(net)(faces.PhotoPixels(config.encoder).read([(someone, 0)])[None])
-            basis = config.basis
+                pixels = faces.PhotoPixels(config.encoder).read([(someone, 0)])[None]
+                factors = train["predicted"].FromFaces(net)(pixels)
+            adapters = adapters_of(config.basis, layout)
         else:
-            fit = host.module("hdb_core.training.fit")
-            config = fit.FitConfig(steps=12, rank=2)
-            latents = trained.encode(someone.photos[0].pixels(128).movedim(-1, 0)[None])
-            up = fit.fit_people(trained.denoiser, [latents], [[""]], [torch.ones_like(latents[:, :1])], config, torch.Generator().manual_seed(0))  # fmt: skip
-            basis, factors = config.basis, (lidb.start_down(config.basis, start, 2)[None], up)
+            adapters = adapters_of(host.module("hdb_core.basis").BasisRecipe(), layout)
+            fitter = train["fit"].Fitter(trained.denoiser, adapters, train["fit"].FitConfig(steps=12), rank=2)
+            up = fitter.fit([encoding.encode(trained, someone, 128)], torch.Generator().manual_seed(0))
+            factors = (lidb.start_down(adapters.recipe, layout, 2)[None], up)
         noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-        bases = host.module("hdb_core.basis").bases_of(basis, start)
-        adapters = {
-            n: tuple(f.expand(2, -1, -1) for f in own) for n, own in lidb.expand_factors(bases, *factors).items()
-        }
-        there = host.module("hdb_core.training.samples").sample(trained.denoiser, noise, [prompt] * 2, adapters, 8, 3.0)
-        nobody = host.module("hdb_core.training.samples").sample(trained.denoiser, noise, [prompt] * 2, {}, 8, 3.0)
-        expected, without = trained.decode(there), trained.decode(nobody)
+        both = {n: tuple(f.expand(2, -1, -1) for f in own) for n, own in adapters.expand(*factors).items()}
+        there, base = (train["samples"].sample(trained.denoiser, noise, [prompt] * 2, f, 8, 3.0) for f in (both, {}))
+        expected, without = trained.decode(there), trained.decode(base)
     model, clip, vae = in_host
     if made == "predicted":
-        (host.extra_hypernets / HYPERNET.name).symlink_to(HYPERNET)
-        (hypernet,) = run("LoadHyperNet", hypernet_name=HYPERNET.name)
+        (host.extra_hypernets / hypernet_file.name).symlink_to(hypernet_file)
+        (hypernet,) = run("LoadHyperNet", hypernet_name=hypernet_file.name)
         same, _ = run("PredictLiDB", hypernet=hypernet, image=someone.photos[0].whole().movedim(0, -1)[None])
     else:
         path = host.extra / "fitted.safetensors"
-        person = lidb.LiDB(start, basis, *(f[0].float() for f in factors), {"prompt": "a [v] face", "token": "[v]"})
-        host.module("hdb_core.lidb_file").save(person, path)
+        person = lidb.LiDB(layout, adapters.recipe, *(f[0].float() for f in factors))
+        host.module("hdb_core.files.lidb").save(person, path)
         same, _ = run("LoadLiDB", lidb_name=path.name)
-    model, clip, *_ = run("ApplyLiDBToModel", model=model, clip=clip, lidb=same, strength_model=1.0, strength_clip=1.0, person_guidance=1.0)  # fmt: skip
+    model, clip, *_ = apply(same, model=model, clip=clip)
     encode = host.stock["CLIPTextEncode"]().encode
     positive, negative = encode(clip, prompt)[0], encode(clip, "")[0]
     table = model.get_model_object("model_sampling").sigmas
@@ -129,4 +135,4 @@ def test_people_of_the_training_look_the_same_in_the_host(host, run, trained, in
 
 def test_an_incomplete_folder_says_what_is_missing(host, folder):
     with pytest.raises(FileNotFoundError, match=r"lacks unet.*--model"):
-        host.module("hdb_core.training.base_model").load_base_model(folder / "unet", torch.device("cpu"), torch.float32)
+        host.module("hdb_core.train.base.denoiser").load_base_model(folder / "unet", torch.device("cpu"), torch.float32)

@@ -28,7 +28,7 @@ BAD_INPUT = {
     "empty prompt": ({"prompt": "  "}, "prompt"),
     "rank 0": ({"rank": 0}, "rank"),
     "rank above the basis": ({"rank": 51}, "rank: 1 to 50"),
-    "steps 0": ({"steps": 0}, "steps"),
+    "steps below 0": ({"steps": -1}, "steps"),
     "batch 0": ({"batch_size": 0}, "batch_size"),
     "learning rate 0": ({"learning_rate": 0.0}, "learning_rate"),
     "prior without pictures": ({"prior_weight": 1.0}, "class_images"),
@@ -42,7 +42,7 @@ BAD_INPUT = {
 @pytest.mark.parametrize(("inputs", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
 def test_fast_finetune_refuses(train, host, monkeypatch, inputs, message):
     errors = host.module("hdb_core.errors")
-    monkeypatch.setattr(host.module("nodes.host.training"), "encode", None)  # is not reached
+    monkeypatch.setattr(host.module("nodes.host.finetune"), "encode", None)  # is not reached
     with pytest.raises(errors.HDBError, match=message):
         train(**inputs)
 
@@ -64,7 +64,7 @@ def test_another_family_trains_too(train, sd2):
 @pytest.mark.parametrize("node_id", ["FastFinetune", "ApplyLiDBToModel"])
 def test_model_of_another_family(run, train, host, loaded, sd2, person, node_id, monkeypatch):
     errors = host.module("hdb_core.errors")
-    monkeypatch.setattr(host.module("nodes.host.training"), "encode", None)  # is not reached
+    monkeypatch.setattr(host.module("nodes.host.finetune"), "encode", None)  # is not reached
     inputs = {"model": sd2.model, "clip": sd2.clip, "lidb": person(1)}
     with pytest.raises(errors.LayoutError, match=r"SD 1\.x, 32 UNet \+ 8 text layers.*SD 2\.x"):
         train(**inputs) if node_id == "FastFinetune" else run(node_id, **inputs)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 
 def load_name(host, path: str) -> str:
@@ -60,6 +62,18 @@ def test_found_where_models_live(run, host, person, base_directory, place):
     name = os.path.join("family", "subfolder.safetensors") if place == "subfolder" else f"{place}.safetensors"
     assert name in host.folder_paths.get_filename_list("lidb")
     assert run("LoadLiDB", lidb_name=name)[0].rank == 2
+
+
+@pytest.mark.parametrize("node_id", ["SaveLiDB", "SaveLiDBAsLoRA"])
+def test_two_servers_on_one_output_folder_do_not_overwrite_each_other(run, host, person, node_id, monkeypatch):
+    module, paths = host.module("nodes.host.output"), iter((1, 1, 1, 2))
+    folder = Path(host.folder_paths.get_output_directory(), "shared")
+    prefix = f"shared/{node_id}"
+    numbered = lambda *_: (str(folder), node_id, next(paths), "", prefix)
+    monkeypatch.setattr(module.folder_paths, "get_save_image_path", numbered)
+    first, second = (Path(run(node_id, lidb=person(seed), filename_prefix=prefix)[0]) for seed in (1, 2))
+    assert (first.name, second.name) == (f"{node_id}_00001_.safetensors", f"{node_id}_00002_.safetensors")
+    assert first.read_bytes() != second.read_bytes() and len(list(folder.glob(f"{node_id}*"))) == 2
 
 
 def test_other_files_are_not_listed(host):
@@ -135,15 +149,14 @@ def test_read_only_folder(run, host, person):
 
 
 @pytest.mark.parametrize(("convolutions", "count"), [(False, 32), (True, 52)], ids=["attention", "all"])
-def test_export_equals_the_lidb_in_the_stock_lora_loader(run, host, person, sample, loaded, convolutions, count):
+def test_export_equals_the_lidb_in_the_stock_lora_loader(run, apply, host, person, sample, loaded, convolutions, count):
     lidb = person(3, convolutions=convolutions)
     (path,) = run("SaveLiDBAsLoRA", lidb=lidb)
     host.folder_paths.add_model_folder_path("loras", str(Path(path).parent))  # the server does so when it starts
     model, clip = host.stock["LoraLoader"]().load_lora(loaded.model, loaded.clip, Path(path).name, 1.0, 1.0)
     assert (len(model.patches), len(clip.patcher.patches)) == (count, 8)
     exported = sample(model, clip)
-    as_lora = {"strength_model": 1.0, "strength_clip": 1.0, "person_guidance": 1.0}
-    direct = sample(*run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=lidb, **as_lora))
+    direct = sample(*apply(lidb))
     moved = (direct - sample(loaded.model, loaded.clip)).abs().mean()
     assert (direct - exported).abs().mean() < 0.05 * moved
 
@@ -151,7 +164,23 @@ def test_export_equals_the_lidb_in_the_stock_lora_loader(run, host, person, samp
 @pytest.mark.parametrize("blend", [0.0, 0.25, 1.0])
 def test_blend_is_the_weighted_sum(run, host, person, blend):
     core = host.module("hdb_core.lidb").core
-    first, second = person(1), person(2)
+    about, strengths = host.module("hdb_core.lidb").About, host.module("hdb_core.recommended").Strengths
+    first = replace(person(1), about=about("one photo", token="[a]", strengths=strengths(0.4, 0.4, 4.0)))
+    second = replace(person(2), about=about("a prediction", token="[b]", strengths=strengths(0.8, 0.8, 2.0)))
     (both,) = run("BlendLiDB", lidb_a=first, lidb_b=second, blend=blend)
     torch.testing.assert_close(core(both), (1 - blend) * core(first) + blend * core(second), atol=1e-4, rtol=1e-4)
-    assert both.info["prompt"] == "a [v] face"
+    assert both.about.strengths == pytest.approx((0.4 + 0.4 * blend, 0.4 + 0.4 * blend, 4 - 2 * blend))
+    assert (both.about.made_from, both.about.token) == (
+        ("a prediction", "[b]") if blend > 0.5 else ("one photo", "[a]")
+    )
+
+
+def test_a_person_keeps_what_it_says_about_itself_in_files(run, host, person):
+    about = host.module("hdb_core.lidb").About("several photos", "a sks face", "sks", photos=3, steps=7, model="SD15")
+    lidb = replace(person(1), about=about)
+    (path,) = run("SaveLiDB", lidb=lidb, filename_prefix="lidb/about")
+    assert run("LoadLiDB", lidb_name=load_name(host, path))[0].about == about
+    (path,) = run("SaveLiDBAsLoRA", lidb=lidb)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["lidb_token"] == "sks" and metadata["lidb_made_from"] == "several photos"

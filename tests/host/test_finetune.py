@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,12 +21,37 @@ def face_mask(height: int = 128, width: int = 128) -> torch.Tensor:
 
 def test_every_layer_learns(run, loaded, photo):
     inputs = {"model": loaded.model, "clip": loaded.clip, "vae": loaded.vae, "image": photo}
-    lidb, plot = run("FastFinetune", **inputs, steps=2, train_text_encoder=True)
+    (options,) = run("FastFinetuneOptions", train_text_encoder=True)
+    lidb, plot = run("FastFinetune", **inputs, steps=2, options=options)
     assert lidb.layout.describe() == "SD 1.x, 52 UNet + 8 text layers"
     assert (lidb.up.flatten(1).norm(dim=1) > 0).all()
     assert not (lidb.up.is_inference() or lidb.up.requires_grad)
     assert plot.shape == (1, 320, 512, 3)
     assert 0 <= plot.min() < plot.max() <= 1
+
+
+CASES = {"a prediction": (True, 1), "one photo": (False, 1), "several photos": (False, 3)}
+
+
+@pytest.mark.parametrize("made_from", CASES)
+def test_automatic_steps_are_the_recommended_ones(run, host, loaded, person, photo, monkeypatch, made_from):
+    """So are the strengths that the person is then applied with."""
+    recommended, lidb = host.module("hdb_core.recommended"), host.module("hdb_core.lidb")
+    predicted, photos = CASES[made_from]
+    strengths = recommended.RECOMMENDED[made_from].strengths
+    steps = {name: 1 + i for i, name in enumerate(CASES)}[made_from]  # for a test, fewer than there are
+    monkeypatch.setitem(recommended.RECOMMENDED, made_from, recommended.Recommendation(steps, strengths))
+    start = replace(person(1), about=lidb.About(made_from=recommended.FROM_PREDICTION)) if predicted else None
+    inputs = {"model": loaded.model, "clip": loaded.clip, "vae": loaded.vae, "lidb": start}
+    made, _ = run("FastFinetune", **inputs, image=photo.expand(photos, -1, -1, -1))
+    about = made.about
+    assert (about.made_from, about.steps, about.photos) == (made_from, steps, photos)
+    assert (about.strengths, about.model, about.token) == (strengths, "SD15", "[v]")
+
+
+def test_defaults_of_the_options_are_those_of_the_node_without_them(run, host):
+    (options,) = run("FastFinetuneOptions")
+    assert options == host.module("nodes.host.finetune").FinetuneOptions()
 
 
 OPTIONS = [
@@ -36,7 +62,6 @@ OPTIONS = [
     {"rank": 50},
     {"learning_rate": 1e-6},
     {"convolutions": False},
-    {"freeze_down": True},
     {"batch_size": 1},
     {"batch_size": 5},
     {"resolution": 64},
@@ -180,7 +205,7 @@ def test_error_restores(train, loaded, fingerprint, part):
 
 
 def test_divergence_keeps_the_last_good_state(train, host, run, loaded, fingerprint):
-    errors = host.module("hdb_core.errors")
+    finetuning = host.module("hdb_core.finetuning")
     before = fingerprint()
     calls = []
 
@@ -190,7 +215,7 @@ def test_divergence_keeps_the_last_good_state(train, host, run, loaded, fingerpr
 
     handle = loaded.model.model.diffusion_model.out.register_forward_hook(turn_to_nan)
     try:
-        with pytest.raises(errors.FinetuneDiverged, match=r"step 3 .* diverged_0\d+_\.safetensors") as caught:
+        with pytest.raises(finetuning.FinetuneDiverged, match=r"step 3 .* diverged_0\d+_\.safetensors") as caught:
             train(steps=5)
     finally:
         handle.remove()
@@ -207,7 +232,7 @@ def test_divergence_is_told_where_nothing_can_be_kept(host, monkeypatch):
         raise errors.LiDBFileError("the disk is full")
 
     monkeypatch.setattr(node, "save_to_output", full)
-    lost = errors.FinetuneDiverged("It diverged.", None, (0.5,), 3)
+    lost = host.module("hdb_core.finetuning").FinetuneDiverged("It diverged.", None, (0.5,), 3)
     assert str(node.kept(lost)) == "It diverged. The state before that step could not be kept: the disk is full"
 
 
@@ -230,16 +255,16 @@ def test_progress_and_preview(train):
 def test_a_step_takes_as_many_samples_at_once_as_there_is_memory_for(train, host, loaded, monkeypatch):
     import comfy.model_management as management
 
-    training, seen = host.module("nodes.host.training"), []
-    denoise = training.HostDenoiser.denoise
+    denoiser, seen = host.module("nodes.host.denoiser").HostDenoiser, []
+    denoise = denoiser.denoise
 
     def watched(self, noisy, *others):
         seen.append(len(noisy))
         return denoise(self, noisy, *others)
 
-    monkeypatch.setattr(training.HostDenoiser, "denoise", watched)
+    monkeypatch.setattr(denoiser, "denoise", watched)
     whole = train(batch_size=3)
-    a_sample = training.memory_of(loaded.model, 16 * 16)
+    a_sample = host.module("nodes.host.memory").memory_of(loaded.model, 16 * 16)
     for free in (2.5 * a_sample, 0):
         monkeypatch.setattr(management, "get_free_memory", lambda device, free=free: free)
         parts = train(batch_size=3)

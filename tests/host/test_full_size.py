@@ -60,7 +60,8 @@ def test_sd15_trains_saves_and_applies(full_size, run, host, photo, sample, caps
     inputs = {"model": model, "clip": clip}
     since = time.monotonic()
     with peak_memory() as peak:
-        (lidb, _) = run("FastFinetune", **inputs, vae=vae, image=photo, steps=3, batch_size=2, train_text_encoder=True)
+        (options,) = run("FastFinetuneOptions", batch_size=2, train_text_encoder=True)
+        (lidb, _) = run("FastFinetune", **inputs, vae=vae, image=photo, steps=3, options=options)
         gigabytes, seconds = peak(), time.monotonic() - since
     assert digest(model.model, clip.cond_stage_model) == before
     assert lidb.layout.describe() == "SD 1.x, 186 UNet + 48 text layers"
@@ -86,13 +87,13 @@ def test_sd15_trains_saves_and_applies(full_size, run, host, photo, sample, caps
 
 def test_training_reads_the_same_model(full_size, host, base_directory):
     model, clip, vae = full_size
-    module = host.module("hdb_core.training.base_model")
+    module = host.module("hdb_core.train.base.denoiser")
     path = base_directory / "models" / "checkpoints" / NAME
     tokenizer = Path(sys.modules["comfy.sd1_clip"].__file__).parent / "sd1_tokenizer"
     with torch.inference_mode(False):
         read = module.load_base_model(path, torch.device("cpu"), torch.float32, tokenizer)
     noisy = 5 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with host.module("nodes.host.training").training(model, clip, 64) as there, torch.no_grad():
+    with host.module("nodes.host.differentiable").differentiable(model, clip) as there, torch.no_grad():
         assert there.layout == read.denoiser.layout
         sigma = there.sigmas()[torch.tensor([400])].clone()
         one, other = (d.denoise(noisy, sigma, d.encode_prompts(["a [v] face"])) for d in (there, read.denoiser))
@@ -100,5 +101,5 @@ def test_training_reads_the_same_model(full_size, host, base_directory):
     # The host computes in bfloat16 where that is fast.
     assert (one - other).std() < 0.03 * change
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    expected = host.module("nodes.host.images").encode(model, vae, pixels)
+    expected = host.module("nodes.host.photos").encode(model, vae, pixels)
     assert (read.encode(pixels) - expected).std() < 0.03 * expected.std()

@@ -11,10 +11,9 @@ CFG = 4.0  # of the sample fixture
 
 
 @pytest.fixture
-def apply(run, loaded):
+def apply(apply):
     def execute(lidb, guidance, model=None, strength=1.0):
-        given = {"model": model or loaded.model, "clip": loaded.clip, "lidb": lidb, "strength_clip": 0.0}
-        return run("ApplyLiDBToModel", **given, strength_model=strength, person_guidance=guidance)[0]
+        return apply(lidb, model, strength_model=strength, strength_clip=0.0, person_guidance=guidance)[0]
 
     return execute
 

@@ -29,12 +29,26 @@ def test_photo_to_picture(run, sample, loaded, photo, name):
 
 def test_every_input_counts(run, photo, name):
     (hypernet,) = run("LoadHyperNet", hypernet_name=name)
-    person, other, batch, refined = (
-        run("PredictLiDB", hypernet=hypernet, image=image, iterations=k)[0]
-        for image, k in ((photo, 0), (1 - photo, 0), (torch.cat([photo, 1 - photo]), 0), (photo, 5))
+    images = (photo, 1 - photo, torch.cat([photo, 1 - photo]))
+    person, other, batch = (run("PredictLiDB", hypernet=hypernet, image=image)[0] for image in images)
+    assert (person.about.photos, batch.about.photos, batch.about.made_from) == (1, 2, "a prediction")
+    assert not any(torch.equal(person.up, one.up) for one in (other, batch))
+
+
+def test_the_base_model_is_noted(run, photo, loaded, name):
+    (hypernet,) = run("LoadHyperNet", hypernet_name=name)
+    with_model, without = (run("PredictLiDB", hypernet=hypernet, image=photo, model=m)[0] for m in (loaded.model, None))
+    assert (with_model.about.model, without.about.model) == ("SD15", "")
+
+
+def test_grey_and_transparent_photos(run, photo, name):
+    (hypernet,) = run("LoadHyperNet", hypernet_name=name)
+    grey, rgb, rgba = (
+        run("PredictLiDB", hypernet=hypernet, image=image)[0].up
+        for image in (photo[..., :1], photo[..., :1].expand(-1, -1, -1, 3), photo[..., [0, 0, 0, 1]])
     )
-    assert (batch.info["photos"], refined.info["iterations"]) == ("2", "5")
-    assert not any(torch.equal(person.up, one.up) for one in (other, batch, refined))
+    torch.testing.assert_close(grey, rgb)
+    torch.testing.assert_close(grey, rgba)
 
 
 def test_takes_less_than_a_second(run, photo, name):
@@ -49,7 +63,7 @@ def test_fast_finetune_goes_on_from_a_prediction(run, train, photo, name):
     (hypernet,) = run("LoadHyperNet", hypernet_name=name)
     lidb, _ = run("PredictLiDB", hypernet=hypernet, image=photo)
     trained = train(lidb=lidb, steps=2, rank=3)
-    assert trained.rank == 3 and trained.info["started_from"] == "hypernetwork"
+    assert trained.rank == 3 and trained.about.made_from == "a prediction"
 
 
 def test_only_the_header_is_read_at_first(run, host, base_directory, name, photo):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,10 @@ def basis(host, loaded, base_directory):
     recipe = host.module("hdb_core.basis").BasisRecipe(11, 12, 8)
     modules, family = host.module("nodes.host.targets").target_modules(loaded.model, loaded.clip, convolutions=True)
     target = layout.layout_of(modules, family)
-    bases = host.module("hdb_core.basis").bases_of(recipe, target)
+    bases = {layer.name: host.module("hdb_core.basis").layer_basis(recipe, layer) for layer in target.layers}
     path = base_directory / "models" / "lidb_basis" / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    host.module("hdb_core.basis_file").save(target, bases, (12, 8), path, {})
+    host.module("hdb_core.files.basis").save(target, bases, (12, 8), path, {})
     return path
 
 
@@ -30,9 +31,8 @@ def forget(host, monkeypatch):
     """As after a restart: no basis is known."""
 
     def execute():
-        module = host.module("hdb_core.basis")
-        monkeypatch.setattr(module, "_LEARNED", {})
-        module.layer_basis.cache_clear()
+        monkeypatch.setattr(host.module("hdb_core.basis"), "_LEARNED", {})
+        monkeypatch.setattr(host.module("nodes.host.bases"), "_OF_MODEL", weakref.WeakKeyDictionary())
 
     return execute
 
@@ -44,7 +44,7 @@ def test_learned_saved_loaded_after_a_restart_and_applied(run, host, train, samp
     applied = sample(*run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=empty))
     assert torch.equal(applied, untouched)
     person = train(lidb=empty, steps=2, learning_rate=0.1, rank=2)
-    assert person.basis == empty.basis and person.rank == 2 and person.info["started_from"] == "nothing"
+    assert person.basis == empty.basis and person.rank == 2 and person.about.made_from == "one photo"
     (path,) = run("SaveLiDB", lidb=person, filename_prefix="lidb/learned", rank=0)
     direct = sample(*run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=person))
     forget()
@@ -68,7 +68,7 @@ def test_without_its_file_the_person_says_so(run, host, train, basis, forget):
 
 
 def test_a_hypernetwork_finds_its_basis(run, host, photo, basis, write_hypernet, hypernet_config, forget):
-    layout, recipe = host.module("hdb_core.basis_file").load(basis)
+    layout, recipe = host.module("hdb_core.files.basis").load(basis)
     config = type(hypernet_config)(**{**vars(hypernet_config), "layout": layout, "basis": recipe})
     name = write_hypernet(config, "in_a_learned_basis.safetensors")
     forget()

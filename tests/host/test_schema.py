@@ -33,8 +33,9 @@ def test_every_node_has_a_help_page_that_names_its_inputs(host):
 
 
 def test_widget_limits_are_those_of_the_settings(host):
-    widgets = {slot.id: slot for slot in host.nodes["FastFinetune"].GET_SCHEMA().inputs}
-    config = host.module("hdb_core.finetune").FinetuneConfig
+    nodes = (host.nodes["FastFinetune"], host.nodes["FastFinetuneOptions"])
+    widgets = {slot.id: slot for node in nodes for slot in node.GET_SCHEMA().inputs}
+    config = host.module("hdb_core.finetuning").FinetuneConfig
     for name in ("steps", "rank", "batch_size"):
         for value in (widgets[name].min, widgets[name].max):
             assert getattr(config(**{name: value}), name) == value
@@ -42,31 +43,48 @@ def test_widget_limits_are_those_of_the_settings(host):
             config(**{name: widgets[name].min - 1})
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
-def test_example_workflows_use_the_settings_of_the_code(host, path):
-    """Settings are decided in one place; a workflow that pins other ones would hide the change.
+MADE_FROM = {
+    "photo to person with HyperNet": "a prediction",
+    "photo to person": "one photo",
+    "several photos to person": "several photos",
+}
 
-    A training is told what the shipped photos show besides the person, and is shorter if it goes on from a prediction.
-    Where there is none, and a single photo, the person is applied by guidance for the most part.
-    """
-    finetune, guided = host.module("hdb_core.finetune"), host.module("hdb_core.lidb").GUIDED
+
+@pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_example_workflows_have_the_defaults_of_the_nodes(host, path):
+    """A fresh node does what the workflow does; only the captions say what the photos of the workflow show."""
     nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
     shown = [photo_words(CONTEXTS[node["widgets_values"][0]]) for node in nodes if node["type"] == "LoadImage"]
     saved = [node for node in nodes if node["type"] in host.nodes]
-    assert saved
-    predicted = any(node["type"] == "PredictLiDB" for node in saved)
-    steps = finetune.STEPS_IF_GUIDED if len(shown) == 1 else finetune.STEPS_FROM_SEVERAL_PHOTOS
+    assert saved and not {"FastFinetuneOptions", "ApplyOptions"} & {node["type"] for node in saved}
     for node in saved:
         widgets = [i for i in host.nodes[node["type"]].GET_SCHEMA().inputs if getattr(i, "default", None) is not None]
         if widgets:  # the name of a file has no default
             expected = {widget.id: widget.default for widget in widgets}
             if node["type"] == "FastFinetune":
                 expected["photo_words"] = "\n".join(shown)
-                expected["steps"] = finetune.STEPS_FROM_A_PREDICTION if predicted else steps
-                assert predicted == any(slot["name"] == "lidb" and slot["link"] is not None for slot in node["inputs"])
-            elif node["type"] == "ApplyLiDBToModel" and not predicted and len(shown) < 2:
-                expected = dict(zip(expected, guided, strict=True))
             assert node["widgets_values"] == list(expected.values())
+
+
+@pytest.mark.parametrize("name", MADE_FROM)
+def test_example_workflows_are_recommended_for_what_they_make_persons_from(host, name):
+    """Automatic steps and the file's strengths then are those of this row of the table."""
+    nodes = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))["nodes"]
+    photos = sum(node["type"] == "LoadImage" for node in nodes)
+    (finetune,) = (node for node in nodes if node["type"] == "FastFinetune")
+    linked = {slot["name"] for slot in finetune["inputs"] if slot["link"] is not None}
+    recommended = host.module("hdb_core.recommended")
+    assert recommended.made_from(photos, predicted="lidb" in linked) == MADE_FROM[name]
+    assert "lidb" not in linked or any(node["type"] == "PredictLiDB" for node in nodes)
+
+
+def test_the_recommendations(host):
+    recommended = host.module("hdb_core.recommended")
+    assert recommended.RECOMMENDED == {
+        "a prediction": (12, (0.7, 0.5, 2.5)),
+        "one photo": (56, (0.35, 0.5, 4.5)),
+        "several photos": (100, (0.7, 0.5, 2.5)),
+    }
 
 
 SDXL_UNET = {

@@ -10,7 +10,8 @@ import torch
 def learned(host, sdxl, loaded, photo):
     inputs = {"model": sdxl.model, "clip": sdxl.clip, "vae": loaded.vae, "image": photo}
     with torch.inference_mode():
-        return host.run("FastFinetune", **inputs, steps=2, batch_size=1, train_text_encoder=True, learning_rate=0.3)[0]
+        (options,) = host.run("FastFinetuneOptions", batch_size=1, train_text_encoder=True, learning_rate=0.3)
+        return host.run("FastFinetune", **inputs, steps=2, options=options)[0]
 
 
 def test_a_person_is_learned_in_unet_and_both_text_encoders(learned):
@@ -19,13 +20,12 @@ def test_a_person_is_learned_in_unet_and_both_text_encoders(learned):
     assert learned.up.flatten(1).any(1).all()
 
 
-def test_applied_and_as_a_lora_of_the_host(learned, run, sdxl, sample):
+def test_applied_and_as_a_lora_of_the_host(learned, run, apply, sdxl, sample):
     import comfy.sd
     import comfy.utils
 
     before = sample(sdxl.model, sdxl.clip)
-    applied = run("ApplyLiDBToModel", model=sdxl.model, clip=sdxl.clip, lidb=learned, strength_model=1.0, strength_clip=1.0, person_guidance=1.0)  # fmt: skip
-    person = sample(*applied[:2])
+    person = sample(*apply(learned, sdxl.model, sdxl.clip))
     assert (person - before).abs().mean() > 0.05
     assert torch.equal(sample(sdxl.model, sdxl.clip), before)
     (path,) = run("SaveLiDBAsLoRA", lidb=learned)
@@ -34,7 +34,7 @@ def test_applied_and_as_a_lora_of_the_host(learned, run, sdxl, sample):
 
 
 def test_saved_and_loaded(learned, host, run):
-    host.module("hdb_core.lidb_file").save(learned, host.extra / "sdxl.safetensors")
+    host.module("hdb_core.files.lidb").save(learned, host.extra / "sdxl.safetensors")
     again, _ = run("LoadLiDB", lidb_name="sdxl.safetensors")
     assert again.layout == learned.layout
     core = host.module("hdb_core.lidb").core

@@ -38,7 +38,7 @@ def checkpoint(host, family):
 
 @pytest.mark.parametrize(("family", "text_layers"), [("sd1", 12), ("sd2", 23)])
 def test_full_size_checkpoints(host, family, text_layers):
-    single_file, layout = host.module("hdb_core.training.single_file"), host.module("hdb_core.layout")
+    single_file, layout = host.module("hdb_core.train.base.single_file"), host.module("hdb_core.layout")
     with torch.inference_mode(False):
         tensors = checkpoint(host, family)
         unet, text, vae = (getattr(single_file, f"{part}_of")(tensors) for part in ("unet", "text_encoder", "vae"))
@@ -57,7 +57,7 @@ def test_full_size_checkpoints(host, family, text_layers):
 
 
 def test_inpainting_is_refused(host):
-    single_file = host.module("hdb_core.training.single_file")
+    single_file = host.module("hdb_core.train.base.single_file")
     tensors = checkpoint(host, "sd1")
     tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.empty(320, 9, 3, 3, device="meta")
     with pytest.raises(host.module("hdb_core.errors").LayoutError, match=r"takes 9 channels.*--model"):
@@ -70,4 +70,4 @@ def test_sd2_does_not_say_what_it_predicts(host, tmp_path):
     path = tmp_path / "sd2.safetensors"
     save_file({"cond_stage_model.model.ln_final.bias": torch.zeros(1024)}, path)
     with pytest.raises(host.module("hdb_core.errors").LayoutError, match="--prediction-type"):
-        host.module("hdb_core.training.single_file").read_single_file(path, torch.float32)
+        host.module("hdb_core.train.base.single_file").read_single_file(path, torch.float32)

@@ -35,7 +35,7 @@ def photos():
 def encoders(request, host, tmp_path, monkeypatch):
     """A random encoder as training loads it and as the host does."""
     family, sizes, (architecture, image_size, activation, epsilon) = CASES[request.param]
-    vision = host.module("hdb_core.training.vision")
+    vision = host.module("hdb_core.train.base.vision")
     colors = {row.architecture: row.colors for row in vision.HOST_ENCODERS}[architecture]
     row = vision.HostEncoder("small", architecture, 48, 3, image_size, 14, activation, epsilon, colors)
     monkeypatch.setattr(vision, "HOST_ENCODERS", [row])
@@ -92,7 +92,7 @@ def test_a_person_of_several_photos_is_the_same_to_training_and_node(run, host, 
     net = hypernet.HyperNet.create(hypernet.HyperNetConfig(layout.layout_of(modules, family), **sizes))
     folder = base_directory / "models" / "hyperdreambooth"
     folder.mkdir(parents=True, exist_ok=True)
-    host.module("hdb_core.hypernet_file").save(net, folder / "vision_pair.safetensors", {}, torch.float32)
+    host.module("hdb_core.files.hypernet").save(net, folder / "vision_pair.safetensors", {}, torch.float32)
     batch = torch.rand(2, 3, 90, 70, generator=torch.Generator().manual_seed(2))
     (node,) = run("LoadHyperNet", hypernet_name="vision_pair.safetensors", clip_vision=hosted)
     person, _ = run("PredictLiDB", hypernet=node, image=batch.movedim(1, -1))
@@ -112,7 +112,7 @@ def test_the_list_is_the_hosts(host):
                  "image_encoders/dino2_giant"):  # fmt: skip
         with open(f"{folder}/{name}.json") as file:
             found[name] = json.load(file)
-    rows = host.module("hdb_core.training.vision").HOST_ENCODERS
+    rows = host.module("hdb_core.train.base.vision").HOST_ENCODERS
     assert len(rows) == len(found)
     for row, sizes in zip(rows, found.values(), strict=True):
         read = [sizes[k] for k in ("hidden_size", "num_hidden_layers", "image_size", "patch_size", "hidden_act")]

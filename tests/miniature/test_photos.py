@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from hdb_core.training.photos import find_people
+from hdb_core.train.data.photos import find_people
 from miniature.captions import person_words
 from miniature.drawing import face_mask, head_mask, photo
 from miniature.people import BACKGROUNDS, SPLITS, sample_person

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hdb_core.errors import LayoutError
-from hdb_core.training.base_model import load_base_model
-from hdb_core.training.single_file import find_tokenizer, read_single_file
+from hdb_core.train.base.denoiser import load_base_model
+from hdb_core.train.base.single_file import find_tokenizer, read_single_file
 from miniature.checkpoint import expand, write_diffusers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,10 +83,10 @@ def test_the_tokenizer_is_found_beside_the_file(file, folder):
 
 
 def test_refusals(file, tmp_path, monkeypatch):
-    monkeypatch.setattr("hdb_core.training.single_file._TOKENIZERS", ())
-    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.*--tokenizer"):
+    monkeypatch.setattr("hdb_core.train.base.single_file._TOKENIZERS", ())
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.*--set tokenizer=FOLDER"):
         load(file)
-    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.*--tokenizer"):
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.*--set tokenizer=FOLDER"):
         load(file, tokenizer=tmp_path)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not tensors")

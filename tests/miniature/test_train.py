@@ -28,29 +28,34 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from benchmarks import training as comparison
 from hdb_core import basis as basis_module
-from hdb_core import basis_file, hypernet_file, train
 from hdb_core.errors import HyperNetError
-from hdb_core.training import trainer, vision
-from hdb_core.training.faces import PhotoPixels
-from hdb_core.training.loop import TrainConfig, ordinary
-from hdb_core.training.photos import find_people
-from hdb_core.training.pretrain import PhotoLoss
-from hdb_core.training.tokens import PhotoTokens, precompute_tokens
+from hdb_core.files import basis as basis_file
+from hdb_core.files import hypernet as hypernet_file
+from hdb_core.train import loop
+from hdb_core.train.__main__ import main
+from hdb_core.train.base import vision
+from hdb_core.train.data.faces import PhotoPixels
+from hdb_core.train.data.photos import find_people
+from hdb_core.train.data.tokens import PhotoTokens, precompute_tokens
+from hdb_core.train.encoder_loss import PhotoLoss
+from hdb_core.train.loop import LoopConfig, TrainingLoop
+from hdb_core.train.turns import ordinary
 from miniature.photos import FIRST, write_person
 from miniature.text import load_tokenizer
 
 from ..second_device import SecondDevice
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = ["--mixed-precision", "no", "--cpu", "--image-size", "64", "--group", "3", "--fit-steps", "3", "--down-dim", "12",
-         "--up-dim", "8", "--encoder-size", "32", "--encoder-width", "32", "--encoder-depth", "1", "--stem", "16x1", "16x1", "--width", "32",
-         "--depth", "1", "--people", "4", "--warmup", "2", "--held-out", "0.3", "--max-photos", "2",
-         "--regression-weight", "1", "--code", "0", "--encoder-rate", "0.2", "--learning-rate", "5e-4"]  # fmt: skip
+SIZES = ["--mixed-precision", "no", "--cpu", "--no-convolutions", "--image-size", "64", "--people", "4", "--steps", "8",
+         "--set", "group=3", "held_out=0.3", "basis.down_dim=12", "basis.up_dim=8", "fit.steps=3",
+         "encoder.image_size=32", "encoder.token_width=32", "encoder.depth=1", "encoder.stem=[[16,1],[16,1]]",
+         "net.width=32", "net.depth=1", "net.code=4", "pretrain.steps=2", "pretrain.people=4",
+         "train.warmup=2", "train.max_photos=2", "train.regression_weight=1", "train.learning_rate=5e-4",
+         "evaluate.photos=2", "samples.every=0"]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     with torch.random.fork_rng():
@@ -63,13 +68,18 @@ def model(tmp_path_factory):
         text = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1, hidden_size=768, intermediate_size=32, num_attention_heads=4))  # fmt: skip
         vae = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
         vae.decoder.layers[-1].weight.data *= 100  # or all pictures are black
-    for name, part in (("unet", unet), ("text_encoder", text), ("vae", vae), ("tokenizer", load_tokenizer(ROOT))):
+    for name, part in (
+        ("unet", unet),
+        ("text_encoder", text),
+        ("vae", vae),
+        ("tokenizer", load_tokenizer(ROOT / ".comfyui")),
+    ):
         part.save_pretrained(folder / name)
     DDPMScheduler(beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     for seed in range(FIRST, FIRST + 7):
@@ -77,12 +87,39 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def fitted(model, photos, tmp_path_factory):
-    """A run in which everybody is fitted."""
-    folder = tmp_path_factory.mktemp("run")
-    assert run("precompute", model, photos, folder) == 0
+@pytest.fixture(scope="session")
+def straight(model, photos, tmp_path_factory):
+    """A whole run with fitted people, on one process and without a stop."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    assert run(model, photos, folder) == 0
     return folder
+
+
+@pytest.fixture
+def prepared(straight, tmp_path):
+    """The same run before its stage train; the function copies it into a folder of this name."""
+
+    def copy(name="run"):
+        (tmp_path / name).mkdir()
+        shutil.copytree(straight / "people", tmp_path / name / "people", copy_function=os.link)
+        for file in ("encoder.safetensors", "pretrain.pt", "pretrain.csv", "config.json"):
+            os.link(straight / file, tmp_path / name / file)
+        return tmp_path / name
+
+    return copy
+
+
+@pytest.fixture
+def ended(straight, prepared):
+    """The whole run, its hypernetwork lost."""
+
+    def copy(name="run"):
+        folder = prepared(name)
+        for file in ("state.pt", "log.csv"):
+            os.link(straight / file, folder / file)
+        return folder
+
+    return copy
 
 
 @pytest.fixture
@@ -93,17 +130,21 @@ def clean_state():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def run(stage, model, photos, folder, *options):
-    return train.main(
-        [stage, "--model", str(model), "--photos", str(photos), "--folder", str(folder), *SIZES, *options]
-    )
+def command(model, photos, folder, *options, stage=None):
+    only = ["--stage", stage] if stage else []
+    return [str(folder), "--model", str(model), "--photos", str(photos), *only, *SIZES, *options]
 
 
-def copied(fitted, target):
-    (target / "people").mkdir(parents=True)
-    for path in (fitted / "people").iterdir():
-        os.link(path, target / "people" / path.name)
-    return target
+def run(model, photos, folder, *options, stage=None):
+    return main(command(model, photos, folder, *options, stage=stage))
+
+
+def rows_of(log):
+    return list(csv.DictReader(log.open()))
+
+
+def evaluation(folder):
+    return [json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines()]
 
 
 def weights(folder):
@@ -111,186 +152,196 @@ def weights(folder):
     return torch.load(folder / "state.pt", weights_only=True)["net"]
 
 
-def test_precompute_resumes_and_notices_other_settings(model, photos, fitted, tmp_path, capsys):
-    folder = copied(fitted, tmp_path / "run")
+def test_one_command_does_all_stages(straight):
+    assert len(list((straight / "people").glob("group_*.safetensors"))) == 3
+    assert [int(row["step"]) for row in rows_of(straight / "pretrain.csv")] == [2]
+    header = hypernet_file.read_header(straight / "hypernet.safetensors")
+    assert header.info["step"] == "8" and header.config.basis.down_dim == 12 and header.config.encoder.cut == "centre"
+    assert not any(str(straight.parent) in value for value in header.info.values())
+    net = hypernet_file.load(straight / "hypernet.safetensors")
+    assert net.code_spread.min() > 0 and net.code_map.any() and net.direct.any()
+    table = evaluation(straight)
+    assert [(row["photos"], row["iterations"]) for row in table] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    for row in table:
+        assert fmean(row["own_of_each"]) == pytest.approx(row["own"], abs=1e-5) and len(set(row["own_of_each"])) > 1
+    stored = json.loads((straight / "config.json").read_text())
+    assert (stored["train"]["steps"], stored["fit"]["steps"], stored["seed"]) == (8, 3, 0)
+
+
+def test_a_run_goes_on_without_its_options(model, photos, prepared, straight, capsys):
+    """And says what it will do, and after its first steps how long it takes; what is finished is not done again."""
+    folder = prepared()
+    for file in folder.glob("*.*"):  # no links: a second training writes
+        shutil.copy(file, file.with_suffix(".copy"))
+        os.replace(file.with_suffix(".copy"), file)
+    assert main([str(folder), "--steps", "20"]) == 0
+    said = capsys.readouterr()
+    assert "7 people, 21 photos, 2 of them kept for evaluate" in said.out and "Disk: about" in said.out
+    assert "Stages: precompute (each person fitted in 3 steps), pretrain (2 steps of 4 people), train (20" in said.out
+    assert "pretrain is finished." in said.out and "for the 10 that are left" in said.out + said.err
+    written = (folder / "state.pt").stat().st_mtime_ns
+    assert main([str(folder)]) == 0
+    assert "train is finished." in capsys.readouterr().out
+    assert (folder / "state.pt").stat().st_mtime_ns == written
+    assert main([str(folder), "--rank", "2"]) == 1
+    assert "rank is 1" in capsys.readouterr().err
+    assert json.loads((folder / "config.json").read_text())["rank"] == 1
+
+
+def test_precompute_resumes_and_notices_other_settings(model, photos, prepared, capsys):
+    folder = prepared()
     paths = sorted((folder / "people").iterdir())
     assert [path.name for path in paths] == [f"group_{n:05}.safetensors" for n in range(3)]
     lost = load_file(paths[1])
     paths[1].unlink()
     before = paths[0].stat().st_mtime_ns
-    assert run("precompute", model, photos, folder) == 0
+    assert run(model, photos, folder, stage="precompute") == 0
     assert paths[0].stat().st_mtime_ns == before
     for name, tensor in load_file(paths[1]).items():
         torch.testing.assert_close(tensor, lost[name])
-    assert run("precompute", model, photos, folder, "--fit-rate", "0.5") == 1
-    assert "other settings" in capsys.readouterr().err
+    assert run(model, photos, folder, "--set", "fit.learning_rate=0.5", stage="precompute") == 1
+    assert "fit.learning_rate is 0.05" in capsys.readouterr().err
 
 
-def test_train_and_evaluate(model, photos, fitted, tmp_path, capsys):
-    folder = copied(fitted, tmp_path / "run")
-    assert run("train", model, photos, folder, "--steps", "40", "--learning-rate", "3e-3") == 0
-    rows = list(csv.DictReader((folder / "log.csv").open()))
+def test_runs_share_what_one_has_precomputed(model, photos, prepared, tmp_path, capsys):
+    """People who are not fitted need the photos only, whoever was fitted in the folder."""
+    folder, other = prepared(), tmp_path / "other"
+    (folder / "people" / "group_00001.safetensors").unlink()
+    shared = ["--set", f"precomputed={folder}", "fit.steps=0"]
+    assert run(model, photos, other, *shared, "basis.seed=1", stage="precompute") == 0
+    assert [path.name for path in other.iterdir()] == ["config.json"]
+    found = [set(load_file(path)) for path in sorted((folder / "people").iterdir())]
+    assert found == [{"latents", "counts", "up"}, {"latents", "counts"}, {"latents", "counts", "up"}]
+    assert run(model, photos, tmp_path / "third", "--image-size", "32", *shared, stage="precompute") == 1
+    assert "was made with other settings: image_size" in capsys.readouterr().err
+    assert (
+        run(model, photos, tmp_path / "fourth", "--set", f"precomputed={folder}", "fit.steps=4", stage="precompute")
+        == 1
+    )
+    assert "was made with other settings: fit" in capsys.readouterr().err
+
+
+def test_training_learns_and_is_judged_by_masks(model, photos, prepared, tmp_path, capsys):
+    folder = prepared()
+    options = ["--steps", "40", "--set", "train.learning_rate=3e-3"]
+    assert run(model, photos, folder, *options, stage="train") == 0
+    rows = rows_of(folder / "log.csv")
     assert [int(row["step"]) for row in rows] == [10, 20, 30, 40]
     assert float(rows[-1]["regression"]) < float(rows[0]["regression"])
-    header = hypernet_file.read_header(folder / "hypernet.safetensors")
-    assert header.info["step"] == "40" and header.config.basis.down_dim == 12
-    assert run("evaluate", model, photos, folder) == 0
-    table = [json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines()]
-    assert [(row["photos"], row["iterations"]) for row in table] == [(1, 1), (1, 2), (2, 1), (2, 2)]
-    assert all(len({row[name] for name in ("own", "mean", "stranger", "nobody")}) == 4 for row in table)
-    for row in table:
-        assert fmean(row["own_of_each"]) == pytest.approx(row["own"], abs=1e-5) and len(set(row["own_of_each"])) > 1
-    assert run("evaluate", model, photos, folder, "--held-out", "0.1") == 0  # of one person
-    (row, *_) = (json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines())
-    assert len(row["own_of_each"]) == 1 and "mean" not in row and "stranger" not in row
+    assert run(model, photos, folder, *options, stage="evaluate") == 0
+    assert all(len({row[name] for name in ("own", "mean", "stranger", "base")}) == 4 for row in evaluation(folder))
     masked = shutil.copytree(photos, tmp_path / "masked")
     for photo in list(masked.glob("*/*.png")):
         Image.new("L", Image.open(photo).size, 255).save(photo.with_suffix(".mask.png"))
-    assert run("evaluate", model, masked, folder) == 0  # the same people, judged by their faces
-    assert run("train", model, masked, folder, "--steps", "41") == 1
+    assert run(model, masked, folder, *options, stage="evaluate") == 0  # the same people, judged by their faces
+    assert run(model, masked, folder, *options, "--steps", "41", stage="train") == 1
     assert "of a training with another number of masks" in capsys.readouterr().err
-    assert run("evaluate", model, photos, folder, "--held-out", "0.5") == 1
-    assert "may have been trained on some of the last 4 of these 7 people" in capsys.readouterr().err
 
 
 def test_a_check_on_a_few_people_before_a_long_training(model, photos, tmp_path, capsys):
     """It learns them by heart, is judged by them, and is never taken for the beginning of the training itself."""
-    folder, check = tmp_path / "run", ["--overfit", "2"]
-    assert run("precompute", model, photos, folder, *check) == 0
-    (group,) = (folder / "people").iterdir()
-    written = group.stat().st_mtime_ns
-    assert run("train", model, photos, folder, "--steps", "100", "--learning-rate", "3e-3", *check) == 0
-    assert run("evaluate", model, photos, folder, *check) == 0
-    row = json.loads((folder / "evaluation.json").read_text().splitlines()[-1])
-    assert len(row["own_of_each"]) == 2 and row["regression"] < 0.5 * row["mean_predictor"]
-    assert run("precompute", model, photos, folder) == 0
-    assert len(list((folder / "people").iterdir())) == 3 and group.stat().st_mtime_ns == written
-    assert run("train", model, photos, folder, "--steps", "101") == 1
-    assert "is of a training with another overfit" in capsys.readouterr().err
+    folder = tmp_path / "check"
+    check = ["--steps", "200", "--set", "train.learning_rate=3e-3", "train.regression_weight=10", "pretrain.people=6"]
+    check += ["pretrain.steps=150", "pretrain.warmup=5", "pretrain.learning_rate=3e-3"]
+    assert run(model, photos, folder, "--overfit", "6", *check) == 0
+    groups = sorted((folder / "people").iterdir())
+    written = [group.stat().st_mtime_ns for group in groups]
+    row = evaluation(folder)[-1]
+    assert len(groups) == 2 and len(row["own_of_each"]) == 6 and row["regression"] < 0.5 * row["mean_predictor"]
+    assert run(model, photos, folder, *check, "--overfit", "0", stage="precompute") == 1
+    assert "overfit is 6" in capsys.readouterr().err
+    shared = ["--set", f"precomputed={folder}"]  # its people are the first of all
+    assert run(model, photos, tmp_path / "whole", *shared, stage="precompute") == 0
+    assert len(list((folder / "people").iterdir())) == 3
+    assert [group.stat().st_mtime_ns for group in groups] == written
 
 
 @pytest.mark.usefixtures("clean_state")
 def test_every_stage_on_another_device(model, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "mps")
     monkeypatch.setattr(sys.modules[__name__], "SIZES", [option for option in SIZES if option != "--cpu"])
+    options = ["--set", "basis.learn_from=3", 'train.augment=["flip"]', "samples.every=2"]
     with SecondDevice(torch.device("mps")) as there:
-        assert run("basis", model, photos, tmp_path, "--basis-people", "3") == 0
-        assert run("precompute", model, photos, tmp_path) == 0
-        assert run("pretrain", model, photos, tmp_path, "--pretrain-people", "4", "--pretrain-steps", "2") == 0
-        options = ["--augment", "flip", "--encoder", str(tmp_path / "encoder.safetensors"), "--sample-every", "2"]
-        assert run("train", model, photos, tmp_path, "--steps", "2", *options) == 0
-        assert run("train", model, photos, tmp_path, "--steps", "3", *options) == 0  # from its state
-        assert run("evaluate", model, photos, tmp_path) == 0
+        assert run(model, photos, tmp_path, "--steps", "2", *options) == 0
+        assert run(model, photos, tmp_path, "--steps", "3", *options) == 0  # from its state
         assert len(there) > 1000
     assert hypernet_file.load(tmp_path / "hypernet.safetensors").down_start.device.type == "cpu"
 
 
-def test_pretrained_encoder_is_what_training_starts_from(model, photos, fitted, tmp_path, capsys):
-    """Without a rate of its own the encoder stays what it was; its pretraining resumes."""
-    folder, options = copied(fitted, tmp_path / "run"), ["--pretrain-people", "4", "--pretrain-rate", "3e-3"]
+def test_pretrained_encoder_is_what_training_starts_from(model, photos, prepared, capsys):
+    """The encoder stays what it was; its pretraining resumes."""
+    folder = prepared()
+    for lost in ("encoder.safetensors", "pretrain.pt", "pretrain.csv"):
+        (folder / lost).unlink()
+    options = ["--set", "pretrain.learning_rate=3e-3", "pretrain.steps=60"]
+    assert run(model, photos, folder, *options, stage="train") == 1
+    assert "The image encoder has learned nothing yet" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stopping(patch, 20)
-        run("pretrain", model, photos, folder, "--pretrain-steps", "60", *options)
-    assert run("pretrain", model, photos, folder, "--pretrain-steps", "60", *options) == 0
-    rows = list(csv.DictReader((folder / "pretrain.csv").open()))
+        run(model, photos, folder, *options, stage="pretrain")
+    assert run(model, photos, folder, *options, stage="pretrain") == 0
+    rows = rows_of(folder / "pretrain.csv")
     assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, 50, 60]
     assert float(rows[-1]["loss"]) < 0.9 * float(rows[0]["loss"])
-    assert run("train", model, photos, folder, "--steps", "3", "--encoder-rate", "0") == 0
+    assert run(model, photos, folder, *options, "--steps", "3", stage="train") == 0
     for name, weight in load_file(folder / "encoder.safetensors").items():
         torch.testing.assert_close(weights(folder)[f"net.encoder.{name}"], weight)
 
 
-def test_an_encoder_of_another_folder(model, photos, fitted, tmp_path, capsys):
-    folder, other = copied(fitted, tmp_path / "run"), copied(fitted, tmp_path / "other")
-    options = ["--pretrain-people", "4", "--pretrain-steps", "1"]
-    assert run("pretrain", model, photos, folder, *options) == 0
-    theirs = ["--encoder", str(folder / "encoder.safetensors")]
-    assert run("pretrain", model, photos, other, *options, *theirs, "--pretrain-rate", "1e-9") == 0
-    for name, weight in load_file(folder / "encoder.safetensors").items():
+def test_an_encoder_of_another_run(model, photos, straight, tmp_path, capsys):
+    other, third = tmp_path / "other", tmp_path / "third"
+    theirs = ["--set", f"precomputed={straight}", f"begin_with={straight / 'encoder.safetensors'}"]
+    slow = ["pretrain.learning_rate=1e-9", "pretrain.steps=1"]
+    assert run(model, photos, other, *theirs, *slow, stage="pretrain") == 0
+    for name, weight in load_file(straight / "encoder.safetensors").items():
         torch.testing.assert_close(load_file(other / "encoder.safetensors")[name], weight, atol=1e-6, rtol=1e-6)
-    (other / "encoder.safetensors").unlink()
-    assert run("train", model, photos, other, "--steps", "1", "--encoder-rate", "0", *theirs) == 0
-    for name, weight in load_file(folder / "encoder.safetensors").items():
-        torch.testing.assert_close(weights(other)[f"net.encoder.{name}"], weight)
-    third = copied(fitted, tmp_path / "third")
-    of_a_hypernet = ["--encoder", str(other / "hypernet.safetensors")]
-    assert run("train", model, photos, third, "--steps", "1", "--encoder-rate", "0", *of_a_hypernet) == 0
-    kept = hypernet_file.load(other / "hypernet.safetensors").encoder.state_dict()
-    for name, weight in hypernet_file.load(third / "hypernet.safetensors").encoder.state_dict().items():
-        torch.testing.assert_close(weight, kept[name])
-    (third / "hypernet.safetensors").unlink()
-    (third / "state.pt").unlink()
-    assert run("train", model, photos, third, "--steps", "1", "--encoder-width", "64", *theirs) == 1
+    assert run(model, photos, third, "--steps", "1", *theirs, "pretrain.steps=0", stage="train") == 0
+    for name, weight in load_file(straight / "encoder.safetensors").items():
+        torch.testing.assert_close(weights(third)[f"net.encoder.{name}"], weight)
+    fourth = [*theirs, "pretrain.steps=0", "encoder.token_width=64"]
+    assert run(model, photos, tmp_path / "fourth", "--steps", "1", *fourth, stage="train") == 1
     assert "an image encoder of other sizes" in capsys.readouterr().err
-    whole = (folder / "encoder.safetensors").read_bytes()
-    (folder / "encoder.safetensors").write_bytes(whole[:-100])
-    assert run("train", model, photos, third, "--steps", "1", *theirs) == 1
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes((straight / "encoder.safetensors").read_bytes()[:-100])
+    assert run(model, photos, tmp_path / "fifth", "--steps", "1", *theirs, f"begin_with={cut}") == 1
     assert "damaged or no safetensors file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("other", ["--begin-with", "--clip-vision"])
-def test_an_encoder_beside_one_that_brings_its_own_is_refused(other, model, photos, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run("train", model, photos, tmp_path, "--encoder", "any.safetensors", other, "any")
-    assert "bring their own" in capsys.readouterr().err
-
-
-def test_portraits_are_predicted_and_never_seen(model, photos, fitted, tmp_path, monkeypatch):
+def test_portraits_are_predicted_and_never_seen(model, photos, straight, tmp_path, monkeypatch):
     seen, shown = [], []
     read, text = PhotoPixels.read, PhotoLoss.text
     monkeypatch.setattr(
         PhotoPixels, "read", lambda self, photos: seen.extend(n for _, n in photos) or read(self, photos)
     )
     monkeypatch.setattr(PhotoLoss, "text", lambda self, words: shown.extend(words) or text(self, words))
-    folder = copied(fitted, tmp_path / "run")
-    options = ["--pretrain-people", "8", "--pretrain-steps", "4", "--portraits"]
-    assert run("pretrain", model, photos, folder, *options) == 0
+    options = ["--set", f"precomputed={straight}", "pretrain.people=8", "pretrain.steps=4", "pretrain.portraits=true"]
+    assert run(model, photos, tmp_path, *options, stage="pretrain") == 0
     assert set(seen) == {1, 2}
     portrait = (photos / f"{FIRST:08}" / "0.txt").read_text().strip()
     assert set(shown) == {"", f"a face, {portrait}"}
 
 
-def test_training_begins_with_another_hypernetwork(model, photos, fitted, tmp_path, capsys):
-    first, second, other = (copied(fitted, tmp_path / name) for name in ("first", "second", "other"))
-    assert run("train", model, photos, first, "--steps", "3") == 0
-    start = ["--begin-with", str(first / "hypernet.safetensors")]
-    assert run("train", model, photos, second, "--steps", "1", "--learning-rate", "1e-9", *start) == 0
-    for name, weight in hypernet_file.load(first / "hypernet.safetensors").state_dict().items():
+def test_training_begins_with_another_hypernetwork(model, photos, straight, tmp_path, capsys):
+    second, other = tmp_path / "second", tmp_path / "other"
+    start = ["--set", f"precomputed={straight}", f"begin_with={straight / 'hypernet.safetensors'}"]
+    slow = ["--steps", "1", *start, "train.learning_rate=1e-9"]
+    assert run(model, photos, second, *slow) == 0 and not (second / "encoder.safetensors").exists()
+    for name, weight in hypernet_file.load(straight / "hypernet.safetensors").state_dict().items():
         torch.testing.assert_close(weights(second)[f"net.{name}"], weight, atol=1e-6, rtol=1e-6)
-    assert run("train", model, photos, other, "--steps", "1", "--prompt", "a [w] face", *start) == 1
-    assert "differs from the hypernetwork to be trained in: prompt" in capsys.readouterr().err
+    for changes, named in (
+        (["prompt=a [w] face"], "prompt"),
+        (["convolutions=true", "train.regression_weight=0"], "layout"),
+    ):
+        assert run(model, photos, other, *slow, *changes, stage="train") == 1
+        assert f"differs from the hypernetwork to be trained in: {named}" in capsys.readouterr().err
 
 
-CODE = ["--code", "4", "--encoder-rate", "0", "--regression-weight", "0"]
-
-
-def test_a_face_code_is_found_once_and_trained_from(model, photos, fitted, tmp_path, capsys):
-    folder, second = copied(fitted, tmp_path / "run"), copied(fitted, tmp_path / "second")
-    assert run("train", model, photos, folder, "--steps", "2", *CODE) == 1
-    assert "The image encoder has learned nothing yet" in capsys.readouterr().err
-    assert run("pretrain", model, photos, folder, "--pretrain-people", "4", "--pretrain-steps", "1") == 0
-    assert run("train", model, photos, folder, "--steps", "2", *CODE) == 0
-    found = weights(folder)
-    assert found["net.code_map"].abs().sum() > 0 and found["net.direct"].abs().sum() > 0
-    assert run("train", model, photos, folder, "--steps", "4", *CODE) == 0
-    assert torch.equal(weights(folder)["net.code_map"], found["net.code_map"])
-    assert not torch.equal(weights(folder)["net.direct"], found["net.direct"])
-    assert run("evaluate", model, photos, folder) == 0
-    start = ["--begin-with", str(folder / "hypernet.safetensors"), "--learning-rate", "1e-9"]
-    assert run("train", model, photos, second, "--steps", "1", *CODE, *start) == 0
-    torch.testing.assert_close(weights(second)["net.code_map"], found["net.code_map"], atol=1e-3, rtol=1e-2)
-    with pytest.raises(SystemExit):
-        run("train", model, photos, folder, "--code", "4")
-    assert "--code needs --encoder-rate 0" in capsys.readouterr().err
-
-
-def test_a_face_code_on_two_processes(model, photos, fitted, tmp_path):
-    one, two = copied(fitted, tmp_path / "one"), copied(fitted, tmp_path / "two")
-    assert run("pretrain", model, photos, one, "--pretrain-people", "4", "--pretrain-steps", "1") == 0
-    options = ["--steps", "8", "--rank", "2", *CODE, "--encoder", str(one / "encoder.safetensors")]
-    assert run("train", model, photos, one, *options) == 0
-    launch(["-m", "hdb_core.train"], "train", model, photos, two, *options)
-    assert_same_weights(two, one)
+def test_a_face_code_is_found_once_and_trained_from(model, photos, ended, straight):
+    folder = ended()
+    assert run(model, photos, folder, "--steps", "10", stage="train") == 0
+    assert torch.equal(weights(folder)["net.code_map"], weights(straight)["net.code_map"])
+    assert torch.equal(weights(folder)["net.code_spread"], weights(straight)["net.code_spread"])
+    assert not torch.equal(weights(folder)["net.direct"], weights(straight)["net.direct"])
 
 
 @pytest.mark.parametrize(("count", "wanted", "seen"), [(1, 1, [0]), (2, 2, [0, 0]), (3, 2, [1, 1]), (4, 3, [1, 2, 1])])
@@ -298,66 +349,58 @@ def test_people_are_judged_by_ordinary_photos(count, wanted, seen):
     assert ordinary(count, wanted) == seen
 
 
-def test_everything_in_a_learned_basis(model, photos, fitted, tmp_path, capsys, monkeypatch):
+def test_everything_in_a_learned_basis(model, photos, straight, tmp_path, capsys, monkeypatch):
     """Learned, fitted and predicted in it; a hypernetwork of another basis is refused."""
-    folder, first = tmp_path / "run", copied(fitted, tmp_path / "first")
-    assert run("basis", model, photos, folder, "--basis-people", "4") == 0
+    folder, learned = tmp_path / "run", ["--set", "basis.learn_from=4"]
+    assert run(model, photos, folder, stage="basis") == 1
+    assert "Set basis.learn_from" in capsys.readouterr().err
+    assert run(model, photos, folder, "--steps", "1", *learned) == 0
     made = (folder / "basis.safetensors").stat().st_mtime_ns
-    assert run("basis", model, photos, folder) == 0 and (folder / "basis.safetensors").stat().st_mtime_ns == made
+    assert run(model, photos, folder, "--steps", "1", *learned, stage="basis") == 0
+    assert (folder / "basis.safetensors").stat().st_mtime_ns == made
     measured = json.loads((folder / "basis.json").read_text())
     assert measured["unseen_people"] == 2 and measured["held"] > measured["held_by_a_random_basis"]
-    basis = ["--basis", str(folder / "basis.safetensors")]
-    assert run("train", model, photos, first, "--steps", "1", *basis) == 1
-    assert "Nobody was fitted in this basis" in capsys.readouterr().err
-    diffusion = [*basis, "--regression-weight", "0"]
-    assert run("train", model, photos, copied(fitted, tmp_path / "diffusion"), "--steps", "1", *diffusion) == 0
-    assert run("train", model, photos, first, "--steps", "2") == 0
-    start = ["--begin-with", str(first / "hypernet.safetensors"), "--steps", "1"]
-    assert run("precompute", model, photos, folder) == 0  # finds what is in its folder
-    assert run("train", model, photos, folder, *start) == 1
-    assert "differs from the hypernetwork to be trained in: basis" in capsys.readouterr().err
-    assert run("train", model, photos, folder, "--steps", "1") == 0
     _, recipe = basis_file.load(folder / "basis.safetensors")
     assert hypernet_file.read_header(folder / "hypernet.safetensors").config.basis == recipe
     monkeypatch.setattr(basis_module, "_LEARNED", {})  # as in another process
-    basis_module.layer_basis.cache_clear()
-    assert run("evaluate", model, photos, folder) == 0
+    assert run(model, photos, folder, "--steps", "1", *learned, stage="evaluate") == 0
+    file = ["--steps", "1", "--set", f"precomputed={straight}", f"basis.file={folder / 'basis.safetensors'}"]
+    encoder = [f"begin_with={straight / 'encoder.safetensors'}", "pretrain.steps=0"]
+    assert run(model, photos, tmp_path / "second", *file, *encoder, stage="train") == 1
+    assert "No person was fitted for these layers and in this basis" in capsys.readouterr().err
+    diffusion = [*file, *encoder, "train.regression_weight=0"]
+    assert run(model, photos, tmp_path / "third", *diffusion, stage="train") == 0
+    start = [*file, f"begin_with={straight / 'hypernet.safetensors'}", "train.regression_weight=0"]
+    assert run(model, photos, tmp_path / "fourth", *start, stage="train") == 1
+    assert "differs from the hypernetwork to be trained in: basis" in capsys.readouterr().err
 
 
-def test_people_of_other_layers_are_refused(model, photos, fitted, tmp_path, capsys):
-    first, second = copied(fitted, tmp_path / "first"), tmp_path / "second"
-    assert run("train", model, photos, first, "--steps", "1") == 0
-    assert run("train", model, photos, first, "--steps", "2", "--convolutions") == 1
-    assert "Give --convolutions to both stages or to none" in capsys.readouterr().err
-    start = ["--begin-with", str(first / "hypernet.safetensors"), "--regression-weight", "0"]
-    assert run("precompute", model, photos, second, "--fit-steps", "0", "--convolutions") == 0
-    assert run("train", model, photos, second, "--steps", "1", "--convolutions", *start) == 1
-    assert "differs from the hypernetwork to be trained in: layout" in capsys.readouterr().err
+def test_people_fitted_for_other_layers_count_as_not_fitted(model, photos, straight, tmp_path, capsys):
+    options = ["--convolutions", "--set", f"precomputed={straight}", f"begin_with={straight / 'encoder.safetensors'}"]
+    assert run(model, photos, tmp_path, *options, "pretrain.steps=0", stage="train") == 1
+    assert "No person was fitted for these layers" in capsys.readouterr().err
 
 
-def test_precompute_may_write_elsewhere(model, photos, tmp_path):
-    folder, shared = tmp_path / "run", tmp_path / "shared"
-    assert run("precompute", model, photos, folder, "--precomputed", str(shared), "--fit-steps", "0") == 0
-    assert len(list((shared / "people").glob("group_*.safetensors"))) == 3 and not list(folder.iterdir())
-
-
-def test_ways_to_train_are_compared(model, photos, fitted, tmp_path):
+def test_ways_to_train_are_compared(model, photos, straight, tmp_path, monkeypatch):
     """The benchmark trains and evaluates a variant once."""
-    options = ["--model", str(model), "--photos", str(photos), "--precomputed", str(fitted), *SIZES]
-    before = sorted(fitted.rglob("*"))
+    from benchmarks import training as comparison
+
+    called = []
+    monkeypatch.setattr(comparison.subprocess, "run", lambda line, **_: called.append(line) or main(line[3:]))
+    encoder = comparison.encoder_of(straight / "hypernet.safetensors", tmp_path / "encoder")
+    options = [*command(model, photos, "")[1:], f"precomputed={straight}", f"begin_with={encoder}"]
+    before = sorted(straight.rglob("*"))
     rows = []
     for name in ("regression", "diffusion, k = 1"):
-        run = train.Run(tmp_path / name)
-        rows.append(comparison.trained(name, run.folder, 2, options, photos))
-        written = run.state.stat().st_mtime_ns
-        assert comparison.trained(name, run.folder, 2, options, photos) == rows[-1]
-        assert run.state.stat().st_mtime_ns == written
-    assert sorted(fitted.rglob("*")) == before
+        rows.append(comparison.trained(name, tmp_path / name, 2, options, photos))
+        assert comparison.trained(name, tmp_path / name, 2, options, photos) == rows[-1]
+    assert [line[:3] for line in called] == 4 * [[sys.executable, "-m", "hdb_core.train"]]
+    assert sorted(straight.rglob("*")) == before
     assert [row["steps"] for row in rows] == [2, 2]
-    assert hypernet_file.read_header(run.file).config.iterations == 1
+    assert hypernet_file.read_header(tmp_path / name / "hypernet.safetensors").config.iterations == 1
     assert "diffusion" not in (tmp_path / "regression" / "log.csv").read_text().splitlines()[0]
     assert len(comparison.table(rows).splitlines()) == 4
-    with_errors = [{**rows[0], "variant": name, "nobody": 0.5, "own_of_each": own}
+    with_errors = [{**rows[0], "variant": name, "base": 0.5, "own_of_each": own}
                    for name, own in (("diffusion", [0.4, 0.3]), ("regression", [0.35, 0.2]))]  # fmt: skip
     assert "| 15.0 ± 5.0 |" in comparison.table(with_errors).splitlines()[-1]
     assert comparison.merged(rows[::-1], {**rows[0], "own": 0.0}) == [{**rows[0], "own": 0.0}, rows[1]]
@@ -365,55 +408,51 @@ def test_ways_to_train_are_compared(model, photos, fitted, tmp_path):
 
 @pytest.mark.usefixtures("clean_state")
 def test_diffusion_loss_alone_in_bf16(model, photos, tmp_path):
-    """Nobody is fitted: people are only encoded."""
-    options = ["--mixed-precision", "bf16", "--fit-steps", "0", "--regression-weight", "0", "--steps", "4"]
-    options += ["--rank", "2"]
-    for stage in ("precompute", "pretrain", "train", "evaluate"):
-        assert run(stage, model, photos, tmp_path, *options, "--pretrain-steps", "2", "--pretrain-people", "4") == 0
-    up = load_file(tmp_path / "people" / "group_00000.safetensors")["up"]
-    assert not up.any() and up.shape[-1] == 1
-    (row, *_) = csv.DictReader((tmp_path / "log.csv").open())
+    """No one is fitted: people are only encoded."""
+    options = ["--mixed-precision", "bf16", "--steps", "4", "--rank", "2", "--set", "fit.steps=0"]
+    assert run(model, photos, tmp_path, *options, "train.regression_weight=0") == 0
+    assert "up" not in load_file(tmp_path / "people" / "group_00000.safetensors")
+    (row, *_) = rows_of(tmp_path / "log.csv")
     assert set(row) == {"step", "rate", "loss", "diffusion"}
-    table = [json.loads(line) for line in (tmp_path / "evaluation.json").read_text().splitlines()]
-    assert all(row["own"] != row["nobody"] and "regression" not in row for row in table)
+    assert all(row["own"] != row["base"] and "regression" not in row for row in evaluation(tmp_path))
 
 
 def stopping(monkeypatch, step):
     """Lets a training save after every step, and stop before this one."""
-    monkeypatch.setattr(trainer, "SAVE_EVERY", 0)
-    rate = train.TrainConfig.rate
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0)
+    rate = LoopConfig.rate
 
     def rate_or_stop(self, now):
         if now == step:
             raise KeyboardInterrupt
         return rate(self, now)
 
-    monkeypatch.setattr(train.TrainConfig, "rate", rate_or_stop)
+    monkeypatch.setattr(LoopConfig, "rate", rate_or_stop)
 
 
 STOP_OF_TWO = """
 import sys
 from pytest import MonkeyPatch
-from hdb_core import train
+from hdb_core.train.__main__ import main
 from tests.miniature.test_train import stopping
 with MonkeyPatch.context() as patch:
     stopping(patch, int(sys.argv[1]))
     try:
-        train.main(sys.argv[2:])
+        main(sys.argv[2:])
     except KeyboardInterrupt:
         pass
 """
 
 
-def launch(target, stage, model, photos, folder, *options):
+def launch(target, model, photos, folder, *options, stage=None):
     """On two processes; the target is ``-m MODULE``, or a script and its first arguments."""
-    # Without GPUs, accelerate's own launcher starts one process whatever it is told.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *target, stage]
-    paths = ["--model", str(model), "--photos", str(photos), "--folder", str(folder), *SIZES, *options]
+    # Without GPUs, accelerate's own launcher starts one process, however many it is asked for.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *target]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *paths], check=False, cwd=ROOT, capture_output=True, text=True, env=environment)
+    line = [*torchrun, *command(model, photos, folder, *options, stage=stage)]
+    done = subprocess.run(line, check=False, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{stage}, processes: 2" in done.stdout
+    assert "train, processes: 2" in done.stdout
 
 
 def assert_same_weights(folder, other, atol=2e-4, rtol=2e-3):
@@ -422,104 +461,89 @@ def assert_same_weights(folder, other, atol=2e-4, rtol=2e-3):
         torch.testing.assert_close(weights(folder)[name], weight, atol=atol, rtol=rtol)
 
 
-@pytest.fixture(scope="module")
-def straight(model, photos, fitted, tmp_path_factory):
-    """A run of eight steps on one process."""
-    folder = copied(fitted, tmp_path_factory.mktemp("straight"))
-    assert run("train", model, photos, folder, "--steps", "8") == 0
-    return folder
-
-
-def test_a_stopped_run_ends_as_one_that_was_not(model, photos, fitted, straight, tmp_path):
-    folder = copied(fitted, tmp_path)
+def test_a_stopped_run_ends_as_one_that_was_not(model, photos, prepared, straight):
+    folder = prepared()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stopping(patch, 5)
-        run("train", model, photos, folder, "--steps", "8")
-    assert run("train", model, photos, folder, "--steps", "8") == 0
+        run(model, photos, folder, stage="train")
+    assert run(model, photos, folder, stage="train") == 0
     assert_same_weights(folder, straight, atol=1e-4, rtol=1e-3)
 
 
-def test_steps_that_a_kill_undid_are_logged_once(model, photos, fitted, tmp_path):
-    folder, late = copied(fitted, tmp_path), ["--steps", "8", "--diffusion-start", "6"]
+def test_steps_that_a_kill_undid_are_logged_once(model, photos, prepared):
+    folder = prepared()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "LOG_EVERY", 2)
+        patch.setattr(loop, "LOG_EVERY", 2)
         with pytest.MonkeyPatch.context() as killed, pytest.raises(KeyboardInterrupt):
             stopping(killed, 5)
-            killed.setattr(trainer.Trainer, "_save", lambda self: None)
-            run("train", model, photos, folder, *late)
+            killed.setattr(TrainingLoop, "_save", lambda self: None)
+            run(model, photos, folder, stage="train")
         assert len((folder / "log.csv").read_text().splitlines()) == 3
-        assert run("train", model, photos, folder, *late) == 0
-    rows = list(csv.DictReader((folder / "log.csv").open()))
+        diffusion = ["--set", "train.regression_weight=0"]  # other losses are other columns
+        assert run(model, photos, folder, *diffusion, stage="train") == 0
+    rows = rows_of(folder / "log.csv")
     assert [int(row["step"]) for row in rows] == [2, 4, 6, 8]
-    assert [bool(row["diffusion"]) for row in rows] == [False, False, False, True]
+    assert not any(row.get("regression") for row in rows)
 
 
-def ended(straight, target):
-    """The run of eight steps, its file lost."""
-    os.link(straight / "state.pt", copied(straight, target) / "state.pt")
-    return target
-
-
-def test_a_run_that_ended_before_its_file_writes_it(model, photos, straight, tmp_path):
-    folder = ended(straight, tmp_path / "run")
-    assert run("train", model, photos, folder, "--steps", "8") == 0
+def test_a_run_that_ended_before_its_file_writes_it(model, photos, ended, straight):
+    folder = ended()
+    assert run(model, photos, folder, stage="train") == 0
     written, kept = (hypernet_file.load(f / "hypernet.safetensors").state_dict() for f in (folder, straight))
     assert all(torch.equal(weight, kept[name]) for name, weight in written.items())
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        (["--basis-seed", "1"], "basis"),
-        (["--rank", "2"], "rank"),
-        (["--prompt", "a [w] face"], "prompt"),
-        (["--depth", "2"], "depth"),
-        (["--held-out", "0.5"], "set of people"),
-    ],
-)
-def test_a_run_goes_on_as_it_was_begun(model, photos, straight, tmp_path, capsys, options, name):
-    folder = ended(straight, tmp_path / "run")
-    assert run("train", model, photos, folder, "--steps", "9", "--regression-weight", "0", *options) == 1
-    assert f"of a training with another {name}." in capsys.readouterr().err
+def test_a_state_of_other_sizes_is_refused(model, photos, straight, tmp_path, capsys):
+    """Even if no file of settings stands beside it."""
+    os.link(straight / "state.pt", tmp_path / "state.pt")
+    others = ["--rank", "2", "--set", f"precomputed={straight}", "basis.seed=1", "prompt=a [w] face", "net.depth=2"]
+    (tmp_path / "config.json").write_text(json.dumps({"rank": 2, "held_out": 0.5, "prompt": "a [w] face", "convolutions": False,
+        "basis": {"seed": 1, "down_dim": 12, "up_dim": 8}, "net": {"depth": 2, "width": 32, "code": 4},
+        "encoder": {"image_size": 32, "token_width": 32, "depth": 1, "stem": [[16, 1], [16, 1]]}}))  # fmt: skip
+    others += ["held_out=0.5", "train.regression_weight=0"]
+    assert run(model, photos, tmp_path, *others, stage="train") == 1
+    said = capsys.readouterr().err
+    assert "of a training with another basis, depth, prompt, rank, set of people." in said
 
 
-def test_rates_are_those_of_now(model, photos, straight, tmp_path):
-    folder = ended(straight, tmp_path / "run")
-    assert run("train", model, photos, folder, "--steps", "9", "--encoder-rate", "1e-9", "--weight-decay", "0") == 0
+def test_rates_are_those_of_now(model, photos, ended, straight):
+    folder = ended()
+    assert run(model, photos, folder, "--steps", "9", "--set", "train.weight_decay=0", stage="train") == 0
     groups = torch.load(folder / "state.pt", weights_only=True)["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0}
-    assert 1e-9 in {group["scale"] for group in groups}
+    assert {group["scale"] for group in groups} == {1.0, 3.0}
     moved = {n for n, w in weights(folder).items() if not torch.allclose(w, weights(straight)[n], atol=1e-7)}
     assert moved and not any("encoder" in name for name in moved)
 
 
 def test_a_training_that_diverges_keeps_what_it_had(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "SAVE_EVERY", -1)
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1)
     state, net = tmp_path / "state.pt", torch.nn.Linear(3, 1)
 
     def loss_of(net, step, part):
         return {"loss": net(torch.ones(4, 3)).square().mean() / (0.0 if step == 12 else 1.0)}
 
-    config = TrainConfig(steps=30, people=4)
-    loop = trainer.Trainer(Accelerator(cpu=True), net, config, state, tmp_path / "log.csv")
-    with pytest.raises(HyperNetError, match=r"step 13 are not finite.*Lower --learning-rate"):
-        loop.run(loss_of, lambda: None)
+    config = LoopConfig(steps=30, people=4)
+    training = TrainingLoop(Accelerator(cpu=True), net, config, state, tmp_path / "log.csv")
+    with pytest.raises(HyperNetError, match=r"step 13 are not finite.*Lower learning_rate"):
+        training.run(loss_of, lambda: None)
     kept = torch.load(state, weights_only=True)
     assert kept["step"] == 12
     assert all(bool(w.isfinite().all()) for name in ("net", "average") for w in kept[name].values())
+    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", "log.csv"}
 
 
 @pytest.mark.parametrize("parts", ["2", "4"])
-def test_accumulated_gradients_are_those_of_the_whole(model, photos, fitted, straight, tmp_path, parts):
-    folder = copied(fitted, tmp_path)
-    assert run("train", model, photos, folder, "--steps", "8", "--accumulate", parts) == 0
+def test_accumulated_gradients_are_those_of_the_whole(model, photos, prepared, straight, parts):
+    folder = prepared()
+    assert run(model, photos, folder, "--accumulate", parts, stage="train") == 0
     assert_same_weights(folder, straight, atol=1e-5, rtol=1e-5)
 
 
-def test_samples_are_drawn_and_change_nothing(model, photos, fitted, straight, tmp_path):
-    folder = copied(fitted, tmp_path)
-    options = ["--sample-every", "4", "--sample-people", "2", "--sample-steps", "3", "--sample-words", "in a park"]
-    assert run("train", model, photos, folder, "--steps", "8", *options) == 0
+def test_samples_are_drawn_and_change_nothing(model, photos, prepared, straight):
+    folder = prepared()
+    options = ["--set", "samples.every=4", "samples.people=2", "samples.steps=3", "samples.words=in a park"]
+    assert run(model, photos, folder, *options, stage="train") == 0
     paths = sorted((folder / "samples").iterdir())
     assert [path.name for path in paths] == ["step_000004.png", "step_000008.png"]
     first, last = (Image.open(path) for path in paths)
@@ -530,31 +554,31 @@ def test_samples_are_drawn_and_change_nothing(model, photos, fitted, straight, t
 
 
 def test_two_processes_train_as_one(model, photos, straight, tmp_path):
-    """DDP: the same global batch, the same result; and precompute shared between them, while one learns the basis."""
-    launch(["-m", "hdb_core.train"], "basis", model, photos, tmp_path / "basis", "--basis-people", "2")
-    assert basis_file.load(tmp_path / "basis" / "basis.safetensors")[1].up_dim == 8
-    for stage in ("precompute", "train"):
-        launch(["-m", "hdb_core.train"], stage, model, photos, tmp_path, "--steps", "8")
+    """DDP: the same global batch, the same result, in every stage."""
+    launch(["-m", "hdb_core.train"], model, photos, tmp_path)
     assert len(list((tmp_path / "people").iterdir())) == 3
+    for name, weight in load_file(straight / "encoder.safetensors").items():
+        torch.testing.assert_close(load_file(tmp_path / "encoder.safetensors")[name], weight, atol=2e-4, rtol=2e-3)
     assert_same_weights(tmp_path, straight)
+    assert evaluation(tmp_path)[-1]["own"] == pytest.approx(evaluation(straight)[-1]["own"], rel=1e-3)
 
 
-def test_one_process_stops_and_two_go_on(model, photos, fitted, straight, tmp_path):
-    """And the two accumulate, which the one did not."""
-    folder = copied(fitted, tmp_path)
+def test_one_process_learns_the_basis_for_two(model, photos, tmp_path):
+    launch(["-m", "hdb_core.train"], model, photos, tmp_path, "--steps", "1", "--set", "basis.learn_from=2")
+    recipe = basis_file.load(tmp_path / "basis.safetensors")[1]
+    assert hypernet_file.read_header(tmp_path / "hypernet.safetensors").config.basis == recipe
+
+
+def test_one_process_stops_two_go_on_and_one_ends(model, photos, prepared, straight, tmp_path):
+    """And the two accumulate, which the one does not."""
+    folder, script = prepared(), tmp_path / "stop.py"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stopping(patch, 4)
-        run("train", model, photos, folder, "--steps", "8")
-    launch(["-m", "hdb_core.train"], "train", model, photos, folder, "--steps", "8", "--accumulate", "2")
-    assert_same_weights(folder, straight)
-
-
-def test_two_processes_stop_and_one_goes_on(model, photos, fitted, straight, tmp_path):
-    folder, script = copied(fitted, tmp_path / "run"), tmp_path / "stop.py"
+        stopping(patch, 2)
+        run(model, photos, folder, stage="train")
     script.write_text(STOP_OF_TWO)
-    launch([str(script), "4"], "train", model, photos, folder, "--steps", "8")
-    assert hypernet_file.read_header(folder / "hypernet.safetensors").info["step"] == "4"
-    assert run("train", model, photos, folder, "--steps", "8") == 0
+    launch([str(script), "5"], model, photos, folder, "--accumulate", "2", stage="train")
+    assert hypernet_file.read_header(folder / "hypernet.safetensors").info["step"] == "5"
+    assert run(model, photos, folder, "--accumulate", "1", stage="train") == 0
     assert_same_weights(folder, straight)
 
 
@@ -583,30 +607,28 @@ def clip_vision(tmp_path, monkeypatch):
     return make
 
 
-def test_behind_a_frozen_encoder(model, photos, fitted, clip_vision, tmp_path):
+def test_behind_a_frozen_encoder(model, photos, straight, prepared, clip_vision, tmp_path):
     """From precompute to evaluate; the tokens are computed once, and the file holds none of the encoder."""
-    folder, encoder = copied(fitted, tmp_path / "run"), ("--clip-vision", clip_vision())
-    assert run("precompute", model, photos, folder, *encoder) == 0
+    folder, encoder = tmp_path / "frozen", ["--clip-vision", clip_vision()]
+    shutil.copytree(straight / "people", folder / "people", copy_function=os.link)
+    assert run(model, photos, folder, *encoder, stage="precompute") == 0
     paths = sorted((folder / "tokens").iterdir())
     assert [tuple(load_file(path)["tokens"].shape) for path in paths] == [(9, 5, 24), (9, 5, 24), (3, 5, 24)]
     lost, before = load_file(paths[1])["tokens"], paths[0].stat().st_mtime_ns
     paths[1].unlink()
-    assert run("train", model, photos, folder, "--steps", "40", "--learning-rate", "3e-3", *encoder) == 0
+    options = [*encoder, "--steps", "40", "--set", "train.learning_rate=3e-3"]
+    assert run(model, photos, folder, *options) == 0
     assert paths[0].stat().st_mtime_ns == before and torch.equal(load_file(paths[1])["tokens"], lost)
-    rows = list(csv.DictReader((folder / "log.csv").open()))
+    rows = rows_of(folder / "log.csv")
     assert float(rows[-1]["regression"]) < float(rows[0]["regression"])
     header = hypernet_file.read_header(folder / "hypernet.safetensors")
     found = header.config.encoder
     assert (found.kind, found.name, found.num_tokens, found.token_width) == ("clip_vision", "encoder", 5, 24)
     assert (found.image_size, found.mean) == (28, vision.HOST_ENCODERS[0].colors[0])
     assert not any(name.startswith("encoder.") for name in weights(folder))
+    assert weights(folder)["net.code_map"].shape == (24, 4) and weights(folder)["net.direct"].any()
     assert not any(str(tmp_path) in value for value in header.info.values())
-    assert run("evaluate", model, photos, folder) == 0
-    table = [json.loads(line) for line in (folder / "evaluation.json").read_text().splitlines()]
-    assert all(len({row[name] for name in ("own", "mean", "stranger", "nobody")}) == 4 for row in table)
-    coded = copied(fitted, tmp_path / "coded")
-    assert run("train", model, photos, coded, "--steps", "2", *CODE, *encoder) == 0
-    assert weights(coded)["net.code_map"].shape == (24, 4) and weights(coded)["net.direct"].any()
+    assert all(len({row[name] for name in ("own", "mean", "stranger", "base")}) == 4 for row in evaluation(folder))
 
 
 def test_tokens_are_those_of_the_photo(photos, clip_vision, tmp_path):
@@ -625,7 +647,9 @@ def test_tokens_that_are_not_there_or_of_another_encoder(photos, clip_vision, tm
     people = find_people(photos)
     encoder = vision.load_vision_encoder(Path(clip_vision()), torch.device("cpu"))
     precompute_tokens(encoder, people[:4], tmp_path / "tokens", group=3)
-    with pytest.raises(HyperNetError, match=r"tokens of 0 photos.*who has 3. Run precompute with --clip-vision"):
+    with pytest.raises(
+        HyperNetError, match=r"tokens of 0 photos.*who has 3. Run the stage precompute with --clip-vision"
+    ):
         PhotoTokens(tmp_path / "tokens", people, encoder.config)
     wider = replace(encoder.config, name="ViT-H-14", token_width=1280, num_tokens=257)
     with pytest.raises(HyperNetError, match=r"5 tokens of width 24 a photo, but the encoder is 'ViT-H-14' with 257"):
@@ -653,19 +677,22 @@ def test_whole_models_bring_their_image_encoder(clip_vision, tmp_path):
     assert torch.equal(first.encode([photo]), second.encode([photo]))
 
 
-def test_another_encoder_than_that_of_the_run(model, photos, fitted, clip_vision, tmp_path, capsys):
-    folder, first = copied(fitted, tmp_path / "run"), clip_vision()
-    assert run("train", model, photos, folder, "--steps", "1", "--clip-vision", first) == 0
-    assert run("train", model, photos, folder, "--steps", "2", "--clip-vision", clip_vision(seed=1, name="other")) == 1
-    assert "another base model or image encoder" in capsys.readouterr().err
-    assert run("train", model, photos, folder, "--steps", "2") == 1
+def test_another_encoder_than_that_of_the_run(model, photos, straight, clip_vision, tmp_path, capsys):
+    folder, first = tmp_path / "frozen", clip_vision()
+    shutil.copytree(straight / "people", folder / "people", copy_function=os.link)
+    assert run(model, photos, folder, "--steps", "1", "--clip-vision", first, stage="train") == 0
+    other = clip_vision(seed=1, name="other")
+    assert run(model, photos, folder, "--steps", "2", "--clip-vision", other, stage="train") == 1
+    assert "was made with other settings: weights of the encoder" in capsys.readouterr().err
+    assert run(model, photos, folder, "--steps", "2", "--clip-vision", "", stage="train") == 1
     assert "of a training with another encoder." in capsys.readouterr().err
     os.rename(first, tmp_path / "elsewhere")
-    assert run("train", model, photos, folder, "--steps", "2", "--clip-vision", str(tmp_path / "elsewhere")) == 0
+    moved = str(tmp_path / "elsewhere")
+    assert run(model, photos, folder, "--steps", "2", "--clip-vision", moved, stage="train") == 0
 
 
-def test_a_frozen_encoder_is_not_pretrained(model, photos, fitted, clip_vision, tmp_path, capsys):
-    assert run("pretrain", model, photos, copied(fitted, tmp_path / "run"), "--clip-vision", clip_vision()) == 1
+def test_a_frozen_encoder_is_not_pretrained(model, photos, clip_vision, tmp_path, capsys):
+    assert run(model, photos, tmp_path / "run", "--clip-vision", clip_vision(), stage="pretrain") == 1
     assert "Leave the stage pretrain out" in capsys.readouterr().err
 
 
@@ -687,20 +714,21 @@ def test_encoders_that_cannot_be_used(model, photos, clip_vision, tmp_path, caps
         (broken, "holds no weights that can be read"),
         (partial, "lacks 4 weights"),
     ):
-        assert run("precompute", model, photos, tmp_path / "run", "--clip-vision", str(folder)) == 1
+        assert run(model, photos, tmp_path / "run", "--clip-vision", str(folder), stage="precompute") == 1
         assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("stage", "options", "message"),
-    [("train", [], "Run precompute first"), ("precompute", ["--model", "nowhere"], "no diffusers model"),
-     ("precompute", ["--photos", "nowhere"], "There is no folder")],
+    [("train", [], "Run the stage precompute first"), ("precompute", ["--model", "nowhere"], "no diffusers model"),
+     ("precompute", ["--photos", "nowhere"], "There is no folder"), ("precompute", ["--set", "tokenizer=nowhere"], "lacks tokenizer"),
+     (None, ["--set", "begin_with=nowhere"], "nowhere")],
 )  # fmt: skip
 def test_refusals(model, photos, tmp_path, capsys, stage, options, message):
-    assert run(stage, model, photos, tmp_path, *options) == 1
+    assert run(model, photos, tmp_path, *options, stage=stage) == 1
     assert message in capsys.readouterr().err
 
 
-def test_people_that_cannot_be_shared_out(model, photos, fitted, tmp_path, capsys):
-    assert run("train", model, photos, copied(fitted, tmp_path), "--accumulate", "3") == 1
-    assert "--people 4 must be a multiple of 1 processes times --accumulate 3" in capsys.readouterr().err
+def test_people_that_cannot_be_shared_out(model, photos, prepared, capsys):
+    assert run(model, photos, prepared(), "--accumulate", "3", stage="train") == 1
+    assert "4 people a step must be a multiple of 1 processes times --accumulate 3" in capsys.readouterr().err

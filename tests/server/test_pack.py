@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from devtools import thumbnails
-from devtools.comfy_server import PromptError, PromptInterrupted
+from devtools.comfy_client import PromptError, PromptInterrupted
 from devtools.environment import PACK, ROOT
 from devtools.workflow import edited, load, nodes_of, to_prompt
 
@@ -26,7 +26,8 @@ def ours(object_info):
 
 @pytest.fixture
 def training_prompt(server, object_info, sampling_prompt):
-    """Node 10 learns the photo, node 11 saves the person, node 12 applies it to the sampler, node 5."""
+    """Node 10 learns the photo with the options of node 8, node 11 saves the person, node 12 applies it to the sampler,
+    node 5."""
     shutil.copytree(PHOTO.parent, server.input, dirs_exist_ok=True)
     prompt = copy.deepcopy(sampling_prompt)
 
@@ -40,7 +41,9 @@ def training_prompt(server, object_info, sampling_prompt):
 
     base = {"model": ["1", 0], "clip": ["1", 1]}
     prompt["9"] = {"class_type": "LoadImage", "inputs": {"image": PHOTO.name}}
-    prompt["10"] = node("FastFinetune", **base, vae=["1", 2], image=["9", 0], steps=2, batch_size=1)
+    prompt["8"] = node("FastFinetuneOptions", batch_size=1)
+    learned = {"vae": ["1", 2], "image": ["9", 0], "options": ["8", 0]}
+    prompt["10"] = node("FastFinetune", **base, **learned, steps=2)
     prompt["11"] = node("SaveLiDB", lidb=["10", 0])
     prompt["12"] = node("ApplyLiDBToModel", **base, lidb=["10", 0])
     return edited(prompt, {"5": {"model": ["12", 0]}, "2": {"clip": ["12", 1], "text": "a [v] face"}})
@@ -94,9 +97,9 @@ def test_a_person_is_learned_saved_and_applied(server, training_prompt):
     assert (server.output / name).stat().st_size < 120_000
     assert name.split("/")[-1] in str(server.object_info()["LoadLiDB"]["input"]["required"])
     after = pixels(server, result)
-    base = edited(training_prompt, {"12": {"strength_model": 0.0, "strength_clip": 0.0}})
-    before = pixels(server, server.run(base))
-    assert before != after
+    base = edited(training_prompt, {"12": {"strength": 0.0}})
+    without = edited(training_prompt, {"5": {"model": ["1", 0]}, "2": {"clip": ["1", 1]}})
+    assert pixels(server, server.run(base)) == pixels(server, server.run(without)) != after
 
 
 def test_interrupted_training_leaves_the_host_as_it_was(server, sampling_prompt, training_prompt):
@@ -111,10 +114,10 @@ def test_interrupted_training_leaves_the_host_as_it_was(server, sampling_prompt,
 
 def test_an_error_in_training_leaves_the_host_as_it_was(server, sampling_prompt, training_prompt):
     before = pixels(server, server.run(sampling_prompt))
-    settings = {"learning_rate": 1.0, "steps": 40, "rank": 50, "train_text_encoder": True}
+    options = {"learning_rate": 1.0, "rank": 50, "train_text_encoder": True}
     with pytest.raises(PromptError, match="diverged at step"):
         for seed in range(10):  # which of them diverge is a matter of rounding, and so of the processor
-            server.run(edited(training_prompt, {"10": {**settings, "seed": seed}}))
+            server.run(edited(training_prompt, {"8": options, "10": {"steps": 40, "seed": seed}}))
     after = pixels(server, server.run(edited(sampling_prompt, {"5": {"cfg": 3.0 + 2e-12}})))
     assert before == after
 
@@ -129,7 +132,7 @@ def test_example_workflows_run(path, server, object_info, training_prompt):
     person = Path(saved["11"]["text"][0]).name if "11" in saved else "person_00001_.safetensors"
     prompt = to_prompt(load(path), object_info)
     quick = {
-        "FastFinetune": {"steps": 2, "batch_size": 1},
+        "FastFinetune": {"steps": 2},
         "KSampler": {"steps": 2},
         "LoadLiDB": {"lidb_name": person},
     }

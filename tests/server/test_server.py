@@ -12,7 +12,8 @@ import time
 import pytest
 from PIL import Image
 
-from devtools.comfy_server import ComfyServer, PromptError, PromptInterrupted, ServerError
+from devtools.comfy_client import PromptError, PromptInterrupted, ServerError
+from devtools.comfy_server import ComfyServer
 from devtools.environment import ROOT
 
 

@@ -1,0 +1,63 @@
+"""Atomic writing: after a kill at any moment, the old file is there or the new one, and never a part of one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+
+def replacing(path: Path) -> AbstractContextManager[Path]:
+    """A temporary file beside `path`, to be written; it takes the place of `path` when the block ends without an error.
+
+    Args:
+        path: the file; its folder must exist.
+
+    Raises:
+        OSError: if the folder cannot be written, or the disk is full.
+    """
+    return _written(path, os.replace)
+
+
+def creating(path: Path) -> AbstractContextManager[Path]:
+    """As `replacing`, for a file that must be new, also where several processes write into one folder.
+
+    Raises:
+        FileExistsError: if there is such a file by the end of the block; it stays as it is.
+        OSError: if the folder cannot be written, or the disk is full.
+    """
+    return _written(path, _move_new)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8) atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _written(path: Path, move: Callable[[Path, Path], None]) -> Iterator[Path]:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".hdb-", suffix=".partial")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        move(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _move_new(temporary: Path, path: Path) -> None:
+    """Give a file its name unless another one has it."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a drive without hard links: the name is taken first
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(temporary, path)

@@ -1,0 +1,121 @@
+"""The file of a learned basis: two float16 tensors a layer behind the header of `container`.
+
+Rounded to float16 the vectors are orthonormal within 1e-3 only; reading makes them so again, since all algebra on the
+core of a LiDB rests on it. The checksum of the file names the basis for ever: people and hypernetworks refer to it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..basis import BasisRecipe, register_learned
+from ..errors import BasisFileError
+from ..layout import Layout
+from . import container
+
+KIND = container.FileKind(
+    key="lidb_basis",
+    name="LiDB basis",
+    version=1,
+    choose="Choose a file that hdb_core.train basis has written.",
+    remake="learn it again",
+    error=BasisFileError,
+)
+_NEWTON_STEPS = 2  # the distance from orthonormality is squared by each
+
+
+def save(
+    layout: Layout,
+    bases: Mapping[str, tuple[Tensor, Tensor]],
+    dims: tuple[int, int],
+    path: str | os.PathLike[str],
+    info: Mapping[str, str],
+) -> int:
+    """Write a learned basis atomically; the number of bytes.
+
+    Args:
+        layout: the layers that it is for.
+        bases: layer name → (down_aux (a', in), up_aux (out, b')), orthonormal.
+        dims: a and b; a layer with fewer inputs or outputs has as many vectors as those.
+        path: where; the folder must exist.
+        info: free text about how it was made.
+
+    Raises:
+        BasisFileError: if a number is not finite, or the file cannot be written.
+    """
+    tensors = {
+        f"{name}.{side}": vectors.detach().cpu().half().contiguous()
+        for name, pair in bases.items()
+        for side, vectors in zip(("down", "up"), pair, strict=True)
+    }
+    if not all(bool(t.isfinite().all()) for t in tensors.values()):
+        raise BasisFileError(f"The basis for {Path(path).name!r} holds NaN or infinity; nothing was written.")
+    fields = container.layout_fields(layout) | {"dims": list(dims), "info": dict(info)}
+    return container.write(KIND, Path(path), fields, tensors)
+
+
+def read_digest(path: str | os.PathLike[str]) -> str:
+    """What names the basis of a file, without reading its numbers.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        BasisFileError: if it is no such file, damaged, incomplete or of a newer version.
+    """
+    return str(container.read_fields(KIND, Path(path)).get("checksum", ""))
+
+
+def load(path: str | os.PathLike[str]) -> tuple[Layout, BasisRecipe]:
+    """Read a learned basis and make it known (`basis.register_learned`).
+
+    Returns:
+        The layers that it is for, and the recipe that names it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        BasisFileError: if it is no basis file, damaged, incomplete, of a newer version, or not orthonormal.
+    """
+    path = Path(path)
+    fields = container.read_fields(KIND, path)
+    layout = container.read_layout(KIND, fields, path)
+    tensors = container.read_tensors(KIND, fields, path)
+    try:
+        recipe = _recipe(fields)
+        bases = {layer.name: (tensors[f"{layer.name}.down"], tensors[f"{layer.name}.up"]) for layer in layout.layers}
+        for layer in layout.layers:
+            a, b = recipe.dims(layer)
+            down, up = bases[layer.name]
+            if down.shape != (a, layer.in_features) or up.shape != (layer.out_features, b):
+                raise ValueError(layer.name)
+    except (KeyError, TypeError, ValueError) as error:
+        raise KIND.damaged(path, f"its header and its numbers disagree ({error})") from error
+    with torch.inference_mode(False):
+        made = {name: (orthonormal(down.mT).mT.contiguous(), orthonormal(up)) for name, (down, up) in bases.items()}
+    if not all(bool(t.isfinite().all()) for pair in made.values() for t in pair):
+        raise KIND.damaged(path, "its vectors are not orthonormal")
+    register_learned(recipe.learned, made)
+    return layout, recipe
+
+
+def _recipe(fields: Mapping[str, Any]) -> BasisRecipe:
+    down_dim, up_dim = (int(dim) for dim in fields["dims"])
+    return BasisRecipe(0, down_dim, up_dim, learned=str(fields["checksum"]))
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """The nearest orthonormal columns (n, k) float32 of nearly orthonormal ones; NaN if they are far from it.
+
+    Newton-Schulz iteration for the polar factor, in float64.
+    """
+    x = columns.clone().double()
+    identity = torch.eye(x.shape[1], dtype=x.dtype)
+    if not float((x.mT @ x - identity).abs().max()) < 0.1:
+        return torch.full_like(x, torch.nan).float()
+    for _ in range(_NEWTON_STEPS):
+        x = x @ (3 * identity - x.mT @ x) / 2
+    return x.float()

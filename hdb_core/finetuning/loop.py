@@ -1,0 +1,237 @@
+"""The fast fine-tune: LiDB factors of UNet and text encoder trained jointly on one photo or several.
+
+The loop knows nothing of its host. A `diffusion.Denoiser` brings the frozen model; the factors act through output-side
+hooks (`adapters`), so no base weight ever gets a gradient.
+Source: HyperDreamBooth, arXiv 2307.06949, section 4.3 (rank-relaxed fast fine-tuning); DreamBooth, arXiv 2208.12242
+(class-prior preservation).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Adapters, Factors, attach
+from ..diffusion import Batch, Denoiser, backward, diffusion_loss
+from ..errors import HDBError
+from ..layout import Layout
+from ..lidb import About, LiDB
+from ..recommended import FROM_PREDICTION, RECOMMENDED, made_from
+from .batches import BatchSampler, checked_mask, require_prior
+from .config import FinetuneConfig
+from .factors import TrainableFactors, describe, start_factors
+
+# A model that predicts nothing has a native-target error of about 1, so a loss of about the sum of the batch's weights;
+# ten times that is no training noise.
+_EXPLODED_LOSS = 10.0
+
+
+class FinetuneDiverged(HDBError, RuntimeError):
+    """Training produced NaN, infinity or an exploding loss.
+
+    Attributes:
+        lidb: the last state whose loss was sound.
+        losses: one finite loss per sound step.
+        step: the step (from 1) that failed.
+    """
+
+    def __init__(self, message: str, lidb: LiDB, losses: tuple[float, ...], step: int) -> None:
+        super().__init__(message)
+        self.lidb, self.losses, self.step = lidb, losses, step
+
+
+class FinetuneProgress(NamedTuple):
+    """What the callback gets after every step."""
+
+    step: int  # finished steps, from 1
+    total: int
+    loss: float
+    seconds: float  # since the start
+
+    @property
+    def remaining_seconds(self) -> float:
+        """Estimated from the steps so far."""
+        return self.seconds / self.step * (self.total - self.step)
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A trained person, float32 on the CPU, and the loss of every step."""
+
+    lidb: LiDB
+    losses: tuple[float, ...]
+    seconds: float
+
+
+def finetune(
+    denoiser: Denoiser,
+    latents: Tensor,
+    config: FinetuneConfig,
+    *,
+    mask: Tensor | None = None,
+    prior_latents: Tensor | None = None,
+    init: LiDB | None = None,
+    adapters: Adapters | None = None,
+    callback: Callable[[FinetuneProgress], None] | None = None,
+    samples_at_once: int | None = None,
+) -> FinetuneResult:
+    """Train a person's LiDB on photos. Same arguments, same result on the same machine.
+
+    Args:
+        denoiser: the frozen model.
+        latents: (N, C, h, w) photos of one person in the model's latent space.
+        config: settings.
+        mask: the region that counts, (H, W) or (N, H, W) or (N, 1, H, W) in [0, 1], at any resolution.
+        prior_latents: (M, C, h, w) pictures of the class, needed if `config.prior_weight` is above 0.
+        init: start exactly from this person; its basis is kept.
+        adapters: bases of that basis and the model's layout, on the device of the latents; None makes them.
+        callback: called after every step; whatever it raises ends the training with the model as it was.
+        samples_at_once: a step passes no more through the model together, to save memory; None is all of them. But for
+            rounding the result is the same.
+
+    Returns:
+        The person, of rank `config.rank` or that of `init` if it is higher, its losses and the time.
+
+    Raises:
+        FinetuneError: if the inputs make no sense.
+        LayoutError: if `init` was made for another model.
+        FinetuneDiverged: if the loss or its gradient is not finite or explodes; carries the last good person.
+    """
+    # The host runs nodes in inference mode, in which autograd is off and new tensors can never be trained.
+    with torch.inference_mode(False), torch.enable_grad():
+        config = replace(config, steps=config.steps or automatic_steps(len(latents), init))
+        recipe = config.basis if init is None else init.basis
+        factors = TrainableFactors(adapters or Adapters(recipe, denoiser.layout, latents.device), config, init)
+        sampler = BatchSampler(denoiser.sigmas(), latents, config, mask, prior_latents)
+        about = partial(describe, config, len(latents), init)
+        return _train(denoiser, factors, sampler, config, about, callback, samples_at_once)
+
+
+def require_inputs(
+    config: FinetuneConfig,
+    layout: Layout,
+    photos: int,
+    init: LiDB | None = None,
+    mask: Tensor | None = None,
+    prior: Tensor | None = None,
+) -> None:
+    """Check what `finetune` would refuse, before a host encodes photos and loads a model for it.
+
+    Args:
+        config: settings.
+        layout: of the model.
+        photos: how many there are.
+        init: see `finetune`.
+        mask: see `finetune`.
+        prior: pictures of the class, in any form.
+
+    Raises:
+        FinetuneError: if the inputs make no sense.
+        LayoutError: if `init` was made for another model.
+    """
+    config.captions(photos)
+    start_factors(config.basis if init is None else init.basis, layout, config.rank, init)
+    require_prior(config, prior)
+    if mask is not None:
+        checked_mask(mask, photos)
+
+
+def automatic_steps(photos: int, init: LiDB | None = None) -> int:
+    """The recommended number of steps on so many photos, from a person to begin with or from none."""
+    predicted = init is not None and init.about.made_from == FROM_PREDICTION
+    return RECOMMENDED[made_from(photos, predicted)].steps
+
+
+def _train(
+    denoiser: Denoiser,
+    factors: TrainableFactors,
+    sampler: BatchSampler,
+    config: FinetuneConfig,
+    about: Callable[[int], About],
+    callback: Callable[[FinetuneProgress], None] | None,
+    samples_at_once: int | None,
+) -> FinetuneResult:
+    parameters = [p for p in factors.parameters() if p.requires_grad]
+    optimizer = _optimizer(factors, config)
+    losses: list[float] = []
+    good, start = factors.snapshot(about(0)), time.perf_counter()
+    live: dict[str, Factors] = {}
+    with attach(denoiser.modules, live):
+        live.update(factors())
+        encode = denoiser.encode_prompts if config.train_text_encoder else _encode_once(denoiser)
+        for step in range(config.steps):
+            prompts, batch = sampler.prompts(step), config.noise.weighted(denoiser, sampler.draw(step))
+            parts = _losses(denoiser, batch, prompts, samples_at_once, encode, lambda: live.update(factors()))
+            loss, of_nothing, grad_norm = _backward(parts, batch, parameters)
+            relative = loss / of_nothing
+            if step == 0:
+                limit = _EXPLODED_LOSS * max(1.0, relative)
+            if relative > limit or not math.isfinite(loss):
+                raise _diverged(good, losses, step, config, f"its loss is {loss:.3g}")
+            good = factors.snapshot(about(step))
+            losses.append(loss)
+            if not math.isfinite(grad_norm):
+                raise _diverged(good, losses, step, config, "its gradient is not finite")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if callback is not None:
+                callback(FinetuneProgress(step + 1, config.steps, loss, time.perf_counter() - start))
+    return FinetuneResult(factors.snapshot(about(config.steps)), tuple(losses), time.perf_counter() - start)
+
+
+def _encode_once(denoiser: Denoiser) -> Callable[[Sequence[str]], Any]:
+    """Conditioning without a graph: text layers then get no gradient, stay as they are, and so do their outputs."""
+
+    @cache
+    def encoded(prompts: tuple[str, ...]) -> Any:
+        with torch.no_grad():
+            return denoiser.encode_prompts(prompts)
+
+    return lambda prompts: encoded(tuple(prompts))
+
+
+def _losses(
+    denoiser: Denoiser,
+    batch: Batch,
+    prompts: Sequence[str],
+    samples_at_once: int | None,
+    encode: Callable[[Sequence[str]], Any],
+    expand_again: Callable[[], None],
+) -> Iterator[Tensor]:
+    """The loss of a batch, part after part; each has a graph of its own from the factors on."""
+    size = samples_at_once or len(prompts)
+    for first in range(0, len(prompts), size):
+        part = slice(first, first + size)
+        expand_again()
+        yield diffusion_loss(denoiser, Batch(*(tensor[part] for tensor in batch)), encode(prompts[part]))
+
+
+def _backward(losses: Iterable[Tensor], batch: Batch, parameters: Sequence[nn.Parameter]) -> tuple[float, float, float]:
+    """Fill the gradients. The loss, that of a model that predicts nothing, and the gradient norm leave the device
+    together."""
+    loss = backward(losses, parameters)
+    norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+    loss_value, of_nothing, norm_value = torch.stack([loss, batch.weight.sum(), norm]).tolist()
+    return loss_value, of_nothing, norm_value
+
+
+def _optimizer(factors: TrainableFactors, config: FinetuneConfig) -> torch.optim.Optimizer:
+    rates = {factors.up: config.learning_rate, factors.down: config.learning_rate * config.down_rate}
+    return torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates.items() if p.requires_grad])
+
+
+def _diverged(good: LiDB, losses: list[float], step: int, config: FinetuneConfig, what: str) -> FinetuneDiverged:
+    return FinetuneDiverged(
+        f"Fast fine-tuning diverged at step {step + 1} of {config.steps}: {what}. Lower the learning rate (now "
+        f"{config.learning_rate:g}) or the rank ({config.rank}), and check that the photo and the model are sound.",
+        lidb=good,
+        losses=tuple(losses),
+        step=step + 1,
+    )

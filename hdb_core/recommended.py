@@ -1,0 +1,61 @@
+"""How many steps a person takes and how strongly they are applied, by what they were made from: the one place for it.
+
+The numbers were chosen on people of the miniature's dev split (``python dev.py bench tune``): the most identity on
+prompts that contradict the photo, with prompt adherence about that of the base model.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+FROM_PREDICTION, FROM_PHOTO, FROM_PHOTOS = "a prediction", "one photo", "several photos"
+
+
+class Strengths(NamedTuple):
+    """How a person is applied.
+
+    In the picture that guidance makes, a person counts ``model · guidance`` times. Less of them in the prompt's own
+    pass leaves it more of its words; guidance then leads to the person, too.
+
+    Attributes:
+        model: of the change of the UNet.
+        clip: of the change of the text encoder.
+        guidance: how much of the UNet's change guidance makes; 1 is as much as of an ordinary LoRA.
+    """
+
+    model: float
+    clip: float
+    guidance: float
+
+    def scaled(self, strength: float) -> Strengths:
+        """The same person more or less strongly: 0 is not at all, 1 leaves the strengths as they are."""
+        return Strengths(self.model * strength, self.clip * strength, 1 + strength * (self.guidance - 1))
+
+
+class Recommendation(NamedTuple):
+    """What suits a person who was made from something.
+
+    Attributes:
+        steps: of the fast fine-tune.
+        strengths: of the application.
+    """
+
+    steps: int
+    strengths: Strengths
+
+
+AS_LORA = Strengths(1.0, 1.0, 1.0)
+# A prediction needs few steps. From several photos many steps do no harm: what only one of them shows is hardly learned.
+# From one photo, little of the person in the prompt's own pass and more by guidance keeps the prompt's words.
+RECOMMENDED = {
+    FROM_PREDICTION: Recommendation(12, Strengths(0.7, 0.5, 2.5)),
+    FROM_PHOTO: Recommendation(56, Strengths(0.35, 0.5, 4.5)),
+    FROM_PHOTOS: Recommendation(100, Strengths(0.7, 0.5, 2.5)),
+}
+
+
+def made_from(photos: int, predicted: bool) -> str:
+    """The key of `RECOMMENDED` for a person from so many photos, with or without a prediction to begin with."""
+    if predicted:
+        return FROM_PREDICTION
+    return FROM_PHOTO if photos == 1 else FROM_PHOTOS

@@ -1,0 +1,133 @@
+"""Train a hypernetwork for a base model of your own.
+
+``python -m hdb_core.train RUN --model MODEL --photos PHOTOS`` makes ``RUN/hypernet.safetensors``, and ``python -m
+hdb_core.train RUN`` goes on where it was stopped. On several processes: ``accelerate launch -m`` or ``torchrun
+--nproc-per-node N -m`` in place of ``python -m``.
+
+Stages: *basis* (only with ``basis.learn_from``) learns the bases from people; *precompute* keeps the photos as latents;
+*pretrain* trains the image encoder (not with --clip-vision); *train* trains the hypernetwork; *evaluate* measures it on
+people who were kept from training.
+
+Needs ``accelerate``, ``diffusers`` and ``transformers``. Nothing is downloaded. All settings are in ``RUN/config.json``;
+docs/train-config.md explains each, and ``--set`` changes any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from ..errors import HDBError
+from .base.denoiser import load_base_model
+from .describe import purposes
+from .job import Job
+from .plan import describe_plan
+from .run import STAGES, Run
+from .settings import PRECISIONS, PREDICTION_TYPES, Settings, flat
+from .stages import RUN_STAGE
+
+# Processes wait for the one that learns a basis, draws samples or has the most people left; a dead one ends the rest.
+PATIENCE = timedelta(hours=2)
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_OPTIONS = {
+    "model": "model", "photos": "photos", "steps": "train.steps", "people": "train.people", "image-size": "image_size",
+    "rank": "rank", "accumulate": "accumulate", "mixed-precision": "mixed_precision", "overfit": "overfit",
+    "clip-vision": "clip_vision", "prediction-type": "prediction_type", "convolutions": "convolutions", "cpu": "cpu",
+}  # fmt: skip
+_CHOICES = {"mixed_precision": PRECISIONS, "prediction_type": PREDICTION_TYPES[1:]}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages of a training; the exit code."""
+    args = parser().parse_args(arguments)
+    accelerator = None
+    try:
+        run = Run.open(args.run, given(args))
+        accelerator = _accelerator(run.settings)
+        _run_stages(run, accelerator, args.stage)
+    except (HDBError, FileNotFoundError) as error:
+        sys.stderr.write(f"{error}\n")  # of whichever process
+        return 1
+    finally:
+        if accelerator is not None:
+            accelerator.end_training()
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; what an option is for is said once, where the setting is."""
+    made = argparse.ArgumentParser(prog="hdb_core.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    made.add_argument("run", type=Path, metavar="RUN", help="folder for everything that is made")
+    texts, defaults = purposes(Settings()), flat(Settings())
+    for option, name in _OPTIONS.items():
+        default = defaults[name]
+        about = texts[name] + ("" if default == "" else f" Default: {default}")
+        kind: dict[str, Any] = {
+            "type": type(default),
+            "choices": _CHOICES.get(name),
+            "metavar": None if name in _CHOICES else option.upper(),
+        }
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        made.add_argument(f"--{option}", dest=name, help=about.replace("%", "%%"), default=None, **kind)
+    made.add_argument("--stage", choices=STAGES, help="run this stage alone, on what the ones before it have written")
+    made.add_argument("--set", action="extend", nargs="+", default=[], metavar="NAME=VALUE", help="any other setting of RUN/config.json, see docs/train-config.md")  # fmt: skip
+    return made
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line names, by their full names.
+
+    Raises:
+        SystemExit: if ``--set`` is given something else than NAME=VALUE.
+    """
+    values = {name: getattr(args, name) for name in _OPTIONS.values() if getattr(args, name) is not None}
+    for item in args.set:
+        name, equals, value = item.partition("=")
+        if not equals:
+            parser().error(f"--set takes NAME=VALUE, got {item!r}")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value  # a text
+    return values
+
+
+def _accelerator(settings: Settings) -> Accelerator:
+    waiting = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(mixed_precision=settings.mixed_precision, cpu=settings.cpu, kwargs_handlers=[waiting])
+
+
+def _run_stages(run: Run, accelerator: Accelerator, only: str | None) -> None:
+    settings = run.settings
+    base = load_base_model(
+        Path(settings.model),
+        accelerator.device,
+        _DTYPES[accelerator.mixed_precision],
+        Path(settings.tokenizer) if settings.tokenizer else None,
+        settings.prediction_type or None,
+        settings.convolutions,
+    )
+    job, stages = Job(run, accelerator, base), [only] if only else run.stages()
+    accelerator.print(describe_plan(job, stages))
+    if accelerator.is_main_process:
+        run.write_settings()
+    for stage in stages:
+        if not only and run.finished(stage):
+            accelerator.print(f"{stage} is finished.")
+            continue
+        accelerator.print(f"{stage}, processes: {accelerator.num_processes}")
+        RUN_STAGE[stage](job)
+        accelerator.free_memory()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""A single-file SD 1.x or SD 2.x checkpoint as diffusers modules; nothing is downloaded.
+
+Names are translated by diffusers' own converters. Their callers in diffusers fetch the sizes from the internet; here the
+sizes are read off the tensors, so that smaller models of the same make load as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ...errors import LayoutError
+
+_UNET, _VAE = "model.diffusion_model.", "first_stage_model."
+_CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+_LATENT_FACTOR = 0.18215
+_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_HEAD_WIDTH = 64  # of CLIP and of SD 2.x; SD 1.x has 8 heads of any width
+_TOKENIZERS = ("tokenizer", "comfy/sd1_tokenizer", ".comfyui/ComfyUI/comfy/sd1_tokenizer")
+_GIVE_TOKENIZER = (
+    "Add --set tokenizer=FOLDER, a folder with CLIP's vocab.json and merges.txt: comfy/sd1_tokenizer of a ComfyUI, or "
+    "the tokenizer folder of a diffusers model."
+)
+
+Tensors = Mapping[str, Tensor]
+
+
+class Parts(NamedTuple):
+    """What diffusers has of a base model."""
+
+    unet: Any  # UNet2DConditionModel
+    text_encoder: Any  # CLIPTextModel
+    tokenizer: Any  # CLIPTokenizer
+    vae: Any  # AutoencoderKL or AutoencoderTiny
+    scheduler: Any  # DDPMScheduler
+
+
+def read_single_file(
+    path: Path, dtype: torch.dtype, tokenizer: Path | None = None, prediction_type: str | None = None
+) -> Parts:
+    """Read a ``.safetensors`` checkpoint.
+
+    Args:
+        path: of the file.
+        dtype: of UNet and text encoder; the VAE is float32, because a full one overflows in float16.
+        tokenizer: folder of CLIP's vocabulary; None looks for it, see `find_tokenizer`.
+        prediction_type: "epsilon" or "v_prediction"; None is epsilon for SD 1.x. Files of SD 2.x do not say it.
+
+    Raises:
+        FileNotFoundError: if no tokenizer is found.
+        LayoutError: if the file is no SD 1.x or SD 2.x checkpoint, or it is not known what it predicts.
+    """
+    from diffusers import DDPMScheduler
+
+    checkpoint = {name: t.to(torch.float32 if name.startswith(_VAE) else dtype) for name, t in _read(path).items()}
+    is_open_clip = bool(_below(checkpoint, _OPEN_CLIP))
+    if prediction_type is None and is_open_clip:
+        raise LayoutError(
+            f"{path} is an SD 2.x checkpoint, and such a file does not say what it predicts. Add --prediction-type "
+            "epsilon (the 512 px base models) or --prediction-type v_prediction (the 768 px models)."
+        )
+    words = load_tokenizer(tokenizer or find_tokenizer(path))
+    if is_open_clip:
+        words.pad_token = "!"  # token 0, as OpenCLIP pads
+    scheduler = DDPMScheduler(**_SCHEDULE, prediction_type=prediction_type or "epsilon")
+    return Parts(unet_of(checkpoint), text_encoder_of(checkpoint), words, vae_of(checkpoint), scheduler)
+
+
+def find_tokenizer(path: Path) -> Path:
+    """CLIP's vocabulary, in a diffusers folder or a ComfyUI that holds the model file or this package.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    for parent in (*path.resolve().parents, *Path(__file__).resolve().parents):
+        if folders := [parent / name for name in _TOKENIZERS if _is_tokenizer(parent / name)]:
+            return folders[0]
+    raise FileNotFoundError(f"A single file holds no tokenizer, and there is none around {path}. {_GIVE_TOKENIZER}")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The CLIPTokenizer of a folder.
+
+    Raises:
+        FileNotFoundError: if it has none.
+    """
+    from transformers import CLIPTokenizer
+
+    if not _is_tokenizer(folder):
+        raise FileNotFoundError(f"{folder} holds no tokenizer. {_GIVE_TOKENIZER}")
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def unet_of(checkpoint: Tensors) -> Any:
+    """The UNet2DConditionModel of a checkpoint.
+
+    Raises:
+        LayoutError: if there is none of the known form.
+    """
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    own = _below(checkpoint, _UNET)
+    try:
+        config = _unet_config(own)
+    except KeyError as error:
+        raise _unknown("UNet", f"{error} is not there") from error
+    if config["in_channels"] != 4:
+        raise _unknown("UNet", f"it takes {config['in_channels']} channels, as those for inpainting do")
+    state = convert_ldm_unet_checkpoint(checkpoint, config)
+    with _no_weights():
+        unet = UNet2DConditionModel(**config)
+    return _filled(unet, state, "UNet")
+
+
+def text_encoder_of(checkpoint: Tensors) -> Any:
+    """The CLIPTextModel of a checkpoint; of SD 2.x without its last layer, which is not read there.
+
+    Raises:
+        LayoutError: if there is none of the known form.
+    """
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    own, is_open_clip = _below(checkpoint, _CLIP), False
+    if not own:
+        own, is_open_clip = _below(checkpoint, _OPEN_CLIP), True
+    try:
+        sizes = _text_sizes(own)
+    except StopIteration as error:
+        raise _unknown("text encoder", "CLIP-L or OpenCLIP-H is not there") from error
+    if is_open_clip:
+        sizes |= {"num_hidden_layers": sizes["num_hidden_layers"] - 1, "hidden_act": "gelu"}
+    with _no_weights():
+        model = CLIPTextModel(CLIPTextConfig(**sizes))
+    convert = partial(convert_open_clip_checkpoint, model) if is_open_clip else convert_ldm_clip_checkpoint
+    # Older versions of transformers have one more level of names.
+    prefix = "text_model." if hasattr(model, "text_model") else ""
+    state = {prefix + name.removeprefix("text_model."): tensor for name, tensor in convert(checkpoint).items()}
+    return _filled(model, state, "text encoder")
+
+
+def vae_of(checkpoint: Tensors) -> Any:
+    """The AutoencoderKL of a checkpoint, or its AutoencoderTiny where it holds a TAESD.
+
+    Raises:
+        LayoutError: if there is none of the known form.
+    """
+    own = _below(checkpoint, _VAE)
+    try:
+        return _tiny_vae(own) if "taesd_encoder.0.weight" in own else _kl_vae(own, checkpoint)
+    except KeyError as error:
+        raise _unknown("VAE", f"{error} is not there") from error
+
+
+def _tiny_vae(own: Tensors) -> Any:
+    from diffusers import AutoencoderTiny
+
+    if float(own.get("vae_shift", 0)):
+        raise _unknown("VAE", f"its latents are shifted by {float(own['vae_shift'])}")
+    state = {}
+    for name, tensor in own.items():
+        if match := re.fullmatch(r"taesd_(encoder|decoder)\.(\d+)\.(.*)", name):
+            # The decoder counts a clamp as its first layer, which diffusers does not.
+            state[f"{match[1]}.layers.{int(match[2]) - (match[1] == 'decoder')}.{match[3]}"] = tensor
+    with _no_weights():
+        vae = AutoencoderTiny(scaling_factor=_LATENT_FACTOR / float(own.get("vae_scale", 1)))
+    return _filled(vae, state, "VAE")
+
+
+def _kl_vae(own: Tensors, checkpoint: Tensors) -> Any:
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    levels = _count(own, r"encoder\.down\.(\d+)\.")
+    config: dict[str, Any] = {
+        "block_out_channels": [len(own[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(levels)],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": _count(own, r"encoder\.down\.0\.block\.(\d+)\."),
+        "latent_channels": own["decoder.conv_in.weight"].shape[1],
+        "scaling_factor": _LATENT_FACTOR,
+    }
+    with _no_weights():
+        vae = AutoencoderKL(**config)
+    state = convert_ldm_vae_checkpoint(checkpoint, config)
+    return _filled(vae, state, "VAE")
+
+
+def _unet_config(own: Tensors) -> dict[str, Any]:
+    """The arguments of UNet2DConditionModel, from tensors with the original names."""
+    num_blocks = _count(own, r"input_blocks\.(\d+)\.")
+    # A level is its residual blocks and the downsampling after them; the convolution in front counts as block 0.
+    stride = next((i for i in range(1, num_blocks) if f"input_blocks.{i}.0.op.weight" in own), max(1, num_blocks))
+    firsts = range(1, num_blocks, stride)
+    channels = [len(own[f"input_blocks.{i}.0.in_layers.2.weight"]) for i in firsts]
+    attends = [f"input_blocks.{i}.1.proj_in.weight" in own for i in firsts]
+    middle = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    is_linear = own["middle_block.1.proj_in.weight"].ndim == 2  # of SD 2.x
+    return {
+        "block_out_channels": channels,
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "layers_per_block": stride - 1,
+        "in_channels": own["input_blocks.0.0.weight"].shape[1],
+        "out_channels": len(own["out.2.weight"]),
+        "cross_attention_dim": own[middle].shape[1],
+        "attention_head_dim": [width // _HEAD_WIDTH for width in channels] if is_linear else 8,  # diffusers: heads
+        "use_linear_projection": is_linear,
+    }
+
+
+def _text_sizes(own: Tensors) -> dict[str, Any]:
+    """The sizes of CLIPTextConfig, from tensors named as in either CLIP."""
+    vocabulary, width = next(w.shape for n, w in own.items() if n.endswith("token_embedding.weight"))
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": next(len(w) for n, w in own.items() if n.endswith(("fc1.weight", "c_fc.weight"))),
+        "num_hidden_layers": _count(own, r".*(?:layers|resblocks)\.(\d+)\."),
+        "num_attention_heads": width // _HEAD_WIDTH,
+    }
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise LayoutError(
+            f"{path} cannot be read as a .safetensors checkpoint ({error}). Give --model such a file, or a diffusers folder."
+        ) from error
+
+
+def _is_tokenizer(folder: Path) -> bool:
+    return any((folder / vocabulary).is_file() for vocabulary in ("vocab.json", "tokenizer.json"))
+
+
+def _below(checkpoint: Tensors, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in checkpoint.items() if name.startswith(prefix)}
+
+
+def _count(names: Tensors, pattern: str) -> int:
+    """One more than the highest number that a pattern finds at the start of the names."""
+    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
+
+
+def _no_weights() -> Any:
+    # Weights that are replaced at once need neither time nor the global generator.
+    from accelerate import init_empty_weights
+
+    return init_empty_weights(include_buffers=False)
+
+
+def _filled(module: Any, state: Tensors, part: str) -> Any:
+    try:
+        missing = module.load_state_dict(state, strict=False, assign=True).missing_keys
+    except RuntimeError as error:
+        raise _unknown(part, str(error)) from error
+    if missing:
+        raise _unknown(part, f"{len(missing)} of its tensors are not there, the first is {missing[0]}")
+    return module
+
+
+def _unknown(part: str, reason: str) -> LayoutError:
+    return LayoutError(
+        f"Training knows SD 1.x and SD 2.x checkpoints; the {part} of this one is of another form ({reason}). "
+        "Give --model a checkpoint of these, or a diffusers folder."
+    )

@@ -1,0 +1,104 @@
+"""A hypernetwork before its first step: what it begins with, and what must fit for that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import Module
+
+from ..errors import HyperNetError
+from ..files import hypernet as hypernet_file
+from ..hypernet import HyperNet, HyperNetConfig
+from .data.groups import differing
+from .face_code import MOST_PHOTOS, fit_code
+from .job import Job
+from .predicted import PeopleInBase
+
+
+def beginning(job: Job, base: PeopleInBase, codes: Tensor | None) -> HyperNet:
+    """The hypernetwork before its first step.
+
+    Raises:
+        HyperNetError: if what it begins with has other sizes, or there is no encoder that has learned anything.
+    """
+    run, settings = job.run, job.settings
+    net = HyperNet.create(base.net, settings.seed)
+    if base.energy is not None:
+        net.set_scale(base.energy)
+    if codes is None:
+        net.load_state_dict(matching_hypernet(Path(settings.begin_with), base.net).state_dict())
+        return net
+    if run.state.exists():
+        return net  # the state has all weights
+    if net.encoder is not None:
+        path = run.encoder if "pretrain" in run.stages() else Path(settings.begin_with)
+        if not path.is_file():
+            raise HyperNetError(
+                "The image encoder has learned nothing yet, and stays as it is. Run the stage pretrain first, or set "
+                "begin_with to the encoder.safetensors of another run, and pretrain.steps to 0."
+            )
+        load_encoder(net.encoder, path)
+    _learn_code(net.to(job.accelerator.device), base, codes)
+    return net
+
+
+@torch.no_grad()
+def _learn_code(net: HyperNet, base: PeopleInBase, codes: Tensor) -> None:
+    """Set the map to the face code, from everybody's last photo, and the statistics of the codes."""
+    some, seen = base.people[:MOST_PHOTOS], []
+    for first in range(0, len(some), 64):
+        read = base.faces.read([(p.person, len(p.latents) - 1) for p in some[first : first + 64]])
+        read = read.to(net.code_mean.device)
+        tokens = read if net.encoder is None else net.encode(read)
+        seen.append(net.summed(tokens).float().cpu())
+    summed = torch.cat(seen)
+    net.set_code(*fit_code(summed, codes[: len(some)]), summed)
+
+
+def net_sizes(config: HyperNetConfig) -> dict[str, Any]:
+    """What two hypernetworks must share for the weights of one to go on in the other."""
+    sizes = {name: value for name, value in config.fields().items() if name != "iterations"}
+    return {
+        **sizes,
+        "encoder": config.encoder.sizes,
+        "layout": config.layout.hash,
+        "basis": config.basis.fields(),
+    }
+
+
+def load_encoder(encoder: Module, path: Path) -> None:
+    """Load what pretrain wrote.
+
+    Raises:
+        HyperNetError: if it is damaged, or of another size.
+    """
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise HyperNetError(f"{path} is damaged or no safetensors file ({error}). Make or copy it again.") from error
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        raise HyperNetError(
+            f"{path} is an image encoder of other sizes. Give the settings of encoder that it was trained with."
+        ) from error
+
+
+def matching_hypernet(path: Path, config: HyperNetConfig) -> HyperNet:
+    """The hypernetwork of a file.
+
+    Raises:
+        HyperNetError: if its sizes, layers or basis are others than those of the training.
+    """
+    net = hypernet_file.load(path)
+    if different := differing(net_sizes(config), net_sizes(net.config)):
+        raise HyperNetError(
+            f"{path} differs from the hypernetwork to be trained in: {', '.join(different)}. "
+            "Give the settings that it was trained with."
+        )
+    return net

@@ -1,0 +1,115 @@
+"""Files of a few people each: a kill loses at most one of them, and any number of processes can share the work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...errors import HyperNetError
+from ...files.atomic import replacing
+from .photos import Person
+
+
+@dataclass(frozen=True)
+class Group:
+    """A few people and their file.
+
+    Attributes:
+        number: from 0.
+        people: whom.
+        path: of the file.
+        settings: with which it is made, as JSON takes them; None is one that does not matter.
+    """
+
+    number: int
+    people: Sequence[Person]
+    path: Path
+    settings: Mapping[str, Any]
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the file atomically."""
+        names = [person.name for person in self.people]
+        header = {"settings": json.dumps(self.settings, sort_keys=True), "names": json.dumps(names)}
+        with replacing(self.path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, header)
+
+    def check(self) -> None:
+        """Compare the file that is there with what would be written.
+
+        Raises:
+            HyperNetError: if settings or people are others.
+        """
+        settings, names = read_header(self.path)
+        wanted = {name: value for name, value in self.settings.items() if value is not None}
+        other = differing(wanted, {name: settings.get(name) for name in wanted})
+        if names != [person.name for person in self.people]:
+            other.append("people")
+        if other:
+            raise HyperNetError(
+                f"{self.path} was made with other settings: {', '.join(other)}. Use another run folder, or delete it."
+            )
+
+
+def missing_groups(
+    folder: Path,
+    people: Sequence[Person],
+    settings: Mapping[str, Any],
+    group: int,
+    share: tuple[int, int] = (0, 1),
+    report: Callable[[int], None] | None = None,
+) -> Iterator[Group]:
+    """The groups that this process has still to make; finished ones are checked and left alone.
+
+    Args:
+        folder: receives ``group_00000.safetensors`` and on.
+        people: everybody.
+        settings: of all groups; those of None are not compared with finished ones.
+        group: people in each.
+        share: (rank, processes): this process takes every processes-th group.
+        report: called after every group of this process with the number of its people.
+
+    Raises:
+        HyperNetError: if the folder holds groups of other settings or people.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(-(-len(people) // group))[share[0] :: share[1]]:
+        own = people[number * group : (number + 1) * group]
+        made = Group(number, own, folder / f"group_{number:05}.safetensors", settings)
+        if made.path.exists():
+            made.check()
+        else:
+            yield made
+        if report is not None:
+            report(len(own))
+
+
+def group_paths(folder: Path) -> list[Path]:
+    """The finished files of a folder, in order."""
+    return sorted(folder.glob("group_*.safetensors"))
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The settings that a file was made with, and the names of its people.
+
+    Raises:
+        HyperNetError: if it is no such file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
+        return json.loads(header["settings"]), json.loads(header["names"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise HyperNetError(f"{path} cannot be read ({error}). Delete it: the next run makes it again.") from error
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The names under which two settings hold other values, as JSON keeps them."""
+    both = [json.loads(json.dumps(settings)) for settings in (one, other)]
+    return sorted(name for name in {**both[0], **both[1]} if both[0].get(name) != both[1].get(name))

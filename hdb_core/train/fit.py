@@ -1,0 +1,108 @@
+"""Fits the LiDBs of many people at once: one forward of the frozen model carries another person in every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapters, Factors, attach
+from ..diffusion import Batch, Denoiser, NoiseLevels, backward, diffusion_loss, draw
+from ..errors import FinetuneError
+from ..lidb import start_down
+from ..prompt import caption
+from .data.latents import EncodedPhotos
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """People fitted in precompute, for the L2 loss on their weights beside the diffusion loss, as in the paper.
+
+    Attributes:
+        steps: optimiser steps for each person; 40 with ``train.regression_weight`` 1 is the paper's way. 0 fits no one.
+        learning_rate: of the up side (Adam).
+        noise: part of the noise schedule that is drawn from, from its lower to its upper end, 0 to 1.
+    """
+
+    steps: int = 0
+    learning_rate: float = 0.05
+    noise: NoiseLevels = field(default_factory=lambda: NoiseLevels(0.1, 1.0))
+
+
+class Fitter:
+    """Fits the up side of people. The down side is the shared frozen one, so that people stay comparable.
+
+    Args:
+        denoiser: the frozen model; must encode each prompt for its own sample.
+        adapters: the bases, on the model's device.
+        config: settings.
+        rank: R of the people.
+        prompt: of everybody, with the rare token; a photo's own words follow it.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, adapters: Adapters, config: FitConfig, rank: int = 1, prompt: str = "a [v] face"
+    ) -> None:
+        self.denoiser, self.adapters, self.config, self.rank, self.prompt = denoiser, adapters, config, rank, prompt
+
+    def fields(self) -> dict[str, Any]:
+        """What decides the result besides the photos, as JSON takes it."""
+        space = {"basis": self.adapters.recipe.fields(), "layout": self.adapters.layout.hash}
+        noise = [self.config.noise.min_timestep, self.config.noise.max_timestep]
+        return {**space, "steps": self.config.steps, "learning_rate": self.config.learning_rate, "noise": noise,
+                "rank": self.rank, "prompt": self.prompt}  # fmt: skip
+
+    def fit(
+        self,
+        people: Sequence[EncodedPhotos],
+        generator: torch.Generator,
+        callback: Callable[[int, float], None] | None = None,
+    ) -> Tensor:
+        """Fit P people, one photo and noise level of each a step.
+
+        A person's result does not depend on the others but through the noise that is drawn.
+
+        Args:
+            people: the photos of each; their numbers may differ.
+            generator: on the CPU, for noise and noise levels.
+            callback: called after every step with its number from 1 and the mean loss.
+
+        Returns:
+            up (P, L, b, R) float32 on the CPU.
+
+        Raises:
+            FinetuneError: if the loss is not finite.
+        """
+        recipe, layout, device = self.adapters.recipe, self.adapters.layout, self.adapters.device
+        up = torch.zeros(len(people), len(layout.layers), recipe.up_dim, self.rank, device=device, requires_grad=True)
+        down = start_down(recipe, layout, self.rank).to(device).expand(len(people), -1, -1, -1)
+        optimizer = torch.optim.Adam([up], lr=self.config.learning_rate)
+        live: dict[str, Factors] = {}
+        with attach(self.denoiser.modules, live):
+            for step in range(self.config.steps):
+                batch, prompts = self._batch(people, step, generator)
+                live.update(self.adapters.expand(down, up))
+                loss = diffusion_loss(self.denoiser, batch, self.denoiser.encode_prompts(prompts))
+                backward([loss], [up])
+                if not bool(loss.isfinite()):
+                    raise FinetuneError(
+                        f"Fitting diverged at step {step + 1}: the loss is {loss.item()}. Lower fit.learning_rate."
+                    )
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if callback is not None:
+                    callback(step + 1, loss.item() / len(people))
+        return up.detach().cpu()
+
+    def _batch(self, people: Sequence[EncodedPhotos], step: int, generator: torch.Generator) -> tuple[Batch, list[str]]:
+        """The photos whose turn it is, one of each person, with noise, and their captions."""
+        turns = [(photos, step % len(photos.latents)) for photos in people]
+        latents = torch.stack([photos.latents[turn] for photos, turn in turns])
+        weight = torch.ones(len(people), device=latents.device)  # a sum over people: each is a problem of its own
+        batch = draw(self.config.noise.of(self.denoiser.sigmas()), latents, weight, generator)
+        batch = batch._replace(mask=torch.stack([photos.masks[turn] for photos, turn in turns]))
+        prompts = [caption(self.prompt, photos.words[turn]) for photos, turn in turns]
+        return self.config.noise.weighted(self.denoiser, batch), prompts

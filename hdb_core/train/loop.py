@@ -1,0 +1,285 @@
+"""The loop of a training: steps, an average of the weights, a log, and a state to go on from, on any number of processes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import HyperNetError
+from ..files.atomic import replacing, write_text
+from .data.groups import differing
+
+SAVE_EVERY = 180  # seconds
+LOG_EVERY = 10  # steps
+EMA_DECAY = 0.998
+MOST_SKIPPED = 50  # steps in a row; a scale of the losses that began too high is halved by each
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How a module is optimised.
+
+    Attributes:
+        steps: optimiser steps; the rate falls to zero over them as a cosine.
+        people: in the batch of a step, over all processes.
+        learning_rate: peak, of AdamW. Lower it if the training diverges.
+        warmup: steps until the peak.
+        weight_decay: of AdamW.
+        max_grad_norm: of the clipped gradient.
+
+    Raises:
+        HyperNetError: if a setting makes no sense.
+    """
+
+    steps: int = 3000
+    people: int = 32
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.people < 1 or not 0 < self.learning_rate < math.inf:
+            raise HyperNetError(
+                "Expected steps of at least 0, people of at least 1 and a learning_rate above 0, got "
+                f"{self.steps}, {self.people} and {self.learning_rate}."
+            )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / self.steps)).item())
+        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup)) * cosine
+
+
+class LossOf(Protocol):
+    """What is trained."""
+
+    def __call__(self, net: nn.Module, step: int, part: slice) -> dict[str, Tensor]:
+        """Scalars of a part of the global batch of a step, counted from 0; ``loss`` goes down."""
+
+
+class TrainingLoop:
+    """Steps a module with AdamW.
+
+    Args:
+        accelerator: of all processes.
+        net: the module, from here on on the accelerator's device.
+        config: settings.
+        state: file to go on from, written every few minutes; a kill leaves the old or the new one.
+        log: CSV file of mean losses.
+        accumulate: parts that each process's people of a step are taken in.
+        rates: beginnings of parameter names with their rate, as a multiple of the configured one; 0 does not train.
+        sizes: what must be the same to go on from a state, as JSON takes it; kept in it.
+
+    Attributes:
+        average: the averaged weights by name.
+        step: the next one.
+
+    Raises:
+        HyperNetError: if the people of a step cannot be shared out evenly, or the state is of a training with other sizes.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        net: nn.Module,
+        config: LoopConfig,
+        state: Path,
+        log: Path,
+        accumulate: int = 1,
+        rates: Mapping[str, float] | None = None,
+        sizes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.accelerator, self.config, self.state, self.log = accelerator, config, state, log
+        self.parts = parts_of(config.people, accumulate, accelerator)
+        self._net, self._sizes = net, dict(sizes or {})
+        optimizer: Any = torch.optim.AdamW(_groups(net, rates or {}), config.learning_rate, (0.9, 0.99), weight_decay=config.weight_decay)  # fmt: skip
+        self._skipped = 0
+        self.average = {name: weight.clone() for name, weight in net.state_dict().items()}
+        self.step = self._resume(optimizer)
+        self.net, self.optimizer = accelerator.prepare(net, optimizer)
+        self.average = {name: weight.to(accelerator.device) for name, weight in self.average.items()}
+
+    def run(
+        self,
+        loss_of: LossOf,
+        save: Callable[[], None],
+        after: Callable[[], None] | None = None,
+        notes: Mapping[str, float] | None = None,
+    ) -> None:
+        """Train to the configured number of steps.
+
+        Args:
+            loss_of: what is trained.
+            save: called on the main process after every state that is written, the last one even if a training that
+                was stopped behind it only has this left to do.
+            after: called on the main process after every step.
+            notes: further columns of the log.
+
+        Raises:
+            HyperNetError: if the gradients are no longer finite; the last state that was written is of before that.
+        """
+        is_main, saved = self.accelerator.is_main_process, time.monotonic()
+        first, began = self.step, saved
+        logged: list[dict[str, Tensor]] = []
+        bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not is_main)
+        while self.step < self.config.steps:
+            logged.append(self._advance(loss_of))
+            bar.update()
+            if self.step == self.config.steps or self.step % LOG_EVERY == 0:
+                bar.set_postfix(self._log(logged, notes or {}))
+                logged = []
+            if is_main and self.step == first + LOG_EVERY < self.config.steps:
+                bar.write(self._estimate((time.monotonic() - began) / LOG_EVERY))
+            if is_main and time.monotonic() - saved > SAVE_EVERY:
+                self._save()
+                save()
+                saved = time.monotonic()
+            if is_main and after is not None:
+                after()
+        bar.close()
+        if is_main:
+            self._save()
+            save()
+        self.accelerator.wait_for_everyone()
+
+    def _advance(self, loss_of: LossOf) -> dict[str, Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["scale"] * self.config.rate(self.step)
+        losses = backward(self.accelerator, loss_of, self.net, self.step, self.parts)
+        self._require_finite(self.accelerator.clip_grad_norm_(self.net.parameters(), self.config.max_grad_norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for name, weight in self._net.state_dict().items():
+                self.average[name].lerp_(weight.to(self.average[name]), 1 - decay)
+        self.step += 1
+        return {name: self.accelerator.reduce(value, "mean") for name, value in losses.items()}
+
+    def _log(self, losses: Sequence[Mapping[str, Tensor]], notes: Mapping[str, float]) -> dict[str, str]:
+        """Write a row of mean losses; the same for the progress bar."""
+        row = {name: float(torch.stack([own[name] for own in losses]).mean()) for name in losses[-1]}
+        if self.accelerator.is_main_process:
+            _append(self.log, {"step": self.step, "rate": self.config.rate(self.step - 1), **notes, **row})
+        return {name: f"{value:.4f}" for name, value in row.items()}
+
+    def _estimate(self, seconds: float) -> str:
+        left = self.config.steps - self.step
+        return f"A step takes {seconds:.2f} s: {timedelta(seconds=round(left * seconds))} for the {left} that are left."
+
+    def _require_finite(self, norm: Tensor) -> None:
+        """Refuse gradients that would destroy the weights; under float16 the scaler leaves such steps out by itself."""
+        self._skipped = 0 if bool(norm.isfinite()) else self._skipped + 1
+        if self._skipped > (0 if self.accelerator.scaler is None else MOST_SKIPPED):
+            raise HyperNetError(
+                f"The gradients of step {self.step + 1} are not finite: the training diverged. Lower learning_rate, or "
+                f"take --mixed-precision no; {self.state} is of before that, if it was written."
+            )
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> int:
+        """Load what `_save` wrote, if anything; the next step."""
+        if not self.state.exists():
+            return 0
+        state = torch.load(self.state, map_location="cpu", weights_only=True)
+        if different := differing(json.loads(state["sizes"]), self._sizes):
+            raise HyperNetError(
+                f"{self.state} is of a training with another {', '.join(different)}. Give the settings that it was begun "
+                "with, or use another run folder."
+            )
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        try:
+            self._net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise HyperNetError(
+                f"{self.state} trains other weights ({error}). Give the settings that it was begun with, or use another "
+                "run folder."
+            ) from error
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            group.update(settings)  # rates and decay are those of now
+        self.average.update(state["average"])
+        return state["step"]
+
+    def _save(self) -> None:
+        parts = {"net": self._net.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
+        with replacing(self.state) as temporary:
+            torch.save({**parts, "step": self.step, "sizes": json.dumps(self._sizes)}, temporary)
+
+
+def parts_of(people: int, accumulate: int, accelerator: Accelerator) -> list[slice]:
+    """This process's people of the global batch, in as many parts as gradients are accumulated over.
+
+    Raises:
+        HyperNetError: if they cannot be shared out evenly.
+    """
+    rank, count = accelerator.process_index, accelerator.num_processes
+    if accumulate < 1 or people % (count * accumulate):
+        raise HyperNetError(
+            f"{people} people a step must be a multiple of {count} processes times --accumulate {accumulate}, which is "
+            "at least 1. Change one of them."
+        )
+    return [slice(rank + part * count, None, count * accumulate) for part in range(accumulate)]
+
+
+def backward(
+    accelerator: Accelerator, loss_of: LossOf, net: nn.Module, step: int, parts: Sequence[slice]
+) -> dict[str, Tensor]:
+    """Add up the gradients of a step's parts, which are of one size; returns the mean losses."""
+    losses = []
+    for part in parts:
+        is_last = part is parts[-1]  # processes exchange their gradients once
+        with nullcontext() if is_last else accelerator.no_sync(net):
+            with accelerator.autocast():
+                losses.append(loss_of(net, step, part))
+            accelerator.backward(losses[-1]["loss"] / len(parts))
+    return {name: torch.stack([own[name].detach() for own in losses]).mean() for name in losses[0]}
+
+
+def logged_step(log: Path) -> int:
+    """The step of a log's last row; 0 if there is none."""
+    if not log.exists():
+        return 0
+    with log.open(newline="") as file:
+        return max((int(row["step"]) for row in csv.DictReader(file)), default=0)
+
+
+def _groups(net: nn.Module, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The parameters that are trained, by their rate; those of rate 0 get no gradients, which saves their cost."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in net.named_parameters():
+        scale = next((scale for start, scale in rates.items() if name.startswith(start)), 1.0)
+        if scale == 0:
+            parameter.requires_grad_(False)
+        else:
+            groups.setdefault(scale, []).append(parameter)
+    return [{"params": parameters, "scale": scale} for scale, parameters in groups.items()]
+
+
+def _append(log: Path, row: Mapping[str, float]) -> None:
+    """Add a row to a CSV file, in place of those of the same step or later ones, which a kill has undone."""
+    rows: list[Mapping[str, Any]] = []
+    if log.exists():
+        with log.open(newline="") as file:
+            rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
+    rows.append(row)
+    text = io.StringIO(newline="")
+    columns = list(dict.fromkeys(column for known in rows for column in known))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(log, text.getvalue())

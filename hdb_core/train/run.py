@@ -1,0 +1,134 @@
+"""The folder of a run: its files, its settings, and the stages that it takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import HyperNetError
+from ..files import hypernet as hypernet_file
+from ..files.atomic import write_text
+from .loop import logged_step
+from .settings import Settings, changed, flat
+
+STAGES = ("basis", "precompute", "pretrain", "train", "evaluate")
+# Settings and sections that cannot change once a stage has begun, because its results depend on them.
+FIXED = {
+    "precompute": ("image_size", "group", "fit"),
+    "pretrain": ("encoder", "class_prompt", "pretrain.portraits", "held_out", "overfit"),
+    "train": ("encoder", "net", "rank", "prompt", "basis", "convolutions", "begin_with", "held_out", "overfit"),
+}
+
+
+class Run:
+    """A folder with everything of one training.
+
+    Args:
+        folder: need not exist yet.
+        settings: of the run.
+
+    Attributes:
+        people: folder of latents and fitted people, perhaps of another run.
+        tokens: folder of the tokens of a frozen encoder, perhaps of another run.
+        encoder: what pretrain makes.
+        file: what train makes: the hypernetwork.
+    """
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder, self.settings = folder, settings
+        shared = Path(settings.precomputed) if settings.precomputed else folder
+        self.people, self.tokens = shared / "people", shared / "tokens"
+        self.basis, self.encoder = folder / "basis.safetensors", folder / "encoder.safetensors"
+        self.pretrain_state, self.pretrain_log = folder / "pretrain.pt", folder / "pretrain.csv"
+        self.state, self.log, self.samples = folder / "state.pt", folder / "log.csv", folder / "samples"
+        self.file, self.evaluation = folder / "hypernet.safetensors", folder / "evaluation.json"
+
+    @classmethod
+    def open(cls, folder: Path, values: Mapping[str, Any]) -> Run:
+        """A new run, or one that is there already, with some settings by their full names. Nothing is written.
+
+        Raises:
+            HyperNetError: if config.json is damaged, a value makes no sense, or cannot change any more.
+        """
+        path = folder / "config.json"
+        before = Settings()
+        if path.exists():
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                before = changed(before, _flattened(stored))
+            except (ValueError, AttributeError) as error:
+                raise HyperNetError(f"{path} cannot be read: {error}") from error
+        run = cls(folder, changed(before, values))
+        if path.exists():
+            run._require_same(before)
+        if not run.settings.model or not run.settings.photos:
+            raise HyperNetError(f"{folder} is a new run. Give it --model and --photos.")
+        return run
+
+    def write_settings(self) -> None:
+        """Write ``config.json``, with every setting."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        nested: dict[str, Any] = {}
+        for name, value in flat(self.settings).items():
+            section, _, rest = name.rpartition(".")
+            (nested.setdefault(section, {}) if section else nested)[rest] = value
+        write_text(self.folder / "config.json", json.dumps(nested, indent=2, ensure_ascii=False) + "\n")
+
+    def stages(self) -> list[str]:
+        """The stages that these settings take, in order."""
+        settings = self.settings
+        left_out = {
+            "basis": settings.basis.learn_from == 0,
+            "pretrain": bool(settings.clip_vision) or settings.pretrain.steps == 0 or self.begins_with_hypernet(),
+            "train": settings.train.steps == 0,
+            "evaluate": settings.train.steps == 0,
+        }
+        return [stage for stage in STAGES if not left_out.get(stage)]
+
+    def finished(self, stage: str) -> bool:
+        """Whether a stage has nothing left to do; those that take minutes are done again or look themselves."""
+        if stage == "pretrain":
+            return self.encoder.exists() and logged_step(self.pretrain_log) >= self.settings.pretrain.steps
+        return stage == "train" and self.file.exists() and logged_step(self.log) >= self.settings.train.steps
+
+    def begins_with_hypernet(self) -> bool:
+        """Whether ``begin_with`` is a whole hypernetwork and not an encoder.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            HyperNetError: if it is no safetensors file.
+        """
+        path = self.settings.begin_with
+        if not path:
+            return False
+        try:
+            with safe_open(path, "pt") as file:
+                return hypernet_file.KIND.key in (file.metadata() or {})
+        except SafetensorError as error:
+            raise HyperNetError(f"{path} is damaged or no safetensors file ({error}). Copy it again.") from error
+
+    def _begun(self, stage: str) -> bool:
+        own = {"precompute": self.folder / "people", "pretrain": self.pretrain_state, "train": self.state}
+        return own[stage].exists()
+
+    def _require_same(self, before: Settings) -> None:
+        old, new = flat(before), flat(self.settings)
+        for stage, names in FIXED.items():
+            for name in (n for n in new if n in names or n.partition(".")[0] in names):
+                if new[name] != old[name] and self._begun(stage):
+                    raise HyperNetError(
+                        f"{name} is {old[name]!r} in {self.folder} and cannot become {new[name]!r}: the stage {stage} has "
+                        "begun. Leave it as it is, or use another run folder."
+                    )
+
+
+def _flattened(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of JSON by their full names."""
+    found: dict[str, Any] = {}
+    for name, value in stored.items():
+        found |= {f"{name}.{rest}": own for rest, own in value.items()} if isinstance(value, dict) else {name: value}
+    return found

@@ -1,0 +1,229 @@
+"""Every setting of a training: what ``RUN/config.json`` holds, in sections.
+
+A section stands beside the code that it configures. ``docs/train-config.md`` is made from these docstrings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from ..basis import BasisRecipe
+from ..diffusion import NoiseLevels
+from ..errors import HDBError, HyperNetError, require
+from ..hypernet import EncoderConfig
+from ..prompt import CLASS_PROMPT
+from .encoder_loss import PretrainConfig
+from .evaluate import EvaluateConfig
+from .fit import FitConfig
+from .person_loss import TrainConfig
+from .samples import SampleConfig
+
+PRECISIONS = ("no", "bf16", "fp16")
+PREDICTION_TYPES = ("", "epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class BasisSettings:
+    """The frozen bases of all people.
+
+    Attributes:
+        seed: of the random bases.
+        down_dim: a, the dimension of the input side. Fewer make smaller files and less alike people.
+        up_dim: b, the dimension of the output side.
+        learn_from: learn the basis from the photos of so many people instead of drawing it; 64 are enough. 0 draws it.
+        file: a learned basis of another run, ``RUN/basis.safetensors``.
+    """
+
+    seed: int = BasisRecipe.seed
+    down_dim: int = BasisRecipe.down_dim
+    up_dim: int = BasisRecipe.up_dim
+    learn_from: int = 0
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """The image encoder that the stage pretrain trains; without effect behind ``clip_vision``.
+
+    Attributes:
+        image_size: side of the square that photos are cut to for the encoder, pixels.
+        token_width: width of the face tokens.
+        patch_size: of the ViT, pixels; with a stem, of its first convolution.
+        stem: residual convolutions before the ViT, (width, blocks) of each stage; every stage after the first halves
+            the map.
+        summary: tokens that a photo is summed up in, at least 1.
+        depth: layers of the ViT.
+        heads: attention heads of the ViT.
+        cut: how you cut the photos before training, for whoever uses the hypernetwork: centre is not at all.
+    """
+
+    image_size: int = EncoderConfig.image_size
+    token_width: int = EncoderConfig.token_width
+    patch_size: int = EncoderConfig.patch_size
+    stem: tuple[tuple[int, int], ...] = EncoderConfig.stem
+    summary: int = EncoderConfig.summary
+    depth: int = EncoderConfig.depth
+    heads: int = EncoderConfig.heads
+    cut: str = EncoderConfig.cut
+
+
+@dataclass(frozen=True)
+class NetSettings:
+    """The transformer that predicts a person.
+
+    Attributes:
+        width: of the decoder's tokens.
+        depth: decoder layers.
+        heads: attention heads.
+        code: numbers of the face code, from which every prediction starts.
+    """
+
+    width: int = 256
+    depth: int = 3
+    heads: int = 4
+    code: int = 96
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The run as a whole.
+
+    Attributes:
+        model: base model on this disk, SD 1.x or SD 2.x: a .safetensors checkpoint or a diffusers folder.
+        photos: folder with a sub-folder of face photos for each person, or with single photos.
+        prediction_type: epsilon or v_prediction; only an SD 2.x checkpoint file needs it, which does not say it.
+        tokenizer: folder of CLIP's vocabulary, if neither the model nor a ComfyUI around it has one.
+        clip_vision: transformers folder of a frozen CLIP, SigLIP or DINOv2 image encoder, instead of training one. Try
+            it with few people, or with one photo of each.
+        begin_with: an image encoder or a whole hypernetwork of another run to go on from, its ``encoder.safetensors`` or
+            ``hypernet.safetensors``.
+        precomputed: folder of another run whose latents, fitted people and tokens this one shares; missing ones are
+            added to it.
+        convolutions: adapt the convolutions of the UNet's residual blocks, too. Leave them out for smaller files and
+            faster steps.
+        image_size: side of the photos for the base model, pixels. Take what the base model was trained at.
+        rank: of the predicted people. 4 leaves them more freedom, in a file four times as large.
+        prompt: what every person is called, with the rare token.
+        class_prompt: the same without the token.
+        held_out: share of the people kept from training, for evaluate and the sample grids.
+        overfit: a check before a long training, in a run folder of its own: train on the first N people alone, and
+            evaluate on them. 16 should be learned by heart in a few hundred steps. 0 is no check.
+        group: people in a file of precomputed latents, who are fitted together.
+        accumulate: take the people of a step in so many parts, where memory is short; the result is the same.
+        mixed_precision: bf16, fp16 (older GPUs), or no, which takes twice the memory.
+        cpu: compute on the CPU even if there is a GPU.
+        seed: of everything that is drawn.
+    """
+
+    model: str = ""
+    photos: str = ""
+    prediction_type: str = ""
+    tokenizer: str = ""
+    clip_vision: str = ""
+    begin_with: str = ""
+    precomputed: str = ""
+    convolutions: bool = True
+    image_size: int = 512
+    rank: int = 1
+    prompt: str = "a [v] face"
+    class_prompt: str = CLASS_PROMPT
+    held_out: float = 0.02
+    overfit: int = 0
+    group: int = 32
+    accumulate: int = 1
+    mixed_precision: str = "bf16"
+    cpu: bool = False
+    seed: int = 0
+    basis: BasisSettings = field(default_factory=BasisSettings)
+    fit: FitConfig = field(default_factory=FitConfig)
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    net: NetSettings = field(default_factory=NetSettings)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    samples: SampleConfig = field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.mixed_precision in PRECISIONS, "mixed_precision", " or ".join(PRECISIONS), self.mixed_precision)
+        known = self.prediction_type in PREDICTION_TYPES
+        _require(known, "prediction_type", "epsilon, v_prediction or nothing", self.prediction_type)
+        for name in ("image_size", "rank", "group", "accumulate"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(0 < self.held_out < 1, "held_out", "a share between 0 and 1", self.held_out)
+        _require(self.overfit >= 0, "overfit", "0 or a number of people", self.overfit)
+        if self.clip_vision and self.train.augment:
+            raise HyperNetError(
+                "Photos are augmented for a trained encoder only: the tokens of clip_vision are computed once. Leave "
+                "train.augment or clip_vision out."
+            )
+
+
+PATHS = ("model", "photos", "tokenizer", "clip_vision", "begin_with", "precomputed", "basis.file")  # of a machine
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting by its full name, ``train.steps``, as JSON takes it."""
+    found: dict[str, Any] = {}
+    for own in fields(settings):
+        value, name = getattr(settings, own.name), prefix + own.name
+        if isinstance(value, NoiseLevels):
+            found[name] = [value.min_timestep, value.max_timestep]
+        elif isinstance(value, tuple):
+            found[name] = [list(item) if isinstance(item, tuple) else item for item in value]
+        elif hasattr(value, "__dataclass_fields__"):
+            found |= flat(value, f"{name}.")
+        else:
+            found[name] = value
+    return found
+
+
+def changed(settings: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """The same settings with some others, by their full names.
+
+    Raises:
+        HyperNetError: if there is no such setting, or a value is of another type or makes no sense.
+    """
+    own: dict[str, Any] = {}
+    for name, value in values.items():
+        head, _, rest = name.partition(".")
+        present = getattr(settings, head, None)
+        is_section = hasattr(present, "__dataclass_fields__") and not isinstance(present, NoiseLevels)
+        if head not in settings.__dataclass_fields__ or is_section != bool(rest):
+            raise HyperNetError(f"There is no setting {prefix + name!r}; docs/train-config.md lists all of them.")
+        if is_section:
+            own.setdefault(head, {})[rest] = value
+        else:
+            own[head] = _converted(value, present, prefix + name)
+    sections = {
+        name: changed(getattr(settings, name), value, f"{prefix}{name}.")
+        for name, value in own.items()
+        if isinstance(value, dict)
+    }
+    return replace(settings, **{**own, **sections})
+
+
+def _converted(value: Any, present: Any, name: str) -> Any:
+    """A value of JSON as the type that the setting has at present."""
+    try:
+        if isinstance(present, NoiseLevels):
+            low, high = (float(end) for end in value)
+            return NoiseLevels(low, high)
+        if isinstance(present, tuple) and isinstance(value, (list, tuple)):
+            return tuple(tuple(int(n) for n in item) if isinstance(item, (list, tuple)) else item for item in value)
+        if isinstance(present, float) and type(value) is int:
+            return float(value)
+        if type(value) is type(present):
+            return value
+    except HDBError:
+        raise
+    except (TypeError, ValueError):
+        pass
+    kinds = {NoiseLevels: "two numbers such as [0.1, 1.0]", tuple: "a list", str: "a text", bool: "true or false"}
+    expected = kinds.get(type(present), "a whole number" if isinstance(present, int) else "a number")
+    raise HyperNetError(f"Expected {name}: {expected}, got {value!r}.")
+
+
+def _require(holds: bool, name: str, expected: str, got: object) -> None:
+    require(holds, name, expected, got, HyperNetError)

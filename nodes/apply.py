@@ -1,0 +1,101 @@
+"""A person into a MODEL and a CLIP."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..hdb_core.lidb import LiDB
+from ..hdb_core.recommended import FROM_PREDICTION, RECOMMENDED, Strengths
+from .host.apply import apply_lidb
+from .types import APPLY_OPTIONS, CATEGORY, LIDB
+
+DEFAULTS = RECOMMENDED[FROM_PREDICTION].strengths
+
+
+class ApplyLiDBToModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ApplyLiDBToModel",
+            display_name="Apply LiDB to Model",
+            category=CATEGORY,
+            description="Applies a person to a MODEL and a CLIP, as a LoRA loader does. Both inputs stay as they are.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base model of the family that the LiDB was made for."),
+                io.Clip.Input(
+                    "clip", tooltip="The text encoder of the same checkpoint. Encode your prompt with the output."
+                ),
+                LIDB.Input("lidb", tooltip="The person, from Fast Finetune, Predict LiDB or Load LiDB."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How much of the person: 0 is the base model, 1 is what suits the way this person was made. The LiDB knows that.",
+                ),
+                APPLY_OPTIONS.Input(
+                    "options",
+                    optional=True,
+                    tooltip="From Apply Options: strengths of your own instead of those of the LiDB. strength multiplies them, too.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The MODEL with the person."),
+                io.Clip.Output(tooltip="The CLIP with the person."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        clip: io.Clip.Type,
+        lidb: LiDB,
+        strength: float,
+        options: Strengths | None = None,
+    ) -> io.NodeOutput:
+        strengths = lidb.about.strengths if options is None else options
+        return io.NodeOutput(*apply_lidb(model, clip, lidb, strengths.scaled(strength)))
+
+
+class ApplyOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ApplyOptions",
+            display_name="Apply Options",
+            category=CATEGORY,
+            description="Strengths for Apply LiDB to Model. 1, 1 and 1 apply a person as an ordinary LoRA.",
+            inputs=[
+                io.Float.Input(
+                    "strength_model",
+                    default=DEFAULTS.model,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength on the MODEL, as in Load LoRA. Less follows the prompt better; person_guidance then brings the likeness back.",
+                ),
+                io.Float.Input(
+                    "strength_clip",
+                    default=DEFAULTS.clip,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength on the CLIP, as in Load LoRA.",
+                ),
+                io.Float.Input(
+                    "person_guidance",
+                    default=DEFAULTS.guidance,
+                    min=1.0,
+                    max=10.0,
+                    step=0.1,
+                    tooltip="How far guidance leads to the person: 1 as with an ordinary LoRA, 2 twice as far. Works up to nearly twice the cfg of the sampler, and not at a cfg of 1.",
+                ),
+            ],
+            outputs=[APPLY_OPTIONS.Output(display_name="options", tooltip="Connect Apply LiDB to Model.")],
+        )
+
+    @classmethod
+    def execute(cls, strength_model: float, strength_clip: float, person_guidance: float) -> io.NodeOutput:
+        return io.NodeOutput(Strengths(strength_model, strength_clip, person_guidance))

@@ -1,0 +1,156 @@
+"""The folder of a run: its settings, which of them may still change, and its stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hdb_core.errors import HyperNetError
+from hdb_core.train.__main__ import given, parser
+from hdb_core.train.data.people import EncodedPerson
+from hdb_core.train.data.photos import Person, Photo
+from hdb_core.train.describe import markdown, purposes
+from hdb_core.train.loop import logged_step
+from hdb_core.train.run import FIXED, Run
+from hdb_core.train.settings import PATHS, Settings, changed, flat
+from hdb_core.train.split import require_unseen, split, trained_on
+
+NEW = {"model": "model.safetensors", "photos": "photos"}
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def test_the_page_of_all_settings_is_of_this_code():
+    assert (DOCS / "train-config.md").read_text(encoding="utf-8") == markdown()
+
+
+def test_every_setting_says_what_it_is_for():
+    texts = purposes(Settings())
+    assert set(texts) == set(flat(Settings())) >= set(PATHS)
+    assert all(len(text) > 8 for text in texts.values())
+
+
+def test_the_command_line_is_short_and_explained():
+    options = [action for action in parser()._actions if action.option_strings and action.dest != "help"]
+    assert len(options) <= 15
+    assert all(action.help for action in options)
+
+
+def test_options_and_other_settings():
+    args = parser().parse_args(["run", "--steps", "5", "--no-convolutions", "--set", "prompt=a [w] face", "cpu=true",
+                                "--set", "train.noise=[0.05,0.95]"])  # fmt: skip
+    assert given(args) == {"train.steps": 5, "convolutions": False, "prompt": "a [w] face", "cpu": True,
+                           "train.noise": [0.05, 0.95]}  # fmt: skip
+    with pytest.raises(SystemExit):
+        given(parser().parse_args(["run", "--set", "prompt"]))
+
+
+def test_settings_come_back_from_their_file(tmp_path):
+    stem, noise = [[16, 2]], [0.05, 0.95]
+    values = {**NEW, "encoder.stem": stem, "train.noise": noise, "train.augment": ["flip"], "fit.learning_rate": 1}
+    run = Run.open(tmp_path / "run", values)
+    run.write_settings()
+    assert Run.open(tmp_path / "run", {}).settings == run.settings
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (stored["encoder"]["stem"], stored["train"]["noise"], stored["fit"]["learning_rate"]) == (stem, noise, 1.0)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_a_file_with_a_few_settings_is_enough(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**NEW, "train": {"steps": 7}}))
+    assert Run.open(tmp_path, {"rank": 2}).settings == changed(Settings(), {**NEW, "train.steps": 7, "rank": 2})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"train": {"step": 1}}', '{"rank": "1"}', '{"train": 3}'])
+def test_a_broken_file_of_settings_is_an_error(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(HyperNetError, match=r"config.json cannot be read|no setting|rank: a whole number"):
+        Run.open(tmp_path, NEW)
+
+
+def test_a_new_run_needs_a_model_and_photos(tmp_path):
+    with pytest.raises(HyperNetError, match="Give it --model and --photos"):
+        Run.open(tmp_path, {"model": "model"})
+
+
+@pytest.mark.parametrize(
+    ("begun", "name", "value"),
+    [("people", "image_size", 64), ("people", "fit.steps", 3), ("pretrain.pt", "encoder.depth", 1),
+     ("pretrain.pt", "pretrain.portraits", True), ("state.pt", "rank", 4), ("state.pt", "prompt", "a [w] face"),
+     ("state.pt", "net.depth", 1), ("state.pt", "basis.seed", 1), ("state.pt", "held_out", 0.5), ("state.pt", "overfit", 4),
+     ("state.pt", "convolutions", False), ("state.pt", "begin_with", "other.safetensors")],
+)  # fmt: skip
+def test_what_results_depend_on_cannot_change(tmp_path, begun, name, value):
+    Run.open(tmp_path, NEW).write_settings()
+    Run.open(tmp_path, {name: value})  # while nothing has begun
+    (tmp_path / begun).mkdir()
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(HyperNetError, match=rf"{name} is .* cannot become .*has begun"):
+        Run.open(tmp_path, {name: value})
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_the_rest_can_change(tmp_path):
+    Run.open(tmp_path, NEW).write_settings()
+    for begun in ("people", "pretrain.pt", "state.pt"):
+        (tmp_path / begun).mkdir()
+    free = {"train.steps": 5, "train.learning_rate": 1e-4, "accumulate": 2, "mixed_precision": "no", "cpu": True,
+            "model": "elsewhere", "photos": "elsewhere", "samples.every": 0, "evaluate.draws": 4}  # fmt: skip
+    assert flat(Run.open(tmp_path, free).settings).items() >= free.items()
+    names = set(flat(Settings()))
+    assert all(any(n == f or n.startswith(f"{f}.") for n in names) for fixed in FIXED.values() for f in fixed)
+
+
+def test_stages_that_apply(tmp_path):
+    encoder, hypernet = tmp_path / "encoder.safetensors", tmp_path / "hypernet.safetensors"
+    save_file({"w": torch.zeros(1)}, encoder)
+    save_file({"w": torch.zeros(1)}, hypernet, {"hypernet": "{}"})
+    all_but_basis = ["precompute", "pretrain", "train", "evaluate"]
+    frozen = ["precompute", "train", "evaluate"]
+    for values, stages in (
+        ({}, all_but_basis),
+        ({"basis.learn_from": 4}, ["basis", *all_but_basis]),
+        ({"clip_vision": "encoder"}, frozen),
+        ({"pretrain.steps": 0}, frozen),
+        ({"begin_with": str(encoder)}, all_but_basis),
+        ({"begin_with": str(hypernet)}, frozen),
+        ({"train.steps": 0}, ["precompute", "pretrain"]),
+    ):
+        assert Run.open(tmp_path / "run", {**NEW, **values}).stages() == stages
+    with pytest.raises(FileNotFoundError):
+        Run.open(tmp_path / "run", {**NEW, "begin_with": str(tmp_path / "none")}).stages()
+    encoder.write_bytes(b"nothing")
+    with pytest.raises(HyperNetError, match="damaged or no safetensors file"):
+        Run.open(tmp_path / "run", {**NEW, "begin_with": str(encoder)}).stages()
+
+
+def test_a_training_is_finished_when_its_log_and_its_file_say_so(tmp_path):
+    run = Run.open(tmp_path, {**NEW, "train.steps": 20, "pretrain.steps": 10})
+    assert logged_step(run.log) == 0 and not run.finished("train")
+    run.log.write_text("step,loss\n10,1\n20,1\n")
+    assert not run.finished("train")
+    run.file.touch()
+    assert run.finished("train") and not run.finished("pretrain") and not run.finished("precompute")
+    assert not Run.open(tmp_path, {**NEW, "train.steps": 30}).finished("train")
+
+
+def encoded(names):
+    return [EncodedPerson(Person(name, (Photo(Path(name)),)), torch.zeros(1, 4, 2, 2)) for name in names]
+
+
+def test_people_are_split_and_recognised():
+    people = encoded("abcdefg")
+    trained, kept = split(people, 0.3)
+    assert (len(trained), len(kept)) == (5, 2) and kept == people[-2:]
+    assert split(people, 0.01)[1] == people[-1:]
+    assert split(people, 0.3, overfit=2) == (people[:2], people[:2])
+    with pytest.raises(HyperNetError, match="1 people are too few"):
+        split(people[:1], 0.3)
+    require_unseen(people, 2, {"trained_on": trained_on(trained)})
+    require_unseen(people, 1, {"trained_on": trained_on(trained)})
+    for judged, others in ((4, people), (2, encoded("xbcdefg"))):
+        with pytest.raises(HyperNetError, match=f"trained on some of the last {judged} of these 7 people"):
+            require_unseen(others, judged, {"trained_on": trained_on(trained)})
