@@ -18,6 +18,7 @@ from .data.people import EncodedPerson
 RIDGES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 MOST_PHOTOS = 8192  # that components and maps are found from
 _COMPONENTS = 160
+_LEAST_SPREAD = 1e-3  # of a component, as a share of the first one's
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,12 @@ class Components:
     def codes(self, latents: Tensor, count: int) -> Tensor:
         """The first ``count`` components (N, count) of photos (N, C, h, w), each in units of its standard deviation.
 
-        Those beyond the number of components are zero.
+        Those beyond the number of components are zero, and so are those that only rounding moves: N photos differ in at
+        most N - 1 components.
         """
-        found = self._of(latents)[:, :count] / self.variance[:count].sqrt().clamp(min=1e-6)
+        std = self.variance[:count].sqrt()
+        live = std > _LEAST_SPREAD * std[0]
+        found = self._of(latents)[:, :count] / torch.where(live, std, 1.0) * live
         return torch.nn.functional.pad(found, (0, count - found.shape[1]))
 
     def loss(self, predicted: Tensor, latents: Tensor) -> Tensor:
@@ -59,7 +63,8 @@ class Components:
 
         Predicting the mean photo costs 1. Components count alike, but for the smallest, which fade out.
         """
-        weight = 1 / (self.variance + self.variance[len(self.variance) // 2])
+        middle = self.variance[len(self.variance) // 2].clamp(min=_LEAST_SPREAD**2 * self.variance[0])
+        weight = 1 / (self.variance + middle)
         error = predicted * self.variance.sqrt() - self._of(latents)
         return (error.square() * weight).sum(1).mean() / (weight * self.variance).sum()
 

@@ -241,15 +241,15 @@ def test_training_learns_and_is_judged_by_masks(model, photos, prepared, tmp_pat
 def test_a_check_on_a_few_people_before_a_long_training(model, photos, tmp_path, capsys):
     """It learns them by heart, is judged by them, and is never taken for the beginning of the training itself."""
     folder = tmp_path / "check"
-    check = ["--steps", "200", "--set", "train.learning_rate=3e-3", "train.regression_weight=10", "pretrain.people=6"]
-    check += ["pretrain.steps=150", "pretrain.warmup=5", "pretrain.learning_rate=3e-3"]
-    assert run(model, photos, folder, "--overfit", "6", *check) == 0
+    check = ["--steps", "100", "--set", "train.learning_rate=3e-3", "train.regression_weight=1", "pretrain.people=2"]
+    check += ["pretrain.steps=60", "pretrain.warmup=5", "pretrain.learning_rate=3e-3"]
+    assert run(model, photos, folder, "--overfit", "2", *check) == 0
     groups = sorted((folder / "people").iterdir())
     written = [group.stat().st_mtime_ns for group in groups]
     row = evaluation(folder)[-1]
-    assert len(groups) == 2 and len(row["own_of_each"]) == 6 and row["regression"] < 0.5 * row["mean_predictor"]
+    assert len(groups) == 1 and len(row["own_of_each"]) == 2 and row["regression"] < 0.5 * row["mean_predictor"]
     assert run(model, photos, folder, *check, "--overfit", "0", stage="precompute") == 1
-    assert "overfit is 6" in capsys.readouterr().err
+    assert "overfit is 2" in capsys.readouterr().err
     shared = ["--set", f"precomputed={folder}"]  # its people are the first of all
     assert run(model, photos, tmp_path / "whole", *shared, stage="precompute") == 0
     assert len(list((folder / "people").iterdir())) == 3
