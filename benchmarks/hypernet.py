@@ -119,7 +119,7 @@ def main() -> None:
     options.add_argument("--inversion-rate", type=float, default=inversion.rate, help="of Textual Inversion")
     options.add_argument("--inversion-steps", type=int, nargs="+", default=list(inversion.checkpoints))
     options.add_argument("--short", action="store_true", help="6 prompts instead of 11")
-    options.add_argument("--readme", action="store_true", help="then bring the table of README.md up to the report")
+    options.add_argument("--readme", action="store_true", help="then bring the tables of README.md and docs/results.md up to the report")
     add_options(options, grid_people=3)
     args = options.parse_args()
     if not args.hypernet.is_file():
@@ -134,9 +134,10 @@ def main() -> None:
     bench, subjects = open_bench(args, args.short), chosen_subjects(args, args.short)
     make_and_report(args, Table(bench, methods, rows, subjects), args.reference_people)
     if args.readme:
-        readme = ROOT / "README.md"
+        pages = (ROOT / "README.md", ROOT / "docs" / "results.md")
         objects = json.loads((args.results / f"{args.name}.json").read_text(encoding="utf-8"))
-        write_text(readme, short_table(readme.read_text(encoding="utf-8"), objects))
+        for page in pages:
+            write_text(page, short_table(page.read_text(encoding="utf-8"), objects))
 
 
 if __name__ == "__main__":
