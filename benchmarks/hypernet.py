@@ -119,7 +119,9 @@ def main() -> None:
     options.add_argument("--inversion-rate", type=float, default=inversion.rate, help="of Textual Inversion")
     options.add_argument("--inversion-steps", type=int, nargs="+", default=list(inversion.checkpoints))
     options.add_argument("--short", action="store_true", help="6 prompts instead of 11")
-    options.add_argument("--readme", action="store_true", help="then bring the tables of README.md and docs/results.md up to the report")
+    options.add_argument(
+        "--readme", action="store_true", help="then bring the tables of README.md and docs/results.md up to the report"
+    )
     add_options(options, grid_people=3)
     args = options.parse_args()
     if not args.hypernet.is_file():

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
+from .device import cores
 from .environment import OF_THE_MINIATURE, ROOT, lacking
 
-# From pure functions in milliseconds to a browser. One process each: what a tier imports or patches stays in it.
+# From pure functions in milliseconds to a browser. Processes of their own: what a tier imports or patches stays in it.
 _LAST = ("host", "server", "browser")
+_ONE_SERVER = ("server", "browser")  # that all of their tests share
 _FOUND = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
 TIERS = (*sorted(_FOUND - set(_LAST)), *(tier for tier in _LAST if tier in _FOUND))
 LINT = ("ruff check .", "ruff format --check .", "mypy")
 NO_TESTS_COLLECTED = 5
+MOST_WORKERS = 4  # each holds models of its own
+
+
+def command(tier: str, options: Sequence[str]) -> list[str]:
+    """The arguments of Python that run a tier: its files on all cores, unless they share a server."""
+    workers = min(cores(), MOST_WORKERS)
+    spread = [] if tier in _ONE_SERVER or workers < 2 else ["-n", str(workers), "--dist", "loadfile"]
+    # -P keeps the repository's `nodes` from hiding the host's.
+    return ["-P", "-m", "pytest", f"tests/{tier}", *spread, *options]
+
+
+def environ(tier: str) -> dict[str, str]:
+    """The variables of a tier: a thread for each process, as small tensors gain nothing by more and wait for them."""
+    own = {} if tier in _ONE_SERVER else {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return {**os.environ, **own}
 
 
 def main() -> int:
@@ -21,21 +40,18 @@ def main() -> int:
     if arguments in (["-h"], ["--help"]):
         print(f"usage: dev.py test [TIER …] [pytest options]\ntiers: lint {' '.join(TIERS)}")
         return 0
-    if lack := lacking(("pytest", "ruff", "mypy", *OF_THE_MINIATURE)):
+    if lack := lacking(("pytest", "xdist", "ruff", "mypy", *OF_THE_MINIATURE)):
         print(lack)
         return 1
     tiers = [a for a in arguments if a in ("lint", *TIERS)]
     options = [a for a in arguments if a not in tiers]
     failed = []
     for tier in tiers or ("lint", *TIERS):
-        if tier == "lint":
-            commands = [["-m", *lint.split()] for lint in LINT]
-        else:
-            # -P keeps the repository's `nodes` from hiding the host's.
-            commands = [["-P", "-m", "pytest", f"tests/{tier}", *options]]
+        commands = [["-m", *lint.split()] for lint in LINT] if tier == "lint" else [command(tier, options)]
         print(f"\n== {tier}", flush=True)
         since = time.monotonic()
-        codes = [subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode for command in commands]
+        runs = (subprocess.run([sys.executable, *c], cwd=ROOT, env=environ(tier), check=False) for c in commands)
+        codes = [run.returncode for run in runs]
         # Options can select no test of a tier; without Playwright there is no browser tier.
         none_is_fine = tier != "lint" and bool(options or tier == "browser")
         good = all(code == 0 or (code == NO_TESTS_COLLECTED and none_is_fine) for code in codes)

@@ -193,7 +193,7 @@ def test_a_page_shows_the_report(page):
         row["edit"] += 0.01
     lines = zip(readme.split("\n"), short_table(readme, objects).split("\n"), strict=True)
     assert sum(old != new for old, new in lines) >= 5
-    with pytest.raises(KeyError, match="caption|hyper"):
+    with pytest.raises(KeyError, match=r"caption|hyper"):
         short_table(readme, objects[:1])
 
 
