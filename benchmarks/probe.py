@@ -99,11 +99,10 @@ def main() -> None:
     add_option(options)
     options.add_argument("--results", type=Path, default=RESULTS)
     args = options.parse_args()
-    if args.basis is not None:
-        basis_file.load(args.basis)
+    learned = None if args.basis is None else basis_file.load(args.basis)[1]
     people = [sample_person(UNSEEN + i) for i in range(args.people)]
     targets = torch.tensor([truth(person) for person in people])
-    net = hypernet_file.load(args.hypernet).to(args.device)
+    net = hypernet_file.load(args.hypernet, learned).to(args.device)
     rows: list[dict[str, Any]] = [{"of": item} for item in ITEMS]
     tokens, columns = face_tokens(net, people, max(args.photos)), []
     for photos in args.photos:

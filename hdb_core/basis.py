@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,9 @@ class BasisRecipe:
         down_dim: a, the dimension of the input side; layers with fewer inputs use all of them.
         up_dim: b, the dimension of the output side; layers with fewer outputs use all of them.
         version: of the construction in this module.
-        learned: hash of the file of a learned basis, which `register_learned` has made known; empty is a random one.
+        learned: hash of the file of a learned basis; empty is a random one.
+        bases: of a learned basis whose file was read, layer name → (down_aux, up_aux) as `layer_basis` returns them. Recipes
+            are equal with and without.
     """
 
     seed: int = 0
@@ -46,6 +48,7 @@ class BasisRecipe:
     up_dim: int = 50
     version: int = 1
     learned: str = ""
+    bases: Mapping[str, tuple[Tensor, Tensor]] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.version != 1:
@@ -60,7 +63,12 @@ class BasisRecipe:
 
     def fields(self) -> dict[str, Any]:
         """As JSON takes it. Of a random basis, what there was before there were learned ones: its hash stays the same."""
-        return {name: value for name, value in asdict(self).items() if name != "learned" or value}
+        names = ("seed", "down_dim", "up_dim", "version", *(["learned"] if self.learned else []))
+        return {name: getattr(self, name) for name in names}
+
+    def read(self, learned: BasisRecipe | None) -> BasisRecipe:
+        """The same recipe with the bases of `learned`, if that is the learned basis it names."""
+        return self if learned is None or learned != self else learned
 
     def hash(self, layout: Layout) -> str:
         """SHA-256 over the stream, the recipe and the layers' names and sizes, as hex digits."""
@@ -69,20 +77,6 @@ class BasisRecipe:
     def dims(self, layer: Layer) -> tuple[int, int]:
         """(a', b'): the dimensions of a layer's bases, cut to its sizes."""
         return min(self.down_dim, layer.in_features), min(self.up_dim, layer.out_features)
-
-
-# Learned bases by the hash of their file: what a hash names never changes.
-_LEARNED: dict[str, Mapping[str, tuple[Tensor, Tensor]]] = {}
-
-
-def register_learned(digest: str, bases: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Make a learned basis known: layer name → (down_aux, up_aux) as `layer_basis` returns them."""
-    _LEARNED.setdefault(digest, bases)
-
-
-def is_known(recipe: BasisRecipe) -> bool:
-    """Whether the basis can be made here: a random one always, a learned one once its file was read."""
-    return not recipe.learned or recipe.learned in _LEARNED
 
 
 def layer_basis(recipe: BasisRecipe, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -137,13 +131,13 @@ def same_basis(probe_a: list[float], probe_b: list[float]) -> bool:
 
 
 def _learned(recipe: BasisRecipe, layer: Layer) -> tuple[Tensor, Tensor]:
-    if not is_known(recipe):
+    if recipe.bases is None:
         raise BasisError(
             f"This needs the learned basis {recipe.learned[:12]}…, which is not there. Put its file, which came with the "
             "hypernetwork or the person, into models/lidb_basis."
         )
     a, b = recipe.dims(layer)
-    down_aux, up_aux = _LEARNED[recipe.learned].get(layer.name, (torch.empty(0, 0), torch.empty(0, 0)))
+    down_aux, up_aux = recipe.bases.get(layer.name, (torch.empty(0, 0), torch.empty(0, 0)))
     if down_aux.shape != (a, layer.in_features) or up_aux.shape != (layer.out_features, b):
         raise BasisError(
             f"The learned basis {recipe.learned[:12]}… is of another model: it does not fit the layer {layer.name}. "

@@ -10,7 +10,7 @@ from ..hdb_core.errors import LiDBFileError
 from ..hdb_core.files import lidb as lidb_file
 from ..hdb_core.files import lora as lora_file
 from ..hdb_core.lidb import LiDB
-from .host.folders import find_lidb, provide_basis, saved_lidbs
+from .host.folders import find_lidb, learned_basis, saved_lidbs
 from .host.output import name_in_output, save_to_output
 from .host.progress import send_text
 from .types import CATEGORY, LIDB
@@ -87,8 +87,7 @@ class LoadLiDB(io.ComfyNode):
     @classmethod
     def execute(cls, lidb_name: str) -> io.NodeOutput:
         path = find_lidb(lidb_name)
-        provide_basis(lidb_file.read_header(path).basis)
-        lidb = lidb_file.load(path)
+        lidb = lidb_file.load(path, learned_basis(lidb_file.read_header(path).basis))
         return io.NodeOutput(lidb, lidb.about.prompt)
 
 

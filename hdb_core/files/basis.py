@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..basis import BasisRecipe, register_learned
+from ..basis import BasisRecipe
 from ..errors import BasisFileError
 from ..layout import Layout
 from . import container
@@ -23,7 +24,7 @@ KIND = container.FileKind(
     key="lidb_basis",
     name="LiDB basis",
     version=1,
-    choose="Choose a file that hdb_core.train basis has written.",
+    choose="Choose the basis.safetensors of a run of hdb_core.train.",
     remake="learn it again",
     error=BasisFileError,
 )
@@ -71,10 +72,10 @@ def read_digest(path: str | os.PathLike[str]) -> str:
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Layout, BasisRecipe]:
-    """Read a learned basis and make it known (`basis.register_learned`).
+    """Read a learned basis.
 
     Returns:
-        The layers that it is for, and the recipe that names it.
+        The layers that it is for, and the recipe that names and holds it.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -98,8 +99,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Layout, BasisRecipe]:
         made = {name: (orthonormal(down.mT).mT.contiguous(), orthonormal(up)) for name, (down, up) in bases.items()}
     if not all(bool(t.isfinite().all()) for pair in made.values() for t in pair):
         raise KIND.damaged(path, "its vectors are not orthonormal")
-    register_learned(recipe.learned, made)
-    return layout, recipe
+    return layout, replace(recipe, bases=made)
 
 
 def _recipe(fields: Mapping[str, Any]) -> BasisRecipe:

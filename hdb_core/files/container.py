@@ -177,7 +177,7 @@ def read_space(kind: FileKind, fields: Mapping[str, Any], path: Path) -> tuple[L
         stream = recipe.pop("stream")
         whole_number(recipe["down_dim"], 1, MAX_DIM, "down_dim")
         whole_number(recipe["up_dim"], 1, MAX_DIM, "up_dim")
-        basis = read_dataclass(BasisRecipe, recipe)
+        basis = read_dataclass(BasisRecipe, recipe, bases=None)
         same_recipe = stream == STREAM and basis.hash(layout) == fields["basis_hash"]
     if not same_recipe:
         raise kind.other_basis(path)
@@ -196,8 +196,16 @@ def read_info(fields: Mapping[str, Any]) -> dict[str, str]:
     return info
 
 
-def check_basis(kind: FileKind, fields: Mapping[str, Any], path: Path) -> None:
-    """Compare a file's probe with the basis as this installation makes it.
+def check_basis(
+    kind: FileKind, fields: Mapping[str, Any], path: Path, learned: BasisRecipe | None = None
+) -> BasisRecipe:
+    """Compare a file's probe with the basis as this installation makes it; the recipe, with a learned basis in it.
+
+    Args:
+        kind: of the file.
+        fields: its header.
+        path: of the file, for the messages.
+        learned: the learned basis that the file names, if it names one.
 
     Raises:
         HDBError: of the kind's class, if they differ, or the file of a learned basis was not read.
@@ -207,12 +215,14 @@ def check_basis(kind: FileKind, fields: Mapping[str, Any], path: Path) -> None:
         stored = [float(value) for value in fields["basis_probe"]]
         if probe_size(basis, layout) > MAX_PROBED:
             raise ValueError("its smallest layers are too large")
+    basis = basis.read(learned)
     try:
         made = probe(basis, layout)
     except BasisError as error:
         raise kind.error(f"{path.name!r}: {error}") from error
     if not same_basis(stored, made):
         raise kind.other_basis(path)
+    return basis
 
 
 def write(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,12 @@ def read_header(path: str | os.PathLike[str]) -> HyperNetHeader:
         return HyperNetHeader(read_config(fields["sizes"], layout, basis), container.read_info(fields), fields)
 
 
-def load(path: str | os.PathLike[str]) -> HyperNet:
+def load(path: str | os.PathLike[str], learned: BasisRecipe | None = None) -> HyperNet:
     """Read a hypernetwork, float32 on the CPU, in evaluation mode.
+
+    Args:
+        path: of the file.
+        learned: the learned basis that the file names, from `files.basis.load`; of no use for a random one.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -102,12 +106,12 @@ def load(path: str | os.PathLike[str]) -> HyperNet:
     """
     path = Path(path)
     header = read_header(path)
-    container.check_basis(KIND, header.fields, path)
+    basis = container.check_basis(KIND, header.fields, path, learned)
     tensors = container.read_tensors(KIND, header.fields, path)
     with KIND.garbled(path):
         shapes = {name: tuple(weight.shape) for name, weight in tensors.items()}
         _require_sizes(header.config, shapes)
-        net = HyperNet.create(header.config)
+        net = HyperNet.create(replace(header.config, basis=basis))
         if shapes != {name: tuple(weight.shape) for name, weight in net.state_dict().items()}:
             raise ValueError(_OTHER_SIZES)
         if not all(weight.is_floating_point() for weight in tensors.values()):

@@ -103,8 +103,12 @@ def save(lidb: LiDB, path: str | os.PathLike[str], rank: int | None = None, bits
     return container.write(KIND, path, fields, tensors, new)
 
 
-def load(path: str | os.PathLike[str]) -> LiDB:
+def load(path: str | os.PathLike[str], learned: BasisRecipe | None = None) -> LiDB:
     """Read a person, float32 on the CPU.
+
+    Args:
+        path: of the file.
+        learned: the learned basis that the file names, from `files.basis.load`; of no use for a random one.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -113,7 +117,7 @@ def load(path: str | os.PathLike[str]) -> LiDB:
     """
     path = Path(path)
     header = read_header(path)
-    container.check_basis(KIND, header.fields, path)
+    basis = container.check_basis(KIND, header.fields, path, learned)
     tensors = container.read_tensors(KIND, header.fields, path)
     with KIND.garbled(path):
         count = sum(header.ranks)
@@ -124,7 +128,7 @@ def load(path: str | os.PathLike[str]) -> LiDB:
     if not (up.isfinite().all() and down.isfinite().all()):
         raise LiDBFileError(f"{path.name!r} holds NaN or infinity. Make the person again with a lower learning rate.")
     down, up = _by_layer(header.ranks, down), _by_layer(header.ranks, up).mT
-    return LiDB(header.layout, header.basis, down, up, header.about)
+    return LiDB(header.layout, basis, down, up, header.about)
 
 
 def read_header(path: str | os.PathLike[str]) -> LiDBHeader:

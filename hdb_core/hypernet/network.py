@@ -14,7 +14,7 @@ Source: HyperDreamBooth, arXiv 2307.06949, section 4.2.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -70,7 +70,8 @@ class HyperNetConfig:
 
     def fields(self) -> dict[str, Any]:
         """The sizes as JSON takes them, without layout and basis, which the file's space holds."""
-        return {k: v for k, v in asdict(self).items() if k not in ("layout", "basis")}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layout", "basis")}
+        return own | {"encoder": asdict(self.encoder)}
 
 
 class HyperNet(nn.Module):

@@ -95,7 +95,7 @@ def matching_hypernet(path: Path, config: HyperNetConfig) -> HyperNet:
     Raises:
         HyperNetError: if its sizes, layers or basis are others than those of the training.
     """
-    net = hypernet_file.load(path)
+    net = hypernet_file.load(path, config.basis)
     if different := differing(net_sizes(config), net_sizes(net.config)):
         raise HyperNetError(
             f"{path} differs from the hypernetwork to be trained in: {', '.join(different)}. "

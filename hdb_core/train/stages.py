@@ -186,7 +186,7 @@ def run_evaluate(job: Job) -> None:
     run, settings = job.run, job.settings
     if job.recipe.learned:  # its file has to be read before anything in it
         job.accelerator.print(f"In the learned basis {job.recipe.learned[:12]}.")
-    net = FromFaces(hypernet_file.load(run.file).to(job.accelerator.device))
+    net = FromFaces(hypernet_file.load(run.file, job.recipe).to(job.accelerator.device))
     everybody = job.encoded(net.net.config.basis)
     _, people = split(everybody, settings.held_out, settings.overfit)
     if not settings.overfit:

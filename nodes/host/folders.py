@@ -9,7 +9,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ...hdb_core.basis import BasisRecipe, is_known
+from ...hdb_core.basis import BasisRecipe
 from ...hdb_core.errors import BasisFileError, HDBError, HyperNetFileError, LiDBFileError
 from ...hdb_core.files import basis as basis_file
 
@@ -71,15 +71,13 @@ def find_basis(name: str) -> Path:
     return _find(BASES, name, "basis", "Empty LiDB", BasisFileError)
 
 
-def provide_basis(recipe: BasisRecipe) -> None:
-    """Read the file of a learned basis, if one of `saved_bases` is it; whoever needs it says so if none is."""
-    if is_known(recipe):
-        return
-    for name in saved_bases():
+def learned_basis(recipe: BasisRecipe) -> BasisRecipe | None:
+    """The learned basis that a recipe names, if one of `saved_bases` is it; whoever needs it says so if none is."""
+    for name in saved_bases() if recipe.learned else ():
         with suppress(BasisFileError, OSError):
             if basis_file.read_digest(path := find_basis(name)) == recipe.learned:
-                basis_file.load(path)
-                return
+                return basis_file.load(path)[1]
+    return None
 
 
 def _find(category: str, name: str, what: str, node: str, error: type[HDBError]) -> Path:

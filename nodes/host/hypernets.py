@@ -14,7 +14,7 @@ from ...hdb_core.files import hypernet as hypernet_file
 from ...hdb_core.hypernet import HyperNetConfig, predict, preprocess
 from ...hdb_core.images import as_rgb
 from ...hdb_core.lidb import LiDB
-from .folders import provide_basis
+from .folders import learned_basis
 
 
 class HostHyperNet:
@@ -58,9 +58,9 @@ class HostHyperNet:
 
     def _loaded(self) -> ModelPatcher:
         if self._patcher is None:
-            provide_basis(self.config.basis)
+            net = hypernet_file.load(self.path, learned_basis(self.config.basis))
             device, rest = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-            self._patcher = ModelPatcher(hypernet_file.load(self.path), load_device=device, offload_device=rest)
+            self._patcher = ModelPatcher(net, load_device=device, offload_device=rest)
         comfy.model_management.load_models_gpu([self._patcher], force_full_load=True)
         return self._patcher
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
-from hdb_core import basis
-from hdb_core.basis import BasisRecipe, is_known, layer_basis
+from hdb_core.basis import BasisRecipe, layer_basis
 from hdb_core.errors import BasisError, BasisFileError, LiDBFileError
 from hdb_core.files import basis as basis_file
 from hdb_core.files import lidb as lidb_file
@@ -43,16 +43,6 @@ def learned(toy):
 def path(toy, learned, tmp_path):
     basis_file.save(toy.layout, learned, (6, 4), tmp_path / FILE, {"people": "6"})
     return tmp_path / FILE
-
-
-@pytest.fixture
-def forgotten(monkeypatch):
-    """As in a process that has read no basis yet."""
-
-    def forget():
-        monkeypatch.setattr(basis, "_LEARNED", {})
-
-    return forget
 
 
 def test_photos_in_groups_ask_for_the_same(toy):
@@ -124,7 +114,7 @@ def test_no_people_to_learn_from_and_broken_photos(toy):
 
 def test_the_file_brings_the_basis_back_orthonormal(toy, learned, path):
     layout, recipe = basis_file.load(path)
-    assert layout == toy.layout and recipe.learned == basis_file.read_digest(path) and is_known(recipe)
+    assert layout == toy.layout and recipe.learned == basis_file.read_digest(path)
     for name, (down_aux, up_aux) in bases_of(recipe, layout).items():
         torch.testing.assert_close(down_aux @ down_aux.T, torch.eye(6), atol=1e-6, rtol=0)
         torch.testing.assert_close(down_aux, learned[name][0], atol=1e-3, rtol=0)
@@ -140,23 +130,24 @@ def test_the_algebra_on_the_core_is_that_of_the_full_matrices(path):
     torch.testing.assert_close(norm(person), full, atol=0, rtol=1e-5)
 
 
-def test_a_person_in_it_needs_its_file(path, tmp_path, forgotten):
+def test_a_person_in_it_needs_its_file(path, tmp_path):
     layout, recipe = basis_file.load(path)
     up = torch.randn(len(layout.layers), 4, 1, generator=torch.Generator().manual_seed(1))
     person = LiDB(layout, recipe, start_down(recipe, layout, 1), up)
     lidb_file.save(person, tmp_path / "person.safetensors")
-    forgotten()
     assert lidb_file.read_header(tmp_path / "person.safetensors").basis == recipe
     with pytest.raises(LiDBFileError, match=r"learned basis .* is not there"):
         lidb_file.load(tmp_path / "person.safetensors")
-    basis_file.load(path)
-    loaded = lidb_file.load(tmp_path / "person.safetensors")
+    other = replace(recipe, learned="0" * 64)
+    with pytest.raises(LiDBFileError, match=r"learned basis .* is not there"):
+        lidb_file.load(tmp_path / "person.safetensors", other)
+    loaded = lidb_file.load(tmp_path / "person.safetensors", basis_file.load(path)[1])
     assert loaded.basis == recipe and (core(loaded) - core(person)).norm() < 1e-3 * norm(person)
 
 
 def test_of_another_model_it_is_refused(path):
     _, recipe = basis_file.load(path)
-    for layer in (Layer("unet.other", 32, 32), Layer(next(iter(basis._LEARNED[recipe.learned])), 33, 32)):
+    for layer in (Layer("unet.other", 32, 32), Layer(next(iter(recipe.bases)), 33, 32)):
         with pytest.raises(BasisError, match="another model"):
             layer_basis(recipe, layer)
 

@@ -28,10 +28,9 @@ def basis(host, loaded, base_directory):
 
 @pytest.fixture
 def forget(host, monkeypatch):
-    """As after a restart: no basis is known."""
+    """As after a restart: no model holds a basis."""
 
     def execute():
-        monkeypatch.setattr(host.module("hdb_core.basis"), "_LEARNED", {})
         monkeypatch.setattr(host.module("nodes.host.bases"), "_OF_MODEL", weakref.WeakKeyDictionary())
 
     return execute

@@ -28,7 +28,6 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from hdb_core import basis as basis_module
 from hdb_core.errors import HyperNetError
 from hdb_core.files import basis as basis_file
 from hdb_core.files import hypernet as hypernet_file
@@ -349,7 +348,7 @@ def test_people_are_judged_by_ordinary_photos(count, wanted, seen):
     assert ordinary(count, wanted) == seen
 
 
-def test_everything_in_a_learned_basis(model, photos, straight, tmp_path, capsys, monkeypatch):
+def test_everything_in_a_learned_basis(model, photos, straight, tmp_path, capsys):
     """Learned, fitted and predicted in it; a hypernetwork of another basis is refused."""
     folder, learned = tmp_path / "run", ["--set", "basis.learn_from=4"]
     assert run(model, photos, folder, stage="basis") == 1
@@ -362,7 +361,6 @@ def test_everything_in_a_learned_basis(model, photos, straight, tmp_path, capsys
     assert measured["unseen_people"] == 2 and measured["held"] > measured["held_by_a_random_basis"]
     _, recipe = basis_file.load(folder / "basis.safetensors")
     assert hypernet_file.read_header(folder / "hypernet.safetensors").config.basis == recipe
-    monkeypatch.setattr(basis_module, "_LEARNED", {})  # as in another process
     assert run(model, photos, folder, "--steps", "1", *learned, stage="evaluate") == 0
     file = ["--steps", "1", "--set", f"precomputed={straight}", f"basis.file={folder / 'basis.safetensors'}"]
     encoder = [f"begin_with={straight / 'encoder.safetensors'}", "pretrain.steps=0"]
