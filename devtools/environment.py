@@ -308,7 +308,11 @@ def _ensure_models(host: Host) -> None:
     them."""
     weights, core = ROOT / "weights", ROOT / "hdb_core"
     folders = (core, core / "files", core / "hypernet")
-    writers = [ROOT / "miniature" / "checkpoint.py", *(path for f in folders for path in sorted(f.glob("*.py")))]
+    writers = [
+        ROOT / "miniature" / "checkpoint.py",
+        ROOT / "miniature" / "packing.py",
+        *(path for f in folders for path in sorted(f.glob("*.py"))),
+    ]
     if not (weights / "miniature_base.safetensors").is_file():
         _say("The miniature base model is not in weights/: continuing without it.")
         return

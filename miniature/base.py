@@ -17,8 +17,8 @@ from transformers import CLIPTokenizer
 
 from devtools.device import add_option
 
-from .checkpoint import trained_weights
 from .latents import chunk_indices
+from .packing import trained_weights
 from .pictures import training_picture
 from .text import build_text_encoder, load_tokenizer, tokenize, vocabulary
 from .training import Trainer, to_device

@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hdb_core.files import container
@@ -21,6 +20,7 @@ from hdb_core.files.atomic import replacing
 from hdb_core.hypernet import HyperNet
 from hdb_core.layout import ldm_block
 
+from .packing import pack_tensors, read_packed, trained_weights, unpack_tensors
 from .training import load_average
 
 LATENT_FACTOR = 0.18215  # of the host: model-space latents are the VAE's times this
@@ -29,7 +29,6 @@ BASE_FILE, VAE_FILE = "miniature_base.safetensors", "miniature_vae.safetensors"
 HYPERNET_FILE = "miniature_hypernet.safetensors"
 CLIP_LAYERS = 12
 _HEADER = {"format": FORMAT, "version": "1"}
-_SCALE = "::scale"
 _TOKEN_ROWS = "text_encoder.embeddings.token_embedding.rows"
 _TOKEN_WEIGHT = "text_encoder.embeddings.token_embedding.weight"
 _VOCABULARY = 49408
@@ -58,47 +57,6 @@ def ldm_name(name: str, layers_per_block: int = 1) -> str:
         module, leaf = rest.split(".", 1)
         rest = f"{_RESNET[module]}.{leaf}"
     return f"{ldm_block(section, block, kind, int(index), layers_per_block)}.{rest}"
-
-
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix or kernel (out, ...) as int8 of the same shape and a float16 scale (out,)."""
-    scale = (weight.flatten(1).abs().amax(1) / 127).clamp(min=1e-8).half()
-    rows = scale.float().view(-1, *[1] * (weight.ndim - 1))
-    return torch.round(weight / rows).clamp(-127, 127).to(torch.int8), scale
-
-
-def pack_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """float32 weights to their packed form."""
-    packed = {}
-    for name, weight in state.items():
-        if weight.ndim >= 2 and weight.numel() >= 4096:
-            packed[name], packed[name + _SCALE] = quantize(weight)
-        else:
-            packed[name] = weight.half()
-    return {name: weight.contiguous() for name, weight in packed.items()}
-
-
-def unpack_tensors(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Packed weights back to float32."""
-    state = {}
-    for name, weight in packed.items():
-        if name.endswith(_SCALE):
-            continue
-        scale = packed.get(name + _SCALE)
-        state[name] = weight.float() if scale is None else weight * scale.float().view(-1, *[1] * (weight.ndim - 1))
-    return state
-
-
-def read_packed(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The packed tensors and the header of a file in ``weights/``."""
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        return {name: file.get_tensor(name) for name in names}, file.metadata()
-
-
-def trained_weights(source: Path) -> dict[str, torch.Tensor]:
-    """float32 weights of a training, from its run's folder or from the packed file in ``weights/``."""
-    return load_average(source) if source.is_dir() else unpack_tensors(read_packed(source)[0])
 
 
 def checkpoint_tensors(

@@ -15,7 +15,7 @@ from diffusers import AutoencoderTiny
 
 from devtools.device import add_option
 
-from .checkpoint import trained_weights
+from .packing import trained_weights
 from .pictures import CHUNK, is_pair
 from .training import to_device
 from .vae import build_vae, to_tensor

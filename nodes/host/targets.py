@@ -7,9 +7,8 @@ from comfy.sd import CLIP
 from torch import nn
 
 from ...hdb_core.errors import LayoutError
-from ...hdb_core.layout import Layout, find_targets, layout_of, require_layers
+from ...hdb_core.layout import FAMILY_BY_CONTEXT, Layout, find_targets, layout_of, require_layers
 
-FAMILY_BY_CONTEXT = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 TEXT_ENCODERS = ("clip_l", "clip_h", "clip_g")
 
 

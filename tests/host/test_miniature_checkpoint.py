@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from miniature.base import Base
-from miniature.checkpoint import expand, pack_tensors, unpack_tensors, write_base, write_vae
+from miniature.checkpoint import expand, write_base, write_vae
+from miniature.packing import pack_tensors, unpack_tensors
 from miniature.text import load_tokenizer, tokenize, vocabulary
 from miniature.vae import build_vae
 

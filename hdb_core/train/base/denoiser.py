@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ...errors import LayoutError
-from ...layout import find_targets, layout_of
+from ...layout import FAMILY_BY_CONTEXT, find_targets, layout_of
 from .single_file import Parts, load_tokenizer, read_single_file
 
-_FAMILY_BY_CONTEXT = {768: "sd1", 1024: "sd2"}
 # Of a schedule that ends in noise alone, whose last sigma would be infinite; sigma is 4519 there. ComfyUI has the same.
 _LEAST_SIGNAL = 4.8973451890853435e-08
+_FAMILIES = ("sd1", "sd2")
 _PARTS = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
 
 
@@ -46,8 +46,8 @@ class DiffusersDenoiser:
         prediction_type: str,
         convolutions: bool = False,
     ) -> None:
-        family = _FAMILY_BY_CONTEXT.get(unet.config.cross_attention_dim)
-        if family is None or prediction_type not in ("epsilon", "v_prediction"):
+        family = FAMILY_BY_CONTEXT.get(unet.config.cross_attention_dim)
+        if family not in _FAMILIES or prediction_type not in ("epsilon", "v_prediction"):
             raise LayoutError(
                 f"Training knows SD 1.x and SD 2.x that predict epsilon or v, but this model reads text of width "
                 f"{unet.config.cross_attention_dim} and predicts {prediction_type!r}. Give it another --model."
