@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FROM_PREDICTION, FROM_PHOTO, FROM_PHOTOS = "a prediction", "one photo", "several photos"
+IN_LEARNED_BASIS = "photos in a learned basis"
 
 
 class Strengths(NamedTuple):
@@ -51,11 +52,21 @@ RECOMMENDED = {
     FROM_PREDICTION: Recommendation(12, Strengths(0.7, 0.5, 2.5)),
     FROM_PHOTO: Recommendation(56, Strengths(0.35, 0.5, 4.5)),
     FROM_PHOTOS: Recommendation(100, Strengths(0.7, 0.5, 2.5)),
+    # More steps soon repeat the photo there.
+    IN_LEARNED_BASIS: Recommendation(8, Strengths(0.7, 0.5, 2.5)),
 }
 
 
-def made_from(photos: int, predicted: bool) -> str:
-    """The key of `RECOMMENDED` for a person from so many photos, with or without a prediction to begin with."""
+def made_from(photos: int, predicted: bool, learned: bool) -> str:
+    """The key of `RECOMMENDED` for a person from so many photos.
+
+    Args:
+        photos: how many.
+        predicted: whether the fine-tune began with a prediction.
+        learned: whether the bases are learned ones.
+    """
     if predicted:
         return FROM_PREDICTION
+    if learned:
+        return IN_LEARNED_BASIS
     return FROM_PHOTO if photos == 1 else FROM_PHOTOS

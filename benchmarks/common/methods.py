@@ -192,7 +192,7 @@ class FastFinetuning:
         """Every setting but the captions: `described` says whether there are any."""
         config = resolved(self.settings)
         del config["photo_words"]
-        source = made_from(self.photos, isinstance(self.start, Predicted))
+        source = made_from(self.photos, isinstance(self.start, Predicted), isinstance(self.start, LearnedBasis))
         return config | {"steps": config["steps"] or RECOMMENDED[source].steps}
 
     @property

@@ -67,10 +67,15 @@ def start_factors(basis: BasisRecipe, layout: Layout, rank: int, init: LiDB | No
     return down, up
 
 
+def source_of(config: FinetuneConfig, photos: int, init: LiDB | None) -> str:
+    """What a person is made from, a key of `recommended.RECOMMENDED`."""
+    predicted = init is not None and init.about.made_from == FROM_PREDICTION
+    return made_from(photos, predicted, bool((config.basis if init is None else init.basis).learned))
+
+
 def describe(config: FinetuneConfig, photos: int, init: LiDB | None, steps: int) -> About:
     """What is known of a person after so many steps on so many photos, from another one or from none."""
-    predicted = init is not None and init.about.made_from == FROM_PREDICTION
-    source = made_from(photos, predicted)
+    source = source_of(config, photos, init)
     before = About() if init is None else init.about
     return replace(
         before,

@@ -23,10 +23,10 @@ from ..diffusion import Batch, Denoiser, backward, diffusion_loss
 from ..errors import HDBError
 from ..layout import Layout
 from ..lidb import About, LiDB
-from ..recommended import FROM_PREDICTION, RECOMMENDED, made_from
+from ..recommended import RECOMMENDED
 from .batches import BatchSampler, checked_mask, require_prior
 from .config import FinetuneConfig
-from .factors import TrainableFactors, describe, start_factors
+from .factors import TrainableFactors, describe, source_of, start_factors
 
 # A model that predicts nothing has a native-target error of about 1, so a loss of about the sum of the batch's weights;
 # ten times that is no training noise.
@@ -106,7 +106,7 @@ def finetune(
     """
     # The host runs nodes in inference mode, in which autograd is off and new tensors can never be trained.
     with torch.inference_mode(False), torch.enable_grad():
-        config = replace(config, steps=config.steps or automatic_steps(len(latents), init))
+        config = replace(config, steps=config.steps or automatic_steps(config, len(latents), init))
         recipe = config.basis if init is None else init.basis
         factors = TrainableFactors(adapters or Adapters(recipe, denoiser.layout, latents.device), config, init)
         sampler = BatchSampler(denoiser.sigmas(), latents, config, mask, prior_latents)
@@ -143,10 +143,9 @@ def require_inputs(
         checked_mask(mask, photos)
 
 
-def automatic_steps(photos: int, init: LiDB | None = None) -> int:
+def automatic_steps(config: FinetuneConfig, photos: int, init: LiDB | None = None) -> int:
     """The recommended number of steps on so many photos, from a person to begin with or from none."""
-    predicted = init is not None and init.about.made_from == FROM_PREDICTION
-    return RECOMMENDED[made_from(photos, predicted)].steps
+    return RECOMMENDED[source_of(config, photos, init)].steps
 
 
 def _train(

@@ -12,8 +12,10 @@ from hdb_core.basis import BasisRecipe, layer_basis
 from hdb_core.errors import BasisError, BasisFileError, LiDBFileError
 from hdb_core.files import basis as basis_file
 from hdb_core.files import lidb as lidb_file
+from hdb_core.finetuning import FinetuneConfig, finetune
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import LiDB, core, delta_weight, nobody, norm, start_down
+from hdb_core.recommended import IN_LEARNED_BASIS, RECOMMENDED
 from hdb_core.train.basis import BasisConfig, Directions, _gradients, held_share, learn_basis, trainable_weights
 from hdb_core.train.data.latents import EncodedPhotos
 
@@ -150,6 +152,14 @@ def test_of_another_model_it_is_refused(path):
     for layer in (Layer("unet.other", 32, 32), Layer(next(iter(recipe.bases)), 33, 32)):
         with pytest.raises(BasisError, match="another model"):
             layer_basis(recipe, layer)
+
+
+def test_a_fine_tune_in_it_takes_the_steps_that_suit_it(toy, latents, path):
+    start = nobody(*basis_file.load(path))
+    config = FinetuneConfig(rank=1, batch_size=1, learning_rate=1e-3)
+    about = finetune(toy, latents, config, init=start).lidb.about
+    assert (about.made_from, about.steps) == (IN_LEARNED_BASIS, RECOMMENDED[IN_LEARNED_BASIS].steps)
+    assert about.strengths == RECOMMENDED[IN_LEARNED_BASIS].strengths
 
 
 def test_nobody_changes_nothing(path):

@@ -43,7 +43,7 @@ def test_learned_saved_loaded_after_a_restart_and_applied(run, host, train, samp
     applied = sample(*run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=empty))
     assert torch.equal(applied, untouched)
     person = train(lidb=empty, steps=2, learning_rate=0.1, rank=2)
-    assert person.basis == empty.basis and person.rank == 2 and person.about.made_from == "one photo"
+    assert person.basis == empty.basis and person.rank == 2 and person.about.made_from == "photos in a learned basis"
     (path,) = run("SaveLiDB", lidb=person, filename_prefix="lidb/learned", rank=0)
     direct = sample(*run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=person))
     forget()
