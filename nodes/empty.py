@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from comfy_api.latest import io
 
-from ..hdb_core.errors import BasisFileError
 from ..hdb_core.files import basis as basis_file
 from ..hdb_core.lidb import nobody
-from .host.folders import find_basis, saved_bases
+from .host.folders import BASES, find, names_on, validated
 from .types import CATEGORY, LIDB
 
 
@@ -22,7 +23,7 @@ class EmptyLiDB(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "basis_name",
-                    options=saved_bases(),
+                    options=names_on(BASES),
                     tooltip="Files in models/lidb_basis and the lidb_basis paths of extra_model_paths.yaml, each for one base model. Press R to refresh.",
                 ),
             ],
@@ -34,16 +35,15 @@ class EmptyLiDB(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, basis_name: str | None) -> bool | str:
-        try:
-            return basis_name is None or bool(find_basis(basis_name))
-        except BasisFileError as error:
-            return str(error)
+    def validate_inputs(cls, basis_name: str | None = None) -> bool | str:
+        return validated(BASES, basis_name)
 
     @classmethod
-    def fingerprint_inputs(cls, basis_name: str) -> str:
-        return basis_file.read_digest(find_basis(basis_name))
+    def fingerprint_inputs(cls, basis_name: str | None = None) -> str | float:
+        if basis_name is None:
+            return math.nan  # a name over a wire is known when the node runs
+        return basis_file.read_digest(find(BASES, basis_name))
 
     @classmethod
-    def execute(cls, basis_name: str) -> io.NodeOutput:
-        return io.NodeOutput(nobody(*basis_file.load(find_basis(basis_name))))
+    def execute(cls, basis_name: str | None = None) -> io.NodeOutput:
+        return io.NodeOutput(nobody(*basis_file.load(find(BASES, basis_name))))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 from comfy_api.latest import io, ui
 
-from ..hdb_core.errors import LiDBFileError
 from ..hdb_core.files import lidb as lidb_file
 from ..hdb_core.files import lora as lora_file
 from ..hdb_core.lidb import LiDB
-from .host.folders import find_lidb, learned_basis, saved_lidbs
-from .host.output import name_in_output, save_to_output
+from .host.folders import LIDBS, find, learned_basis, names_on, validated
+from .host.output import name_in_output, refusal, save_to_output
 from .host.progress import send_text
 from .types import CATEGORY, LIDB
 
@@ -29,7 +29,7 @@ class SaveLiDB(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="lidb/person",
-                    tooltip="Name inside the output folder; a number is added. Load LiDB lists the folder lidb. %year%, %month%, %day% … are filled in.",
+                    tooltip="Name inside the output folder; a number is added. Load LiDB lists the folder lidb. %date:yyyy-MM-dd%, %year%, %month% … are filled in.",
                 ),
                 io.Int.Input(
                     "rank",
@@ -43,6 +43,10 @@ class SaveLiDB(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        return refusal(filename_prefix)
 
     @classmethod
     def execute(cls, lidb: LiDB, filename_prefix: str, rank: int) -> io.NodeOutput:
@@ -63,7 +67,7 @@ class LoadLiDB(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "lidb_name",
-                    options=saved_lidbs(),
+                    options=names_on(LIDBS),
                     tooltip="Files in models/lidb, output/lidb and the lidb paths of extra_model_paths.yaml. Press R to refresh.",
                 ),
             ],
@@ -74,19 +78,18 @@ class LoadLiDB(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lidb_name: str | None) -> bool | str:
-        try:
-            return lidb_name is None or bool(find_lidb(lidb_name))
-        except LiDBFileError as error:
-            return str(error)
+    def validate_inputs(cls, lidb_name: str | None = None) -> bool | str:
+        return validated(LIDBS, lidb_name)
 
     @classmethod
-    def fingerprint_inputs(cls, lidb_name: str) -> str:
-        return hashlib.sha256(find_lidb(lidb_name).read_bytes()).hexdigest()
+    def fingerprint_inputs(cls, lidb_name: str | None = None) -> str | float:
+        if lidb_name is None:
+            return math.nan  # a name over a wire is known when the node runs
+        return hashlib.sha256(find(LIDBS, lidb_name).read_bytes()).hexdigest()
 
     @classmethod
-    def execute(cls, lidb_name: str) -> io.NodeOutput:
-        path = find_lidb(lidb_name)
+    def execute(cls, lidb_name: str | None = None) -> io.NodeOutput:
+        path = find(LIDBS, lidb_name)
         lidb = lidb_file.load(path, learned_basis(lidb_file.read_header(path).basis))
         return io.NodeOutput(lidb, lidb.about.prompt)
 
@@ -111,6 +114,10 @@ class SaveLiDBAsLoRA(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        return refusal(filename_prefix)
 
     @classmethod
     def execute(cls, lidb: LiDB, filename_prefix: str) -> io.NodeOutput:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..hdb_core.errors import HyperNetFileError
-from .host.folders import find_hypernet, saved_hypernets
+from .host.folders import HYPERNETS, find, names_on, validated
 from .host.hypernets import HostHyperNet
 from .host.progress import send_text
 from .host.targets import class_of, require_unet
@@ -25,7 +25,7 @@ class LoadHyperNet(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "hypernet_name",
-                    options=saved_hypernets(),
+                    options=names_on(HYPERNETS),
                     tooltip="Files in models/hyperdreambooth and the hyperdreambooth paths of extra_model_paths.yaml. Press R to refresh.",
                 ),
                 io.ClipVision.Input(
@@ -38,20 +38,21 @@ class LoadHyperNet(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, hypernet_name: str | None) -> bool | str:
-        try:
-            return hypernet_name is None or bool(find_hypernet(hypernet_name))
-        except HyperNetFileError as error:
-            return str(error)
+    def validate_inputs(cls, hypernet_name: str | None = None) -> bool | str:
+        return validated(HYPERNETS, hypernet_name)
 
     @classmethod
-    def fingerprint_inputs(cls, hypernet_name: str, clip_vision: io.ClipVision.Type | None = None) -> str:
-        stat = find_hypernet(hypernet_name).stat()
+    def fingerprint_inputs(
+        cls, hypernet_name: str | None = None, clip_vision: io.ClipVision.Type | None = None
+    ) -> str | float:
+        if hypernet_name is None:
+            return math.nan  # a name over a wire is known when the node runs
+        stat = find(HYPERNETS, hypernet_name).stat()
         return f"{stat.st_mtime_ns} {stat.st_size}"
 
     @classmethod
-    def execute(cls, hypernet_name: str, clip_vision: io.ClipVision.Type | None = None) -> io.NodeOutput:
-        return io.NodeOutput(HostHyperNet(find_hypernet(hypernet_name), clip_vision))
+    def execute(cls, hypernet_name: str | None = None, clip_vision: io.ClipVision.Type | None = None) -> io.NodeOutput:
+        return io.NodeOutput(HostHyperNet(find(HYPERNETS, hypernet_name), clip_vision))
 
 
 class PredictLiDB(io.ComfyNode):

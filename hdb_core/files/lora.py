@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..adapters import Adapters
@@ -35,9 +35,10 @@ def save(lidb: LiDB, path: str | os.PathLike[str], adapters: Adapters | None = N
         OSError: if it cannot be written.
     """
     metadata = {f"lidb_{name}": str(getattr(lidb.about, name)) for name in METADATA}
+    data = safetensors.torch.save(state_dict(lidb, adapters), metadata)
     with creating(Path(path)) as temporary:
-        save_file(state_dict(lidb, adapters), temporary, metadata)
-    return Path(path).stat().st_size
+        temporary.write_bytes(data)  # whose errors are the system's
+    return len(data)
 
 
 def state_dict(lidb: LiDB, adapters: Adapters | None = None) -> dict[str, Tensor]:

@@ -1,92 +1,163 @@
 """Where our files live: models/lidb, the output folder's lidb, models/hyperdreambooth, models/lidb_basis, and
-extra_model_paths.yaml."""
+extra_model_paths.yaml.
+
+The folders are read anew each time. The host's own list of files is cached by the folders' times, and fails when one of
+them is gone.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import folder_paths
 
 from ...hdb_core.basis import BasisRecipe
-from ...hdb_core.errors import BasisFileError, HDBError, HyperNetFileError, LiDBFileError
+from ...hdb_core.errors import BasisFileError, HDBError
 from ...hdb_core.files import basis as basis_file
+from ...hdb_core.files import hypernet as hypernet_file
+from ...hdb_core.files import lidb as lidb_file
+from ...hdb_core.files.container import FileKind, read_fields
+from ...hdb_core.files.names import portable
 
-LIDBS, HYPERNETS, BASES = "lidb", "hyperdreambooth", "lidb_basis"
 EXTENSION = ".safetensors"
+
+
+class Shelf(NamedTuple):
+    """The folders of one kind of file.
+
+    Attributes:
+        category: the host's name for them.
+        kind: of file.
+        node: that lists them.
+        none: what is said when there is no such file.
+    """
+
+    category: str
+    kind: FileKind
+    node: str
+    none: str
+
+
+LIDBS = Shelf(
+    "lidb", lidb_file.KIND, "Load LiDB", "There is no saved person yet. Save one with Save LiDB, or put a LiDB file"
+)
+HYPERNETS = Shelf(
+    "hyperdreambooth", hypernet_file.KIND, "Load HyperNet",
+    "There is no hypernetwork yet. Train one for your base model with hdb_core.train, or put the file of one",
+)  # fmt: skip
+BASES = Shelf(
+    "lidb_basis", basis_file.KIND, "Empty LiDB", "There is no learned basis yet. Learn one with hdb_core.train, or put the file of one"
+)  # fmt: skip
 
 
 def register_folders() -> None:
     """Tell the host about our folders; paths that extra_model_paths.yaml has put there come first."""
-    _register(
-        LIDBS, os.path.join(folder_paths.models_dir, LIDBS), os.path.join(folder_paths.get_output_directory(), LIDBS)
-    )
-    _register(HYPERNETS, os.path.join(folder_paths.models_dir, HYPERNETS))
-    _register(BASES, os.path.join(folder_paths.models_dir, BASES))
+    _register(LIDBS, folder_paths.models_dir, folder_paths.get_output_directory())
+    _register(HYPERNETS, folder_paths.models_dir)
+    _register(BASES, folder_paths.models_dir)
 
 
-def _register(category: str, *ours: str) -> None:
-    known, _ = folder_paths.folder_names_and_paths.get(category, ([], set()))
+def _register(shelf: Shelf, *above: str) -> None:
+    known, _ = folder_paths.folder_names_and_paths.get(shelf.category, ([], set()))
+    ours = [os.path.join(folder, shelf.category) for folder in above]
     paths = [*known, *(path for path in ours if path not in known)]
-    folder_paths.folder_names_and_paths[category] = (paths, {EXTENSION})
+    folder_paths.folder_names_and_paths[shelf.category] = (paths, {EXTENSION})
 
 
-def saved_lidbs() -> list[str]:
-    return folder_paths.get_filename_list(LIDBS)
+def names_on(shelf: Shelf) -> list[str]:
+    """The names of all files that can be loaded, with ``/`` between folders on every system."""
+    return sorted(name for name, path in _files(shelf).items() if _is_ours(shelf.kind, path))
 
 
-def saved_hypernets() -> list[str]:
-    return folder_paths.get_filename_list(HYPERNETS)
-
-
-def saved_bases() -> list[str]:
-    return folder_paths.get_filename_list(BASES)
-
-
-def find_lidb(name: str) -> Path:
-    """The file of a name from `saved_lidbs`.
+def find(shelf: Shelf, name: str | None) -> Path:
+    r"""The file of a name, also if that was typed with ``\``, or in another Unicode form.
 
     Raises:
-        LiDBFileError: the name leaves the folders, is no .safetensors, or no such file exists.
+        HDBError: of the kind's class, if there is no name, or no such file in the folders.
     """
-    return _find(LIDBS, name, "LiDB", "Load LiDB", LiDBFileError)
+    files, kind = _files(shelf), shelf.kind
+    if not name or not isinstance(name, str):
+        raise kind.error(_nothing(shelf, len(files)) or f"Choose a {kind.name} file from the list of {shelf.node}.")
+    if path := files.get(portable(name)):
+        return path
+    if ".." in name or os.path.isabs(name) or not name.lower().endswith(EXTENSION):
+        raise kind.error(f"{name!r} is no name of a {kind.name} file. Choose one from the list of {shelf.node}.")
+    raise kind.error(
+        f"There is no {kind.name} file {name!r} in {_folders(shelf)}. Put it there, or choose another one from the list."
+    )
 
 
-def find_hypernet(name: str) -> Path:
-    """The file of a name from `saved_hypernets`.
+def validated(shelf: Shelf, name: str | None) -> bool | str:
+    """What a node's validate_inputs returns for a name; None is missing, null, or comes over a wire.
 
     Raises:
-        HyperNetFileError: as `find_lidb`.
+        HDBError: of the kind's class, if there is nothing to choose. It is raised because the host drops what is returned
+            about a missing input.
     """
-    return _find(HYPERNETS, name, "HyperNet", "Load HyperNet", HyperNetFileError)
-
-
-def find_basis(name: str) -> Path:
-    """The file of a name from `saved_bases`.
-
-    Raises:
-        BasisFileError: as `find_lidb`.
-    """
-    return _find(BASES, name, "basis", "Empty LiDB", BasisFileError)
+    if name is None and (nothing := _nothing(shelf, len(_files(shelf)))):
+        raise shelf.kind.error(nothing)
+    try:
+        return name is None or bool(find(shelf, name))
+    except HDBError as error:
+        return str(error)
 
 
 def learned_basis(recipe: BasisRecipe) -> BasisRecipe | None:
-    """The learned basis that a recipe names, if one of `saved_bases` is it; whoever needs it says so if none is."""
-    for name in saved_bases() if recipe.learned else ():
+    """The learned basis that a recipe names, if there is its file; whoever needs it says so if there is none."""
+    for path in _files(BASES).values() if recipe.learned else ():
         with suppress(BasisFileError, OSError):
-            if basis_file.read_digest(path := find_basis(name)) == recipe.learned:
+            if basis_file.read_digest(path) == recipe.learned:
                 return basis_file.load(path)[1]
     return None
 
 
-def _find(category: str, name: str, what: str, node: str, error: type[HDBError]) -> Path:
-    if ".." in Path(name).parts or os.path.isabs(name) or not name.endswith(EXTENSION):
-        raise error(f"{name!r} is no name of a {what} file. Choose one from the list of {node}.")
-    path = folder_paths.get_full_path(category, name)
-    if path is None:
-        folders = ", ".join(folder_paths.get_folder_paths(category))
-        raise error(
-            f"There is no {what} file {name!r} in {folders}. Put it there, or choose another one from the list."
-        )
-    return Path(path)
+def _files(shelf: Shelf) -> dict[str, Path]:
+    """Every file of our extension by its `portable` name; the first folder with a name has it."""
+    found: dict[str, Path] = {}
+    for folder in folder_paths.get_folder_paths(shelf.category):
+        for path in _below(folder):
+            found.setdefault(portable(os.path.relpath(path, folder)), Path(path))
+    return found
+
+
+def _below(folder: str) -> Iterator[str]:
+    """The files of our extension in a folder that may be gone, and in those below; links are followed, but not upwards."""
+    for place, below, names in os.walk(folder, followlinks=True):
+        here = Path(os.path.realpath(place))
+        below[:] = [name for name in below if not here.is_relative_to(os.path.realpath(os.path.join(place, name)))]
+        paths = (os.path.join(place, name) for name in names if name.lower().endswith(EXTENSION))
+        yield from filter(os.path.isfile, paths)
+
+
+def _is_ours(kind: FileKind, path: Path) -> bool:
+    try:
+        stat = path.stat()
+    except OSError:
+        return False
+    return _has_header(kind, path, (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=10_000)
+def _has_header(kind: FileKind, path: Path, version: tuple[int, ...]) -> bool:
+    """Whether a file, as it was at a time, is whole and of a kind and version that can be read."""
+    try:
+        return bool(read_fields(kind, path))
+    except (HDBError, OSError):
+        return False
+
+
+def _nothing(shelf: Shelf, others: int) -> str:
+    """What to say where no file can be loaded; "" where one can."""
+    if names_on(shelf):
+        return ""
+    unfit = f" The {others} .safetensors files there are damaged or of another kind." if others else ""
+    return f"{shelf.none} into one of these folders: {_folders(shelf)}.{unfit}"
+
+
+def _folders(shelf: Shelf) -> str:
+    return ", ".join(folder_paths.get_folder_paths(shelf.category))
