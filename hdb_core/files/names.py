@@ -22,7 +22,7 @@ _RESERVED = frozenset(
     )
 )
 _DATE = re.compile(r"%date:([^%]+)%")
-_DATE_PARTS = re.compile("dd?|MM?|hh?|mm?|ss?|yyyy|yy")
+_DATE_PARTS = re.compile("dd?|MM?|hh?|mm?|ss?|y{2,4}")
 
 
 def with_dates(name: str, now: datetime) -> str:
@@ -36,7 +36,9 @@ def with_dates(name: str, now: datetime) -> str:
 
     def part(found: re.Match[str]) -> str:
         text = found[0]
-        return f"{now.year:04}"[-len(text) :] if text[0] == "y" else f"{numbers[text[0]]:0{len(text)}}"
+        if text[0] in numbers:
+            return f"{numbers[text[0]]:0{len(text)}}"
+        return {"yy": f"{now.year:04}"[2:], "yyyy": str(now.year)}.get(text, text)
 
     return _DATE.sub(lambda date: _DATE_PARTS.sub(part, date[1]), name)
 

@@ -77,7 +77,8 @@ def test_a_hypernetwork_finds_its_basis(run, host, photo, basis, write_hypernet,
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("../learned.safetensors", "no name of a LiDB basis"), ("gone.safetensors", "There is no LiDB basis")]
+    ("name", "message"),
+    [("../learned.safetensors", "no name of a LiDB basis"), ("gone.safetensors", "There is no LiDB basis")],
 )
 def test_bad_names(run, host, basis, name, message):
     assert message in host.nodes["EmptyLiDB"].validate_inputs(name)

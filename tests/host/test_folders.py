@@ -1,0 +1,163 @@
+"""Folders of our files that are empty, gone, unreadable, or full of other people's files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+# category, node, input
+SHELVES = {
+    "lidb": ("LoadLiDB", "lidb_name"),
+    "hyperdreambooth": ("LoadHyperNet", "hypernet_name"),
+    "lidb_basis": ("EmptyLiDB", "basis_name"),
+}
+EVERY = pytest.mark.parametrize("category", SHELVES)
+
+
+@pytest.fixture
+def shelf(host, tmp_path, category, monkeypatch):
+    """The only folder of a kind of file, and a function that lists it as /object_info does."""
+    node_id, name = SHELVES[category]
+    folder = tmp_path / category
+    folder.mkdir()
+    monkeypatch.setitem(host.folder_paths.folder_names_and_paths, category, ([str(folder)], {".safetensors"}))
+    listed = lambda: host.nodes[node_id].INPUT_TYPES()["required"][name][1]["options"]
+    return folder, listed
+
+
+@pytest.fixture
+def honest(host, category, tmp_path) -> bytes:
+    """A file of the kind."""
+    from devtools import fuzz
+
+    path = tmp_path / "honest.safetensors"
+    if category == "lidb_basis":
+        basis, layout = host.module("hdb_core.files.basis"), fuzz.small_layout()
+        sides = lambda i, o: (torch.eye(i)[:12], torch.eye(o)[:, :8])
+        bases = {layer.name: sides(layer.in_features, layer.out_features) for layer in layout.layers}
+        basis.save(layout, bases, (12, 8), path, {})
+    else:
+        fuzz.TARGETS["lidb" if category == "lidb" else "hypernet"].make(path)
+    return path.read_bytes()
+
+
+@EVERY
+def test_a_folder_that_is_deleted_while_the_server_runs(shelf, honest):
+    folder, listed = shelf
+    (folder / "below").mkdir()
+    (folder / "below" / "one.safetensors").write_bytes(honest)
+    assert listed() == ["below/one.safetensors"]
+    shutil.rmtree(folder / "below")
+    assert listed() == []
+    shutil.rmtree(folder)
+    assert listed() == []
+    folder.write_text("a file instead")
+    assert listed() == []
+
+
+@EVERY
+def test_links(run, host, shelf, honest, category, tmp_path):
+    folder, listed = shelf
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "one.safetensors").write_bytes(honest)
+    (folder / "file.safetensors").symlink_to(elsewhere / "one.safetensors")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "broken.safetensors").symlink_to(tmp_path / "gone.safetensors")
+    (folder / "gone").symlink_to(tmp_path / "gone")
+    (folder / "loop").symlink_to(folder)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "pipe.safetensors")  # reading it would wait for ever
+    assert listed() == ["file.safetensors", "linked/one.safetensors"]
+    assert all(run(SHELVES[category][0], **{SHELVES[category][1]: name}) for name in listed())
+
+
+@EVERY
+def test_an_unreadable_folder(shelf, honest, monkeypatch):
+    """Permissions do not stop root."""
+    folder, listed = shelf
+    (folder / "open.safetensors").write_bytes(honest)
+    (folder / "closed").mkdir()
+    scandir = os.scandir
+
+    def refused(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert listed() == ["open.safetensors"]
+
+
+@EVERY
+def test_what_is_listed_can_be_loaded_and_nothing_else_is_listed(run, host, shelf, honest, category):
+    folder, listed = shelf
+    (folder / "Upper.SAFETENSORS").write_bytes(honest)
+    (folder / "back\\slash.safetensors").write_bytes(honest)
+    cut = folder / "cut.safetensors"
+    cut.write_bytes(honest[:-1])
+    (folder / "page.safetensors").write_text("<html>")
+    (folder / "empty.safetensors").touch()
+    (folder / "version.safetensors").write_bytes(honest.replace(b'format_version\\": 1', b'format_version\\": 7'))
+    (folder / "model.safetensors").mkdir()
+    save_file({"a.lora_up.weight": torch.zeros(1)}, folder / "lora.safetensors")
+    save_file({"w": torch.zeros(1)}, folder / "other.safetensors")
+    node_id, name = SHELVES[category]
+    assert listed() == ["Upper.SAFETENSORS", "back/slash.safetensors"]
+    assert all(run(node_id, **{name: one}) for one in listed())
+    for bad, said in (
+        ("lora", "ordinary LoRA"),
+        ("cut", "incomplete"),
+        ("version", "has version 7"),
+        ("page", "web page"),
+    ):
+        with pytest.raises(host.module("hdb_core.errors").HDBError, match=said):
+            run(node_id, **{name: f"{bad}.safetensors"})
+    cut.write_bytes(honest)  # copied again
+    assert "cut.safetensors" in listed()
+
+
+@EVERY
+def test_the_same_name_on_every_system(run, shelf, honest, category):
+    folder, listed = shelf
+    composed = unicodedata.normalize("NFC", "Zoë")
+    (folder / "sub").mkdir()
+    (folder / "sub" / (unicodedata.normalize("NFD", composed) + ".safetensors")).write_bytes(honest)
+    assert listed() == [f"sub/{composed}.safetensors"]
+    node_id, name = SHELVES[category]
+    for form in ("NFC", "NFD"):
+        for slash in "\\/":
+            assert run(node_id, **{name: unicodedata.normalize(form, f"sub{slash}{composed}.safetensors")})
+
+
+@EVERY
+def test_without_a_file_it_says_what_to_do(host, shelf, category):
+    folder, _ = shelf
+    node_id, name = SHELVES[category]
+    node, error = host.nodes[node_id], host.module("hdb_core.errors").HDBError
+    for none in ({}, {name: None}):
+        with pytest.raises(error, match=rf"^There is no .* yet\. .*{folder.name}\.$"):
+            node.validate_inputs(**none)
+        with pytest.raises(error, match="yet"):
+            node.execute(**none)
+        assert node.fingerprint_inputs(**none) != node.fingerprint_inputs(**none)  # NaN: run again
+    save_file({"w": torch.zeros(1)}, folder / "other.safetensors")
+    with pytest.raises(error, match=r"The 1 \.safetensors files there are damaged or of another kind"):
+        node.validate_inputs()
+
+
+@EVERY
+def test_a_missing_name_where_there_are_files(host, shelf, honest, category):
+    folder, _ = shelf
+    (folder / "one.safetensors").write_bytes(honest)
+    node = host.nodes[SHELVES[category][0]]
+    assert node.validate_inputs() is True  # the host says that it is missing, or it comes over a wire
+    for none in (None, "", 3):
+        with pytest.raises(host.module("hdb_core.errors").HDBError, match=r"Choose a .* file from the list of"):
+            node.execute(none)
