@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock
+
 from .files import rounded, write_text
 
 
@@ -58,12 +60,14 @@ class KeptScores:
 
     def save(self) -> None:
         """Writes the file, with the lines that another process has written since."""
-        self._lines = self._read() | self._lines
-        lines = (
-            json.dumps({**place._asdict(), **self._lines[place]}, separators=(",", ":"))
-            for place in sorted(self._lines)
-        )
-        write_text(self.path, "".join(f"{line}\n" for line in lines))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_name(f"{self.path.name}.lock")):  # or two could read before either writes
+            self._lines = self._read() | self._lines
+            lines = (
+                json.dumps({**place._asdict(), **self._lines[place]}, separators=(",", ":"))
+                for place in sorted(self._lines)
+            )
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
 
     def _read(self) -> dict[Place, dict[str, Any]]:
         if not self.path.exists():

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -51,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     accelerator = None
     try:
         run = Run.open(args.run, given(args))
-        accelerator = _accelerator(run.settings)
-        _run_stages(run, accelerator, args.stage)
+        with run.locked() if _is_first() else nullcontext():
+            accelerator = _accelerator(run.settings)
+            _run_stages(run, accelerator, args.stage)
     except (HDBError, FileNotFoundError) as error:
         sys.stderr.write(f"{error}\n")  # of whichever process
         return 1
@@ -99,6 +102,11 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         except ValueError:
             values[name] = value  # a text
     return values
+
+
+def _is_first() -> bool:
+    """Whether this is the only process, or the first of those that torchrun or accelerate have started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _accelerator(settings: Settings) -> Accelerator:

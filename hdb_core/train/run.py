@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from ..errors import HyperNetError
@@ -68,6 +70,28 @@ class Run:
         if not run.settings.model or not run.settings.photos:
             raise HyperNetError(f"{folder} is a new run. Give it --model and --photos.")
         return run
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other trainings out of the folder, which is made; a killed one does not keep it.
+
+        Raises:
+            HyperNetError: if another training is in the folder, or it cannot be written.
+        """
+        lock = FileLock(self.folder / "run.lock", timeout=0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise HyperNetError(
+                f"Another training is running in {self.folder}. Wait for its end, or use another run folder."
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            raise HyperNetError(f"{self.folder} cannot be written: {error}. Use another run folder.") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def write_settings(self) -> None:
         """Write ``config.json``, with every setting."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from benchmarks.common.subjects import CLASS_PROMPT, Subject
 from miniature.judge import Readings, true_readings
 from miniature.people import SPLITS
 
+ROOT = Path(__file__).resolve().parents[2]
 PLACE = Place("base", "0123", 7, "a-1")
 VALUES = {"scores": {"identity": 0.123456}, "kinds": {"plain": {"edit": 1.0}}, "facts": {"flops": 10**14}}
 
@@ -51,6 +55,32 @@ def test_the_file_has_one_order_and_what_another_process_wrote(tmp_path):
     one.save()
     lines = [json.loads(line) for line in one.path.read_text().splitlines()]
     assert [line["person"] for line in lines] == [7, 9, 10]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from benchmarks.common.kept import KeptScores, Place
+
+kept = KeptScores(Path(sys.argv[1]), {})
+print("ready", flush=True)
+input()
+for person in range(int(sys.argv[2]), 120, 2):
+    kept.add(Place("base", "0123", person, "a-1"), {"scores": {}})
+    kept.save()
+"""
+
+
+def test_two_processes_lose_no_line(tmp_path):
+    path, pipes = tmp_path / "cells.jsonl", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, path, str(n)], cwd=ROOT, **pipes) for n in range(2)]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    assert [writer.communicate() and writer.returncode for writer in writers] == [0, 0]
+    assert [json.loads(line)["person"] for line in path.read_text().splitlines()] == list(range(120))
 
 
 class Judge:

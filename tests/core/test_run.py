@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from hdb_core.errors import HyperNetError
-from hdb_core.train.__main__ import given, parser
+from hdb_core.train.__main__ import given, main, parser
 from hdb_core.train.data.people import EncodedPerson
 from hdb_core.train.data.photos import Person, Photo
 from hdb_core.train.describe import markdown, purposes
@@ -154,3 +156,32 @@ def test_people_are_split_and_recognised():
     for judged, others in ((4, people), (2, encoded("xbcdefg"))):
         with pytest.raises(HyperNetError, match=f"trained on some of the last {judged} of these 7 people"):
             require_unseen(others, judged, {"trained_on": trained_on(trained)})
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from hdb_core.train.run import Run
+
+with Run.open(Path(sys.argv[1]), {"model": "model.safetensors", "photos": "photos"}).locked():
+    print("ready", flush=True)
+    input()
+"""
+
+
+def test_a_second_training_in_one_folder_is_refused(tmp_path, capsys):
+    folder = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, folder], cwd=DOCS.parent, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:  # fmt: skip
+        assert other.stdout.readline() == b"ready\n"
+        assert main([str(folder), "--model", "model.safetensors", "--photos", "photos"]) == 1
+        assert f"Another training is running in {folder}." in capsys.readouterr().err
+        other.kill()
+    with Run.open(folder, NEW).locked():  # a killed one does not keep it
+        pass
+
+
+def test_a_run_folder_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(HyperNetError, match=r"run cannot be written"), Run.open(tmp_path / "run", NEW).locked():
+        pass
