@@ -1,4 +1,4 @@
-"""Damages our files and loads them: `python -m devtools.fuzz lidb hypernet --seed 1 --count 10000`.
+"""Damages our files and loads them: `python -m devtools.fuzz --seed 1 --count 10000`.
 
 Every damaged file must be refused with an error of the pack's own, or be a file that a writer could have written: what
 it loads to is saved and loaded again without a change. Damage that the checksum covers is done twice, with the old
@@ -17,13 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from hdb_core.basis import BasisRecipe
 from hdb_core.errors import HDBError
@@ -33,6 +33,9 @@ from hdb_core.files import lidb as lidb_file
 from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import About, LiDB
+from hdb_core.train import state as state_file
+from hdb_core.train.run import Run
+from hdb_core.train.settings import Settings, flat
 
 MOST_SECONDS = 1.0  # to refuse or to read a file of less than 1 MB
 _DEEP = 100_000
@@ -51,16 +54,18 @@ class Target:
     """A kind of file.
 
     Attributes:
-        kind: as its module describes it.
+        kind: as its module describes it; None for JSON.
         make: writes an honest one.
         load: reads it.
         save: writes what `load` returned.
+        values: of what `load` returned, to be compared.
     """
 
-    kind: container.FileKind
+    kind: container.FileKind | None
     make: Callable[[Path], object]
     load: Callable[[Path], Any]
     save: Callable[[Any, Path], object]
+    values: Callable[[Any], Any]
 
 
 def small_layout() -> Layout:
@@ -85,18 +90,91 @@ def small_hypernet() -> HyperNet:
     return HyperNet.create(HyperNetConfig(small_layout(), BasisRecipe(3, 12, 8), encoder, 8, 1, 2, code=3))
 
 
+class Training(NamedTuple):
+    """What a training goes on from."""
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor]
+    step: int
+
+
+SIZES = {"rank": 1, "prompt": "a [v] face", "encoder": {"depth": 1}}
+
+
+def small_training() -> Training:
+    """A training before its first step."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    optimizer = torch.optim.AdamW([{"params": net[0].parameters()}, {"params": net[1].parameters(), "lr": 0.1}])
+    return Training(net, optimizer, {name: weight.clone() for name, weight in net.state_dict().items()}, 0)
+
+
+def begun_training() -> Training:
+    """A training after a step."""
+    training = small_training()
+    training.net(torch.ones(4, 3)).square().sum().backward()
+    training.optimizer.step()
+    return training._replace(step=1)
+
+
+def load_state(path: Path) -> Training:
+    training = small_training()
+    return training._replace(step=state_file.restore(path, *training[:3], SIZES))
+
+
+def save_state(training: Training, path: Path) -> None:
+    state_file.write(path, *training, SIZES)
+
+
+def training_values(training: Training) -> Any:
+    moments = [own for _, own in sorted(training.optimizer.state_dict()["state"].items())]
+    return training.step, training.net.state_dict(), training.average, moments
+
+
+def load_config(path: Path) -> Settings:
+    return Run.open(_as_run(path), {}).settings
+
+
+def save_config(settings: Settings, path: Path) -> None:
+    Run(folder := path.with_suffix(".run"), settings).write_settings()
+    (folder / "config.json").replace(path)
+
+
+def _as_run(path: Path) -> Path:
+    """A run's folder with this file of settings."""
+    (folder := path.with_suffix(".run")).mkdir(exist_ok=True)
+    (folder / "config.json").write_bytes(path.read_bytes())
+    return folder
+
+
+def lidb_values(lidb: LiDB) -> Any:
+    return lidb.layout, lidb.basis, lidb.about, lidb.up @ lidb.down
+
+
 TARGETS: Mapping[str, Target] = {
     "lidb": Target(
         lidb_file.KIND,
         lambda path: lidb_file.save(small_lidb(), path, rank=2, bits=lidb_file.COMPACT),
         lidb_file.load,
         lambda lidb, path: lidb_file.save(lidb, path, bits=lidb_file.FULL),
+        lidb_values,
     ),
     "hypernet": Target(
         hypernet_file.KIND,
         lambda path: hypernet_file.save(small_hypernet(), path, {"people": "3"}),
         hypernet_file.load,
         lambda net, path: hypernet_file.save(net, path, {}, torch.float32),
+        lambda net: (net.config, net.state_dict()),
+    ),
+    "state": Target(
+        state_file.KIND, lambda path: save_state(begun_training(), path), load_state, save_state, training_values
+    ),
+    "config": Target(
+        None,
+        lambda path: save_config(Settings(model="model.safetensors", photos="photos"), path),
+        load_config,
+        save_config,
+        flat,
     ),
 }
 
@@ -136,6 +214,21 @@ def replaced(value: Any, way: tuple[Any, ...], new: Any) -> None:
 def nested(depth: int) -> bytes:
     """JSON of lists in lists."""
     return b"[" * depth + b"]" * depth
+
+
+@st.composite
+def damaged_json(draw: st.DrawFn, honest: bytes) -> bytes:
+    """A damaged copy of a JSON file."""
+    how = draw(st.sampled_from(("bytes", "cut", "insert", "remove", "fields", "fields", "fields", "fields", "deep")))
+    if how == "deep":
+        deep = nested(draw(st.sampled_from((900, 5000, _DEEP))))
+        return draw(st.sampled_from((deep, honest.replace(b"{", b'{"deep": ' + deep + b", ", 1))))
+    if how != "fields":
+        return _damaged_bytes(draw, honest, how)
+    fields = json.loads(honest)
+    for _ in range(draw(st.integers(1, 2))):
+        _change(draw, fields, st.one_of(st.sampled_from(ABSURD), st.integers(), st.floats(), st.text(max_size=5)))
+    return json.dumps(fields, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
 
 
 @st.composite
@@ -251,19 +344,20 @@ def judge(target: Target, data: bytes, path: Path) -> str:
         result = "accepted"
         again = path.with_name("again.safetensors")
         target.save(loaded, again)
-        if not same(target.load(again), loaded):
+        if not same(target.values(target.load(again)), target.values(loaded)):
             raise Broken("what was loaded is not what is loaded after saving it")
     return result
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two persons, or two hypernetworks, are alike but for rounding."""
-    if isinstance(one, LiDB):
-        if (one.layout, one.basis, one.about) != (other.layout, other.basis, other.about):
-            return False
-        return torch.allclose(one.up @ one.down, other.up @ other.down, rtol=1e-3, atol=1e-5)
-    weights, others = one.state_dict(), other.state_dict()
-    return one.config == other.config and all(torch.equal(weights[name], others[name]) for name in weights)
+    """Whether two values are alike but for the rounding of tensors."""
+    if isinstance(one, Tensor):
+        return torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
 
 
 def run(name: str, count: int, number: int, folder: Path) -> Counter[str]:
@@ -282,7 +376,7 @@ def run(name: str, count: int, number: int, folder: Path) -> Counter[str]:
         max_examples=count, database=None, deadline=None, phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(damage(data, target.kind.key))
+    @given(damage(data, target.kind.key) if target.kind else damaged_json(data))
     def load_damaged(damaged: bytes) -> None:
         counts[judge(target, damaged, folder / f"damaged_{name}.safetensors")] += 1
 

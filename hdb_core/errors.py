@@ -46,4 +46,4 @@ def require(holds: bool, name: str, expected: str, got: object, error: type[HDBE
         HDBError: of the class `error`, if the condition does not hold.
     """
     if not holds:
-        raise error(f"Expected {name}: {expected}, got {got!r}.")
+        raise error(f"Expected {name}: {expected}, got {got!r:.100}.")

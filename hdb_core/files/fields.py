@@ -31,13 +31,13 @@ def read_dataclass(cls: type[Made], fields: Any, **given: Any) -> Made:
         if len(fields) != len(types):
             raise ValueError(f"{cls.__name__}: expected {len(types)} values, got {len(fields)}")
         return cls(
-            *(_checked(value, wanted, cls.__name__) for value, wanted in zip(fields, types.values(), strict=True))
+            *(as_type(value, wanted, cls.__name__) for value, wanted in zip(fields, types.values(), strict=True))
         )
     if not isinstance(fields, Mapping):
         raise TypeError(f"{cls.__name__}: expected an object, got {type(fields).__name__}")
     if unknown := set(fields) - (set(types) - set(given)):
         raise ValueError(f"unknown field {min(map(str, unknown))[:40]!r}")
-    made = {name: _checked(value, types[name], name) for name, value in fields.items()}
+    made = {name: as_type(value, types[name], name) for name, value in fields.items()}
     if missing := _required(kind) - set(made) - set(given):
         raise ValueError(f"missing field {min(missing)!r}")
     return cls(**made, **given)
@@ -50,7 +50,7 @@ def whole_number(value: Any, low: int, high: int, name: str) -> int:
         TypeError: if it is something else.
         ValueError: if it is outside of the limits.
     """
-    number = int(_checked(value, int, name))
+    number = int(as_type(value, int, name))
     if not low <= number <= high:
         raise ValueError(f"{name} is not between {low:,} and {high:,}")
     return number
@@ -68,18 +68,22 @@ def _required(cls: Any) -> set[str]:
     return {f.name for f in dataclasses.fields(cls) if f.default is none and f.default_factory is none}
 
 
-def _checked(value: Any, wanted: Any, name: str) -> Any:
-    """The value as the annotated type; lists become tuples."""
+def as_type(value: Any, wanted: Any, name: str) -> Any:
+    """A value of JSON as an annotated type; lists become tuples.
+
+    Raises:
+        TypeError, ValueError: if it is of another type, or no finite number.
+    """
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin is Union or (origin is not None and NoneType in arguments):
         if value is None and NoneType in arguments:
             return None
-        return _checked(value, next(a for a in arguments if a is not NoneType), name)
+        return as_type(value, next(a for a in arguments if a is not NoneType), name)
     if origin is tuple:
         if not isinstance(value, list):
             raise TypeError(f"{name}: expected a list, got {type(value).__name__}")
         kinds = [arguments[0]] * len(value) if arguments[1:] == (...,) else list(arguments)
-        return tuple(_checked(item, kind, name) for item, kind in zip(value, kinds, strict=True))
+        return tuple(as_type(item, kind, name) for item, kind in zip(value, kinds, strict=True))
     if dataclasses.is_dataclass(wanted) or (isinstance(wanted, type) and issubclass(wanted, tuple)):
         kind: Any = wanted
         return read_dataclass(kind, value)

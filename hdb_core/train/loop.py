@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import HyperNetError
-from ..files.atomic import replacing, write_text
-from .data.groups import differing
+from ..files.atomic import write_text
+from . import state as state_file
 
 SAVE_EVERY = 180  # seconds
 LOG_EVERY = 10  # steps
@@ -195,30 +194,10 @@ class TrainingLoop:
         """Load what `_save` wrote, if anything; the next step."""
         if not self.state.exists():
             return 0
-        state = torch.load(self.state, map_location="cpu", weights_only=True)
-        if different := differing(json.loads(state["sizes"]), self._sizes):
-            raise HyperNetError(
-                f"{self.state} is of a training with another {', '.join(different)}. Give the settings that it was begun "
-                "with, or use another run folder."
-            )
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        try:
-            self._net.load_state_dict(state["net"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise HyperNetError(
-                f"{self.state} trains other weights ({error}). Give the settings that it was begun with, or use another "
-                "run folder."
-            ) from error
-        for group, settings in zip(optimizer.param_groups, groups, strict=True):
-            group.update(settings)  # rates and decay are those of now
-        self.average.update(state["average"])
-        return state["step"]
+        return state_file.restore(self.state, self._net, optimizer, self.average, self._sizes)
 
     def _save(self) -> None:
-        parts = {"net": self._net.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
-        with replacing(self.state) as temporary:
-            torch.save({**parts, "step": self.step, "sizes": json.dumps(self._sizes)}, temporary)
+        state_file.write(self.state, self._net, self.optimizer, self.average, self.step, self._sizes)
 
 
 def parts_of(people: int, accumulate: int, accelerator: Accelerator) -> list[slice]:

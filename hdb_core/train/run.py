@@ -17,6 +17,7 @@ from ..files.atomic import write_text
 from .loop import logged_step
 from .settings import Settings, changed, flat
 
+MAX_CONFIG_BYTES = 1 << 20
 STAGES = ("basis", "precompute", "pretrain", "train", "evaluate")
 # Settings and sections that cannot change once a stage has begun, because its results depend on them.
 FIXED = {
@@ -45,8 +46,8 @@ class Run:
         shared = Path(settings.precomputed) if settings.precomputed else folder
         self.people, self.tokens = shared / "people", shared / "tokens"
         self.basis, self.encoder = folder / "basis.safetensors", folder / "encoder.safetensors"
-        self.pretrain_state, self.pretrain_log = folder / "pretrain.pt", folder / "pretrain.csv"
-        self.state, self.log, self.samples = folder / "state.pt", folder / "log.csv", folder / "samples"
+        self.pretrain_state, self.pretrain_log = folder / "pretrain_state.safetensors", folder / "pretrain.csv"
+        self.state, self.log, self.samples = folder / "state.safetensors", folder / "log.csv", folder / "samples"
         self.file, self.evaluation = folder / "hypernet.safetensors", folder / "evaluation.json"
 
     @classmethod
@@ -60,10 +61,9 @@ class Run:
         before = Settings()
         if path.exists():
             try:
-                stored = json.loads(path.read_text(encoding="utf-8"))
-                before = changed(before, _flattened(stored))
-            except (ValueError, AttributeError) as error:
-                raise HyperNetError(f"{path} cannot be read: {error}") from error
+                before = changed(before, _flattened(_read_json(path)))
+            except (OSError, ValueError, AttributeError, RecursionError) as error:
+                raise HyperNetError(f"{path} cannot be read: {error!s:.300}") from error
         run = cls(folder, changed(before, values))
         if path.exists():
             run._require_same(before)
@@ -148,6 +148,15 @@ class Run:
                         f"{name} is {old[name]!r} in {self.folder} and cannot become {new[name]!r}: the stage {stage} has "
                         "begun. Leave it as it is, or use another run folder."
                     )
+
+
+def _read_json(path: Path) -> Any:
+    """The contents of a JSON file that is not absurdly long."""
+    with path.open("rb") as file:
+        data = file.read(MAX_CONFIG_BYTES + 1)
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ValueError(f"it is longer than {MAX_CONFIG_BYTES:,} bytes")
+    return json.loads(data.decode("utf-8"))
 
 
 def _flattened(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..basis import BasisRecipe
 from ..diffusion import NoiseLevels
 from ..errors import HDBError, HyperNetError, require
+from ..files import container
+from ..files import hypernet as hypernet_file
+from ..files.fields import as_type
 from ..hypernet import EncoderConfig
 from ..prompt import CLASS_PROMPT
 from .encoder_loss import PretrainConfig
@@ -22,6 +25,15 @@ from .samples import SampleConfig
 
 PRECISIONS = ("no", "bf16", "fp16")
 PREDICTION_TYPES = ("", "epsilon", "v_prediction")
+MOST = 1_000_000_000
+MOST_BYTES = 10_000  # of a text
+# What the file of a hypernetwork may hold, by the last part of a setting's name.
+LIMITS = {
+    **hypernet_file.LIMITS,
+    "max_iterations": hypernet_file.LIMITS["iterations"],
+    "down_dim": container.MAX_DIM,
+    "up_dim": container.MAX_DIM,
+}
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,10 @@ class Settings:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
+        for name, value in flat(self).items():
+            if not isinstance(value, bool) and isinstance(value, int):
+                most = LIMITS.get(name.rpartition(".")[2], MOST)
+                _require(0 <= value <= most, name, f"from 0 to {most:,}", value)
         _require(self.mixed_precision in PRECISIONS, "mixed_precision", " or ".join(PRECISIONS), self.mixed_precision)
         known = self.prediction_type in PREDICTION_TYPES
         _require(known, "prediction_type", "epsilon, v_prediction or nothing", self.prediction_type)
@@ -191,11 +207,11 @@ def changed(settings: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
         present = getattr(settings, head, None)
         is_section = hasattr(present, "__dataclass_fields__") and not isinstance(present, NoiseLevels)
         if head not in settings.__dataclass_fields__ or is_section != bool(rest):
-            raise HyperNetError(f"There is no setting {prefix + name!r}; docs/train-config.md lists all of them.")
+            raise HyperNetError(f"There is no setting {prefix + name!r:.100}; docs/train-config.md lists all of them.")
         if is_section:
             own.setdefault(head, {})[rest] = value
         else:
-            own[head] = _converted(value, present, prefix + name)
+            own[head] = _converted(value, present, get_type_hints(type(settings))[head], prefix + name)
     sections = {
         name: changed(getattr(settings, name), value, f"{prefix}{name}.")
         for name, value in own.items()
@@ -204,25 +220,36 @@ def changed(settings: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
     return replace(settings, **{**own, **sections})
 
 
-def _converted(value: Any, present: Any, name: str) -> Any:
-    """A value of JSON as the type that the setting has at present."""
+def _converted(value: Any, present: Any, wanted: Any, name: str) -> Any:
+    """A value of JSON as the annotated type of a setting."""
     try:
         if isinstance(present, NoiseLevels):
-            low, high = (float(end) for end in value)
-            return NoiseLevels(low, high)
-        if isinstance(present, tuple) and isinstance(value, (list, tuple)):
-            return tuple(tuple(int(n) for n in item) if isinstance(item, (list, tuple)) else item for item in value)
-        if isinstance(present, float) and type(value) is int:
-            return float(value)
-        if type(value) is type(present):
-            return value
+            return NoiseLevels(*as_type(_as_list(value), tuple[float, float], name))
+        converted = as_type(_as_list(value), wanted, name)
+        if isinstance(converted, str):
+            _require_text(converted)
+        return converted
     except HDBError:
         raise
     except (TypeError, ValueError):
         pass
     kinds = {NoiseLevels: "two numbers such as [0.1, 1.0]", tuple: "a list", str: "a text", bool: "true or false"}
     expected = kinds.get(type(present), "a whole number" if isinstance(present, int) else "a number")
-    raise HyperNetError(f"Expected {name}: {expected}, got {value!r}.")
+    raise HyperNetError(f"Expected {name}: {expected}, got {value!r:.100}.")
+
+
+def _as_list(value: Any) -> Any:
+    return [_as_list(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _require_text(text: str) -> None:
+    """Refuse what can be no name of a file, and no prompt.
+
+    Raises:
+        ValueError: also if it is no Unicode.
+    """
+    if "\0" in text or len(text.encode()) > MOST_BYTES:
+        raise ValueError(text)
 
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:

@@ -80,10 +80,10 @@ def test_a_new_run_needs_a_model_and_photos(tmp_path):
 
 @pytest.mark.parametrize(
     ("begun", "name", "value"),
-    [("people", "image_size", 64), ("people", "fit.steps", 3), ("pretrain.pt", "encoder.depth", 1),
-     ("pretrain.pt", "pretrain.portraits", True), ("state.pt", "rank", 4), ("state.pt", "prompt", "a [w] face"),
-     ("state.pt", "net.depth", 1), ("state.pt", "basis.seed", 1), ("state.pt", "held_out", 0.5), ("state.pt", "overfit", 4),
-     ("state.pt", "convolutions", False), ("state.pt", "begin_with", "other.safetensors")],
+    [("people", "image_size", 64), ("people", "fit.steps", 3), ("pretrain_state.safetensors", "encoder.depth", 1),
+     ("pretrain_state.safetensors", "pretrain.portraits", True), ("state.safetensors", "rank", 4), ("state.safetensors", "prompt", "a [w] face"),
+     ("state.safetensors", "net.depth", 1), ("state.safetensors", "basis.seed", 1), ("state.safetensors", "held_out", 0.5), ("state.safetensors", "overfit", 4),
+     ("state.safetensors", "convolutions", False), ("state.safetensors", "begin_with", "other.safetensors")],
 )  # fmt: skip
 def test_what_results_depend_on_cannot_change(tmp_path, begun, name, value):
     Run.open(tmp_path, NEW).write_settings()
@@ -97,7 +97,7 @@ def test_what_results_depend_on_cannot_change(tmp_path, begun, name, value):
 
 def test_the_rest_can_change(tmp_path):
     Run.open(tmp_path, NEW).write_settings()
-    for begun in ("people", "pretrain.pt", "state.pt"):
+    for begun in ("people", "pretrain_state.safetensors", "state.safetensors"):
         (tmp_path / begun).mkdir()
     free = {"train.steps": 5, "train.learning_rate": 1e-4, "accumulate": 2, "mixed_precision": "no", "cpu": True,
             "model": "elsewhere", "photos": "elsewhere", "samples.every": 0, "evaluate.draws": 4}  # fmt: skip

@@ -30,8 +30,10 @@ from transformers import (
 
 from hdb_core.errors import HyperNetError
 from hdb_core.files import basis as basis_file
+from hdb_core.files import container
 from hdb_core.files import hypernet as hypernet_file
 from hdb_core.train import loop
+from hdb_core.train import state as state_file
 from hdb_core.train.__main__ import main
 from hdb_core.train.base import vision
 from hdb_core.train.data.faces import PhotoPixels
@@ -101,7 +103,7 @@ def prepared(straight, tmp_path):
     def copy(name="run"):
         (tmp_path / name).mkdir()
         shutil.copytree(straight / "people", tmp_path / name / "people", copy_function=os.link)
-        for file in ("encoder.safetensors", "pretrain.pt", "pretrain.csv", "config.json"):
+        for file in ("encoder.safetensors", "pretrain_state.safetensors", "pretrain.csv", "config.json"):
             os.link(straight / file, tmp_path / name / file)
         return tmp_path / name
 
@@ -114,7 +116,7 @@ def ended(straight, prepared):
 
     def copy(name="run"):
         folder = prepared(name)
-        for file in ("state.pt", "log.csv"):
+        for file in ("state.safetensors", "log.csv"):
             os.link(straight / file, folder / file)
         return folder
 
@@ -148,7 +150,8 @@ def evaluation(folder):
 
 def weights(folder):
     """In float32; those of the file are rounded."""
-    return torch.load(folder / "state.pt", weights_only=True)["net"]
+    stored = load_file(folder / "state.safetensors")
+    return {name.removeprefix("net."): weight for name, weight in stored.items() if name.startswith("net.")}
 
 
 def test_one_command_does_all_stages(straight):
@@ -178,10 +181,10 @@ def test_a_run_goes_on_without_its_options(model, photos, prepared, straight, ca
     assert "7 people, 21 photos, 2 of them kept for evaluate" in said.out and "Disk: about" in said.out
     assert "Stages: precompute (each person fitted in 3 steps), pretrain (2 steps of 4 people), train (20" in said.out
     assert "pretrain is finished." in said.out and "for the 10 that are left" in said.out + said.err
-    written = (folder / "state.pt").stat().st_mtime_ns
+    written = (folder / "state.safetensors").stat().st_mtime_ns
     assert main([str(folder)]) == 0
     assert "train is finished." in capsys.readouterr().out
-    assert (folder / "state.pt").stat().st_mtime_ns == written
+    assert (folder / "state.safetensors").stat().st_mtime_ns == written
     assert main([str(folder), "--rank", "2"]) == 1
     assert "rank is 1" in capsys.readouterr().err
     assert json.loads((folder / "config.json").read_text())["rank"] == 1
@@ -270,7 +273,7 @@ def test_every_stage_on_another_device(model, photos, tmp_path, monkeypatch):
 def test_pretrained_encoder_is_what_training_starts_from(model, photos, prepared, capsys):
     """The encoder stays what it was; its pretraining resumes."""
     folder = prepared()
-    for lost in ("encoder.safetensors", "pretrain.pt", "pretrain.csv"):
+    for lost in ("encoder.safetensors", "pretrain_state.safetensors", "pretrain.csv"):
         (folder / lost).unlink()
     options = ["--set", "pretrain.learning_rate=3e-3", "pretrain.steps=60"]
     assert run(model, photos, folder, *options, stage="train") == 1
@@ -493,7 +496,7 @@ def test_a_run_that_ended_before_its_file_writes_it(model, photos, ended, straig
 
 def test_a_state_of_other_sizes_is_refused(model, photos, straight, tmp_path, capsys):
     """Even if no file of settings stands beside it."""
-    os.link(straight / "state.pt", tmp_path / "state.pt")
+    os.link(straight / "state.safetensors", tmp_path / "state.safetensors")
     others = ["--rank", "2", "--set", f"precomputed={straight}", "basis.seed=1", "prompt=a [w] face", "net.depth=2"]
     (tmp_path / "config.json").write_text(json.dumps({"rank": 2, "held_out": 0.5, "prompt": "a [w] face", "convolutions": False,
         "basis": {"seed": 1, "down_dim": 12, "up_dim": 8}, "net": {"depth": 2, "width": 32, "code": 4},
@@ -504,10 +507,14 @@ def test_a_state_of_other_sizes_is_refused(model, photos, straight, tmp_path, ca
     assert "of a training with another basis, depth, prompt, rank, set of people." in said
 
 
-def test_rates_are_those_of_now(model, photos, ended, straight):
+def test_rates_are_those_of_now(model, photos, ended, straight, monkeypatch):
     folder = ended()
+    groups, write = [], loop.state_file.write
+    spied = lambda path, net, optimizer, *rest: (
+        groups.extend(optimizer.param_groups) or write(path, net, optimizer, *rest)
+    )
+    monkeypatch.setattr(loop.state_file, "write", spied)
     assert run(model, photos, folder, "--steps", "9", "--set", "train.weight_decay=0", stage="train") == 0
-    groups = torch.load(folder / "state.pt", weights_only=True)["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0}
     assert {group["scale"] for group in groups} == {1.0, 3.0}
     moved = {n for n, w in weights(folder).items() if not torch.allclose(w, weights(straight)[n], atol=1e-7)}
@@ -516,7 +523,7 @@ def test_rates_are_those_of_now(model, photos, ended, straight):
 
 def test_a_training_that_diverges_keeps_what_it_had(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SAVE_EVERY", -1)
-    state, net = tmp_path / "state.pt", torch.nn.Linear(3, 1)
+    state, net = tmp_path / "state.safetensors", torch.nn.Linear(3, 1)
 
     def loss_of(net, step, part):
         return {"loss": net(torch.ones(4, 3)).square().mean() / (0.0 if step == 12 else 1.0)}
@@ -525,10 +532,9 @@ def test_a_training_that_diverges_keeps_what_it_had(tmp_path, monkeypatch):
     training = TrainingLoop(Accelerator(cpu=True), net, config, state, tmp_path / "log.csv")
     with pytest.raises(HyperNetError, match=r"step 13 are not finite.*Lower learning_rate"):
         training.run(loss_of, lambda: None)
-    kept = torch.load(state, weights_only=True)
-    assert kept["step"] == 12
-    assert all(bool(w.isfinite().all()) for name in ("net", "average") for w in kept[name].values())
-    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", "log.csv"}
+    assert container.read_fields(state_file.KIND, state)["step"] == 12
+    assert all(bool(weight.isfinite().all()) for weight in load_file(state).values())
+    assert {path.name for path in tmp_path.iterdir()} == {"state.safetensors", "log.csv"}
 
 
 @pytest.mark.parametrize("parts", ["2", "4"])
