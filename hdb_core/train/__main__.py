@@ -19,7 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,15 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from ..errors import HDBError
 from .base.denoiser import load_base_model
 from .describe import purposes
+from .heartbeat import Heartbeat, address
 from .job import Job
 from .plan import describe_plan
 from .run import STAGES, Run
 from .settings import PRECISIONS, PREDICTION_TYPES, Settings, flat
 from .stages import RUN_STAGE
 
-# Processes wait for the one that learns a basis, draws samples or has the most people left; a dead one ends the rest.
+# Processes wait for the one that learns a basis, draws samples or has the most people left; for a dead one they wait
+# only as long as `heartbeat` says.
 PATIENCE = timedelta(hours=2)
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OPTIONS = {
@@ -55,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = Run.open(args.run, given(args))
         with run.locked() if _is_first() else nullcontext():
             accelerator = _accelerator(run.settings)
-            _run_stages(run, accelerator, args.stage)
+            with _signs_of_life(accelerator):
+                _run_stages(run, accelerator, args.stage)
     except (HDBError, FileNotFoundError) as error:
         sys.stderr.write(f"{error}\n")  # of whichever process
         return 1
@@ -112,6 +115,11 @@ def _is_first() -> bool:
 def _accelerator(settings: Settings) -> Accelerator:
     waiting = InitProcessGroupKwargs(timeout=PATIENCE)
     return Accelerator(mixed_precision=settings.mixed_precision, cpu=settings.cpu, kwargs_handlers=[waiting])
+
+
+def _signs_of_life(accelerator: Accelerator) -> AbstractContextManager[object]:
+    rank, count = accelerator.process_index, accelerator.num_processes
+    return Heartbeat(rank, count, address()) if count > 1 else nullcontext()
 
 
 def _run_stages(run: Run, accelerator: Accelerator, only: str | None) -> None:
