@@ -70,7 +70,13 @@ def start():
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 @pytest.mark.parametrize(
     ("how", "victim", "other"),
-    [("SIGKILL", 0, "works"), ("SIGKILL", 1, "works"), ("SIGKILL", 1, "waits"), ("SIGSTOP", 0, "works"), ("SIGSTOP", 1, "waits")],
+    [
+        ("SIGKILL", 0, "works"),
+        ("SIGKILL", 1, "works"),
+        ("SIGKILL", 1, "waits"),
+        ("SIGSTOP", 0, "works"),
+        ("SIGSTOP", 1, "waits"),
+    ],
 )
 def test_a_dead_process_ends_the_other(start, how, victim, other):
     processes = start(other, other)

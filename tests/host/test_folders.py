@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import unicodedata
@@ -161,3 +162,25 @@ def test_a_missing_name_where_there_are_files(host, shelf, honest, category):
     for none in (None, "", 3):
         with pytest.raises(host.module("hdb_core.errors").HDBError, match=r"Choose a .* file from the list of"):
             node.execute(none)
+
+
+@EVERY
+@pytest.mark.parametrize("given", ["missing", "null"])
+def test_the_server_refuses_a_prompt_with_that_sentence(shelf, category, given):
+    """The host drops what validate_inputs returns about a missing input."""
+    import execution
+
+    node_id, name = SHELVES[category]
+    prompt = {"1": {"class_type": node_id, "inputs": {name: None} if given == "null" else {}}}
+    person = ["1", 0]
+    if category == "hyperdreambooth":
+        prompt["2"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}}
+        prompt["3"] = {"class_type": "PredictLiDB", "inputs": {"hypernet": ["1", 0], "image": ["2", 0]}}
+        person = ["3", 0]
+    inputs = {"lidb": person, "filename_prefix": "lidb/a", "rank": 4}
+    prompt["4"] = {"class_type": "SaveLiDB", "inputs": inputs}
+    valid, _, _, errors = asyncio.run(execution.validate_prompt("0", prompt, None))
+    assert not valid
+    (said,) = {reason["details"] for node in errors.values() for reason in node["errors"]}
+    assert said.startswith("There is no ") and str(shelf[0]) in said
+    assert "into one of these folders" in said

@@ -71,20 +71,6 @@ def test_every_input_has_a_tooltip(ours):
     assert [key for key, options in inputs if not options.get("tooltip")] == []
 
 
-@pytest.mark.parametrize("inputs", [{}, {"hypernet_name": None}], ids=["missing", "null"])
-def test_without_a_hypernetwork_the_server_says_what_to_do(server, inputs, ours):
-    folder = server.output.parent / "models" / "hyperdreambooth"
-    assert ours["LoadHyperNet"]["input"]["required"]["hypernet_name"][1]["options"] is not None
-    prompt = {"1": {"class_type": "LoadHyperNet", "inputs": inputs},
-              "2": {"class_type": "PredictLiDB", "inputs": {"hypernet": ["1", 0], "image": ["3", 0]}},
-              "3": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}},
-              "4": {"class_type": "SaveLiDB", "inputs": {"lidb": ["2", 0], "filename_prefix": "lidb/a", "rank": 4}}}  # fmt: skip
-    with pytest.raises(PromptError) as caught:
-        server.run(prompt)
-    print(folder, caught.value)
-    assert "TypeError" not in str(caught.value)
-
-
 def test_example_workflows_are_offered_as_templates(server):
     assert sorted(server.get("/api/workflow_templates")[PACK]) == sorted(path.stem for path in WORKFLOWS)
 
