@@ -302,8 +302,8 @@ def _change_tensors(draw: st.DrawFn, tensors: dict[str, Tensor]) -> None:
         "rename": lambda: tensor,
         "shape": lambda: tensor.flatten().repeat(draw(st.integers(1, 3)))[draw(st.integers(0, 3)) :].clone(),
         "dtype": lambda: tensor.float().to(draw(st.sampled_from((torch.float64, torch.int8, torch.bool, torch.float16)))),
-        "values": lambda: torch.full_like(tensor, draw(st.sampled_from((0, 1, 255)))) if tensor.dtype is torch.uint8
-        else torch.full_like(tensor, draw(st.sampled_from((0.0, 1e4, float("nan"), float("inf"))))),
+        "values": lambda: torch.full_like(tensor, draw(st.sampled_from((0.0, 1e4, float("nan"), float("inf")))))
+        if tensor.is_floating_point() else torch.full_like(tensor, draw(st.sampled_from((0, 1, 255)))),
         "empty": lambda: tensor.flatten()[:0].clone(),
         "scalar": lambda: tensor.flatten()[0].clone(),
         "add": lambda: tensor,
