@@ -168,7 +168,6 @@ class Settings:
         for name in ("image_size", "rank", "group", "accumulate"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(0 < self.held_out < 1, "held_out", "a share between 0 and 1", self.held_out)
-        _require(self.overfit >= 0, "overfit", "0 or a number of people", self.overfit)
         if self.clip_vision and self.train.augment:
             raise HyperNetError(
                 "Photos are augmented for a trained encoder only: the tokens of clip_vision are computed once. Leave "

@@ -90,7 +90,7 @@ def test_noise_levels_that_make_no_sense_are_refused(section, noise):
      ("train.rest", "x", "train.rest: a number"), ("encoder.stem", 3, "encoder.stem: a list"), ("model", 3, "model: a text"),
      ("fit.noise", [0.1], "fit.noise: two numbers"), ("train.augment", ["tint"], "some of crop, flip, color, got 'tint'"),
      ("train.max_photos", 0, "at least 1"), ("train.rest", 1.5, "from 0 to 1"), ("train.people", 0, "people of at least 1"),
-     ("rank", 0, "rank: at least 1"), ("held_out", 1.0, "held_out: a share"), ("overfit", -1, "overfit: 0 or"),
+     ("rank", 0, "rank: at least 1"), ("held_out", 1.0, "held_out: a share"), ("overfit", -1, "overfit: from 0 to"),
      ("mixed_precision", "fp8", "mixed_precision: no or bf16"), ("prediction_type", "x0", "prediction_type: epsilon")],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(name, value, message):
