@@ -111,8 +111,9 @@ def probe(recipe: BasisRecipe, layout: Layout) -> list[float]:
 
 
 def probe_size(recipe: BasisRecipe, layout: Layout) -> int:
-    """How many numbers `probe` draws."""
-    return sum(_numbers(recipe, layer) for layer in _probed(recipe, layout))
+    """How many operations `probe` takes, for orthonormalising what it draws."""
+    dims = ((layer, *recipe.dims(layer)) for layer in _probed(recipe, layout))
+    return sum(layer.in_features * a**2 + layer.out_features * b**2 for layer, a, b in dims)
 
 
 def _probed(recipe: BasisRecipe, layout: Layout) -> list[Layer]:

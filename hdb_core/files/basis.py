@@ -19,6 +19,7 @@ from ..basis import BasisRecipe
 from ..errors import BasisFileError
 from ..layout import Layout
 from . import container
+from .fields import whole_number
 
 KIND = container.FileKind(
     key="lidb_basis",
@@ -93,7 +94,9 @@ def load(path: str | os.PathLike[str]) -> tuple[Layout, BasisRecipe]:
             down, up = bases[layer.name]
             if down.shape != (a, layer.in_features) or up.shape != (layer.out_features, b):
                 raise ValueError(layer.name)
-    except (KeyError, TypeError, ValueError) as error:
+            if down.dtype is not torch.float16 or up.dtype is not torch.float16:
+                raise TypeError(layer.name)
+    except (LookupError, TypeError, ValueError) as error:
         raise KIND.damaged(path, f"its header and its numbers disagree ({error})") from error
     with torch.inference_mode(False):
         made = {name: (orthonormal(down.mT).mT.contiguous(), orthonormal(up)) for name, (down, up) in bases.items()}
@@ -103,7 +106,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Layout, BasisRecipe]:
 
 
 def _recipe(fields: Mapping[str, Any]) -> BasisRecipe:
-    down_dim, up_dim = (int(dim) for dim in fields["dims"])
+    down_dim, up_dim = (whole_number(dim, 1, container.MAX_DIM, "dims") for dim in fields["dims"])
     return BasisRecipe(0, down_dim, up_dim, learned=str(fields["checksum"]))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,8 +34,10 @@ MAX_LAYERS = 4096
 MAX_FEATURES = 65_536
 MAX_DIM = 1024  # of a basis
 MAX_NAME = 256
-MAX_PROBED = 8_000_000  # numbers that are drawn to compare bases
-_GARBLED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, zlib.error)
+MAX_PROBED = 1_000_000_000  # operations that comparing bases takes
+_GARBLED = (
+    LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, MemoryError, RuntimeError, zlib.error,
+)  # fmt: skip
 _LORA_MARKS = ("lora_up", "lora_down", "lora_A", "lora_B", "hada_", "lokr_")
 
 
@@ -123,7 +126,7 @@ def read_layout(kind: FileKind, fields: Mapping[str, Any], path: Path) -> Layout
     """
     with kind.garbled(path):
         family = fields["family"]
-        if not isinstance(family, str) or len(family) > MAX_NAME:
+        if not isinstance(family, str) or len(family.encode()) > MAX_NAME:
             raise TypeError("family")
         layout = Layout(family, tuple(_layer(row) for row in _unpacked_layers(fields["layers"])))
         if len({layer.name for layer in layout.layers}) != len(layout.layers):
@@ -147,7 +150,7 @@ def _unpacked_layers(packed: str) -> list[Any]:
 
 def _layer(row: Any) -> Layer:
     name, *sizes = row
-    if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME:
+    if not isinstance(name, str) or not 1 <= len(name.encode()) <= MAX_NAME:
         raise TypeError("the name of a layer")
     inputs, outputs = (whole_number(size, 1, MAX_FEATURES, name) for size in sizes)
     layer = Layer(name, inputs, outputs)
@@ -247,6 +250,11 @@ def write(
     header = {"format_version": kind.version, **fields}
     header["checksum"] = checksum(header, tensors)
     data = safetensors.torch.save(dict(tensors), {kind.key: json.dumps(header)})
+    if int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
+        raise kind.error(
+            f"The header of {path.name!r} would be larger than {MAX_HEADER_BYTES:,} bytes, so that nothing could read it; "
+            "nothing was written. Give it a shorter prompt, name or thumbnail."
+        )
     try:
         with (creating if new else replacing)(path) as temporary:
             temporary.write_bytes(data)
@@ -298,7 +306,10 @@ def read_tensors(kind: FileKind, fields: Mapping[str, Any], path: Path) -> dict[
 def _read_metadata(kind: FileKind, path: Path) -> str:
     """Our header's text, after checks that need no knowledge of ours: is it whole, is it safetensors, is it ours."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise kind.error(f"Expected a {kind.name} file, but {path.name!r} is a folder or a device.")
+        size = status.st_size
         with path.open("rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
@@ -325,9 +336,10 @@ def _read_metadata(kind: FileKind, path: Path) -> str:
 
 
 def checksum(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the header, without its own checksum, and the stored numbers."""
+    """SHA-256 over the header, without its own checksum, and the tensors: names, types, shapes and numbers."""
     rest = {name: value for name, value in fields.items() if name != "checksum"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -91,6 +91,8 @@ def as_type(value: Any, wanted: Any, name: str) -> Any:
         value = float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise TypeError(f"{name}: expected {wanted.__name__}, got {type(value).__name__}")
+    if isinstance(value, str):
+        value.encode()  # ValueError for half a character, which nothing could write
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}: not a finite number")
     return value

@@ -162,6 +162,7 @@ def _require_sizes(config: HyperNetConfig, shapes: Mapping[str, tuple[int, ...]]
         repeated["encoder.vit.layers.{}.mlp.fc1.weight"] = (encoder.depth, (4 * token, token))
         if encoder.summary:
             proofs["encoder.summary.3.weight"] = (encoder.summary * token, places * SUMMED_WIDTH)
+            proofs["encoder.summary.5.weight"] = (encoder.summary * token,) * 2
         channels, place = 3, 0
         for stage, (own, blocks) in enumerate(encoder.stem):
             kernel = 3 if stage else encoder.patch_size

@@ -7,6 +7,7 @@ layer's. With 6 bits a number, four numbers are packed into three bytes, and eve
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -95,6 +96,7 @@ def save(lidb: LiDB, path: str | os.PathLike[str], rank: int | None = None, bits
     tensors = _compact(factors) if bits == COMPACT else _floating(factors, bits)
     if not all(bool(t.isfinite().all()) for t in tensors.values()):
         raise _not_finite(path)
+    _require_readable(lidb, ranks, path)
     fields = container.space_fields(lidb.layout, lidb.basis) | {
         "ranks": ranks,
         "dtype": _DTYPES[bits],
@@ -171,6 +173,21 @@ def read_about(fields: Any) -> About:
     if any(abs(strength) > MAX_STRENGTH for strength in about.strengths):
         raise ValueError("strengths")
     return about
+
+
+def _require_readable(lidb: LiDB, ranks: list[int], path: Path) -> None:
+    """Refuse to write what `load` would refuse to read.
+
+    Raises:
+        LiDBFileError: if a person is too large, or says of themselves what is out of its range.
+    """
+    size = len(ranks) * max(ranks) * (lidb.basis.down_dim + lidb.basis.up_dim)
+    try:
+        read_about(json.loads(json.dumps(about_fields(lidb.about))))
+        if size > MAX_VALUES:
+            raise ValueError(f"{size:,} numbers, where {MAX_VALUES:,} are the most")
+    except (TypeError, ValueError) as error:
+        raise LiDBFileError(f"The LiDB for {path.name!r} cannot be written ({error}); nothing was written.") from error
 
 
 def _not_finite(path: Path) -> LiDBFileError:

@@ -65,8 +65,11 @@ class HyperNetConfig:
     def __post_init__(self) -> None:
         if self.code < 1 or self.rank < 1 or self.iterations < 1:
             raise HyperNetError("Expected a code, a rank and iterations of at least 1. Train the hypernetwork again.")
-        if self.heads < 1 or self.depth < 0 or self.width % self.heads:
-            raise HyperNetError(f"Expected a width that the heads divide, got {self.width} and {self.heads}.")
+        if self.heads < 1 or self.depth < 1 or self.width % self.heads:
+            raise HyperNetError(
+                f"Expected a decoder layer or more and a width that the heads divide, got {self.depth}, {self.width} and "
+                f"{self.heads}."
+            )
 
     def fields(self) -> dict[str, Any]:
         """The sizes as JSON takes them, without layout and basis, which the file's space holds."""

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             accelerator = _accelerator(run.settings)
             with _signs_of_life(accelerator):
                 _run_stages(run, accelerator, args.stage)
-    except (HDBError, FileNotFoundError) as error:
+    except (HDBError, OSError) as error:
         sys.stderr.write(f"{error}\n")  # of whichever process
         return 1
     finally:

@@ -317,3 +317,14 @@ def test_a_file_needs_no_transformers(path):
     )
     read = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True, cwd=ROOT)
     assert read.stdout.strip() == "True"
+
+
+def test_weights_of_another_type_do_not_fit_the_checksum(net, tmp_path):
+    path = tmp_path / "half.safetensors"
+    hypernet_file.save(net, path, {})
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].replace(b'"F16"', b'"BF16"')
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    with pytest.raises(HyperNetFileError, match="checksum"):
+        hypernet_file.load(path)

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import zlib
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -15,6 +16,7 @@ from hdb_core.files import container
 from hdb_core.files.lidb import COMPACT, DEFAULT_RANK, FULL, HALF, load, read_header, save
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import About, LiDB, core, cosine, norm, strongest, truncate
+from hdb_core.recommended import Strengths
 
 
 def sd1_layout():
@@ -315,3 +317,42 @@ def test_tensors_with_an_honest_checksum_that_do_not_fit(tmp_path, make_lidb, bi
     rewrite(path, tensors=changed)
     with pytest.raises(LiDBFileError, match="damaged"):
         load(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "p.safetensors")
+    with pytest.raises(LiDBFileError, match="folder or a device"):
+        load(tmp_path / "p.safetensors")
+
+
+def test_half_a_character_in_a_name_is_refused(path):
+    for edit in (about_field("name", "\ud800"), lambda fields: fields.update(family="\ud800")):
+        rewrite(path, edit)
+        with pytest.raises(LiDBFileError, match="garbles") as error:
+            load(path)
+        str(error.value).encode()
+
+
+def test_sizes_that_overflow_are_damage(path):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["down"] = {"dtype": "F16", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}
+    header["up"] = {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(LiDBFileError, match="damaged"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [(About(thumbnail="A" * 1_100_000), "header"), (About(strengths=Strengths(101, 1, 1)), "strengths"),
+     (About(photos=-1), "photos"), (About(made_from="clay"), "made_from")],
+    ids=["thumbnail", "strengths", "photos", "made_from"],
+)  # fmt: skip
+def test_what_could_not_be_read_is_not_written(tmp_path, make_lidb, about, message):
+    with pytest.raises(LiDBFileError, match=rf"(?s){message}.*nothing was written"):
+        save(replace(make_lidb(), about=about), tmp_path / "p.safetensors")
+    assert not list(tmp_path.iterdir())
