@@ -74,7 +74,7 @@ def test_example_workflows_are_recommended_for_what_they_make_persons_from(host,
     (finetune,) = (node for node in nodes if node["type"] == "FastFinetune")
     linked = {slot["name"] for slot in finetune["inputs"] if slot["link"] is not None}
     recommended = host.module("hdb_core.recommended")
-    assert recommended.made_from(photos, predicted="lidb" in linked) == MADE_FROM[name]
+    assert recommended.made_from(photos, predicted="lidb" in linked, learned=False) == MADE_FROM[name]
     assert "lidb" not in linked or any(node["type"] == "PredictLiDB" for node in nodes)
 
 
@@ -84,6 +84,7 @@ def test_the_recommendations(host):
         "a prediction": (12, (0.7, 0.5, 2.5)),
         "one photo": (56, (0.35, 0.5, 4.5)),
         "several photos": (100, (0.7, 0.5, 2.5)),
+        "photos in a learned basis": (8, (0.7, 0.5, 2.5)),
     }
 
 
