@@ -260,7 +260,7 @@ def damage(draw: st.DrawFn, honest: bytes, key: str) -> bytes:
     else:
         _change_tensors(draw, tensors)
     if draw(st.integers(0, 3)):
-        fields["checksum"] = _honest_checksum(fields, tensors)
+        fields["checksum"] = container.checksum(fields, tensors)
     return safetensors.torch.save(tensors, {key: json.dumps(fields)})
 
 
@@ -312,10 +312,6 @@ def _change_tensors(draw: st.DrawFn, tensors: dict[str, Tensor]) -> None:
         tensors[f"{name}2" if how == "rename" else name] = changed[how]()
     if how == "add":
         tensors["another"] = torch.zeros(2)
-
-
-def _honest_checksum(fields: Any, tensors: Mapping[str, Tensor]) -> str:
-    return container.checksum(fields, tensors)
 
 
 class Broken(AssertionError):

@@ -6,7 +6,6 @@ variance, which the expanded checkpoint carries as its ``vae_scale``.
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from devtools.device import add_option
+from hdb_core.files.atomic import replacing
 
 from .packing import trained_weights
 from .pictures import CHUNK, is_pair
@@ -53,9 +53,8 @@ def main() -> None:
         for name in (source.name.replace("singles", "pairs"), source.name):
             target = args.folder / name
             if not target.exists():
-                partial = args.folder / f"partial_{name}"
-                np.save(partial, encode(vae, np.load(args.pictures / name)))
-                os.replace(partial, target)
+                with replacing(target) as partial, partial.open("wb") as file:
+                    np.save(file, encode(vae, np.load(args.pictures / name)))
         if not (args.folder / "std.json").exists():
             first = np.load(args.folder / source.name).astype(np.float32)
             (args.folder / "std.json").write_text(json.dumps({"std": float(first.std()), "mean": float(first.mean())}))

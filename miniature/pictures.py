@@ -5,11 +5,12 @@ Single squares and pairs are stored apart because their shapes differ.
 """
 
 import argparse
-import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+from hdb_core.files.atomic import replacing
 
 from .captions import pair_caption, sample_caption, scene_caption
 from .drawing import draw, photo
@@ -63,9 +64,8 @@ def _render_chunk(folder: Path, chunk: int) -> int:
         pictures = [training_picture(i)[0] for i in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
         for name, wide in (("pairs", True), ("singles", False)):
             stack = np.stack([p for p in pictures if (p.shape[1] == 256) == wide])
-            partial = folder / f"partial_{name}_{chunk:04}.npy"
-            np.save(partial, stack)
-            os.replace(partial, folder / f"{name}_{chunk:04}.npy")
+            with replacing(folder / f"{name}_{chunk:04}.npy") as partial, partial.open("wb") as file:
+                np.save(file, stack)
     return chunk
 
 

@@ -1,12 +1,13 @@
 """What the trainings of the miniature share: bf16 weights with float32 masters, an EMA, checkpoints that resume."""
 
 import math
-import os
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from hdb_core.files.atomic import replacing
 
 LOG_EVERY = 25
 ENDS = ("embedding", "conv_in", "conv_out")  # first and last layers, which Muon's recipe leaves to AdamW
@@ -138,11 +139,10 @@ class Trainer:
         """
         if self._losses:
             self._mean_loss()
-        partial = self.folder / "state.partial"
         state = {"masters": self.masters, "average": self.average, "names": self.names,
                  "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step_count}  # fmt: skip
-        torch.save(state, partial)
-        os.replace(partial, self.folder / "state.pt")
+        with replacing(self.folder / "state.pt") as partial:
+            torch.save(state, partial)
         self._saved = time.time()
 
 

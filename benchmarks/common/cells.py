@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
+
+from hdb_core.files.atomic import replacing
 
 # Raised whenever the same settings would give other pictures.
 VERSION = 1
@@ -74,6 +75,5 @@ class Cells:
         info = PngImagePlugin.PngInfo()
         info.add_text("facts", json.dumps({**cell.facts, "grid": (rows, columns)}))
         info.add_text("settings", json.dumps({**self.common, **settings}, default=str))
-        partial = path.with_suffix(f".partial{os.getpid()}")
-        Image.fromarray(sheet).save(partial, "PNG", pnginfo=info)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            Image.fromarray(sheet).save(partial, "PNG", pnginfo=info)

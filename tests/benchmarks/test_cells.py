@@ -49,7 +49,7 @@ def test_an_interrupted_write_leaves_no_cell(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("benchmarks.common.cells.os.replace", killed)
+    monkeypatch.setattr("os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         cells.write("base", {}, 1, random_cell())
     assert cells.read("base", {}, 1) is None
