@@ -16,6 +16,8 @@ from .device import host_options
 from .environment import PACK, Host
 
 HOST_PROCESS = Path(__file__).with_name("host_process.py")
+# Newer hosts drop results when memory is short: a person would be learned again for every prompt.
+KEEP_RESULTS = ("--cache-classic",)
 
 
 class ComfyServer(ComfyClient):

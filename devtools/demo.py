@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import workflow
 from .comfy_client import Progress, PromptError, PromptInterrupted, ServerError
-from .comfy_server import ComfyServer, raise_on_terminate
+from .comfy_server import KEEP_RESULTS, ComfyServer, raise_on_terminate
 from .device import add_option
 from .environment import CHECKPOINT, HYPERNET, OF_THE_MINIATURE, ROOT, Host, SetupError, lacking
 
@@ -80,7 +80,7 @@ def run(host: Host, steps: int | None, seeds: int, device: str) -> None:
     plain, edits = f"a {TOKEN} face", [scene.text(TOKEN) for scene in scenes]
     since = time.monotonic()
     print("Starting ComfyUI …", flush=True)
-    with ComfyServer(host, host.base, device=device) as server:
+    with ComfyServer(host, host.base, device=device, options=KEEP_RESULTS) as server:
         session = Session(server, steps, seeds, {"start": time.monotonic() - since})
         pictures = {column: {text: session.pictures(text, column) for text in (plain, *edits)} for column in COLUMNS}
     person = OUTPUT / "demo_person.safetensors"

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -135,7 +136,8 @@ def lacking(packages: Iterable[str]) -> str:
     missing = [name for name in packages if find_spec(name) is None]
     if not missing:
         return ""
-    return f"{sys.executable} lacks {', '.join(missing)}: {sys.executable} -m pip install {' '.join(missing)}"
+    bring = " ".join({"xdist": "pytest-xdist"}.get(name, name) for name in missing)
+    return f"{sys.executable} lacks {', '.join(missing)}: {sys.executable} -m pip install {bring}"
 
 
 def _ensure_venv() -> None:
@@ -253,18 +255,54 @@ def _existing(root: Path, python: Path | None) -> Host:
     places = [venv_python(root / "venv"), venv_python(root / ".venv"), root.parent / embedded, root / embedded]
     for candidate in [python] if python else places:
         if candidate.is_file():
-            check = f"import sys; sys.version_info >= (3, 11) or sys.exit(1); import {IMPORTED_BY_HOST}"
-            if (
-                subprocess.run([str(candidate), "-c", check], cwd=root, capture_output=True, check=False).returncode
-                == 0
-            ):
-                return Host(root, candidate.absolute())
-            raise SetupError(
-                f"{candidate} is older than Python 3.11, which these commands need, or lacks packages of ComfyUI: "
-                f"{candidate} -m pip install -r requirements.txt"
-            )
+            _require_packages(candidate, root)
+            return Host(root, candidate.absolute())
     looked = ", ".join(str(p) for p in ([python] if python else places))
     raise SetupError(f"No Python for {root} (looked at {looked}). Name it with --python.")
+
+
+def _require_packages(python: Path, root: Path) -> None:
+    """Raises SetupError if a Python is too old, or lacks a package that this ComfyUI requires."""
+    version, packages = _about(python)
+    if version < (3, 11):
+        raise SetupError(f"{python} is older than Python 3.11, which these commands need.")
+    required = _requirements(root)
+    lack = [required[name] for name in required if name not in packages]
+    if not lack:
+        return
+    if "torch" not in packages:
+        raise SetupError(f"{python} lacks {', '.join(lack)}. Install ComfyUI's packages as its README says.")
+    # Without the first, some of the others would replace torch by another version, or by that of another GPU.
+    command = " ".join(f'"{name}"' for name in (f"torch=={packages['torch']}", *lack))
+    advice = f"{python} lacks {', '.join(lack)}: {python} -m pip install {command}"
+    if lack != ["torchaudio"]:
+        raise SetupError(advice)
+    _say(f"{advice}. Some versions of ComfyUI do not start without it.")
+
+
+def _about(python: Path) -> tuple[tuple[int, ...], dict[str, str]]:
+    """The version of a Python, which may be an old one, and those of its packages by their normalised names."""
+    code = """if True:
+        import json, re, sys
+        from importlib.metadata import distributions
+        found = {re.sub("[-_.]+", "-", d.metadata["Name"] or "").lower(): d.version for d in distributions()}
+        print(json.dumps([sys.version_info[:2], found]))
+    """
+    try:
+        run = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", "").strip().splitlines() or [str(error)]
+        raise SetupError(f"{python} does not run ({reason[-1]}). Name another one with --python.") from error
+    version, packages = json.loads(run.stdout)
+    return tuple(version), packages
+
+
+def _requirements(root: Path) -> dict[str, str]:
+    """What a ComfyUI cannot do without, by normalised name: lines of its `requirements.txt`."""
+    essential, _, _ = (root / "requirements.txt").read_text(encoding="utf-8").partition("#non essential")
+    lines = (line.partition("#")[0].strip() for line in essential.splitlines())
+    named = ((re.match(r"[\w.-]+", line), line) for line in lines)
+    return {re.sub("[-_.]+", "-", found[0]).lower(): line for found, line in named if found}
 
 
 def _ensure_base(host: Host, own_models: bool) -> None:
@@ -304,11 +342,13 @@ def _link(link: Path, target: Path) -> None:
 
 def _ensure_models(host: Host) -> None:
     """The models of `weights/`: the base expanded to the single-file checkpoint that stock loaders read, the hypernetwork
-    with today's header. Both are left alone until `weights/` or what writes them changes, since a running server reads
-    them."""
+    with today's header, the people that it predicts of the example photos. All are left alone until `weights/` or what
+    writes them changes, since a running server reads them."""
     weights, core = ROOT / "weights", ROOT / "hdb_core"
     folders = (core, core / "files", core / "hypernet")
+    photos = sorted((ROOT / "example_workflows" / "input").glob("*.png"))
     writers = [
+        *photos,
         ROOT / "miniature" / "checkpoint.py",
         ROOT / "miniature" / "packing.py",
         *(path for f in folders for path in sorted(f.glob("*.py"))),
@@ -327,6 +367,7 @@ def _ensure_models(host: Host) -> None:
     _make_model(host, "expand", target)
     if shipped.is_file():
         _make_model(host, "hypernet", hypernet)
+        _make_model(host, "people", host.base / "models")
     else:
         hypernet.unlink(missing_ok=True)
     stamp.write_text(wanted)

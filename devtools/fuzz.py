@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +25,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hdb_core.basis import BasisRecipe
+from hdb_core.basis import BasisRecipe, layer_basis
 from hdb_core.errors import HDBError
+from hdb_core.files import basis as basis_file
 from hdb_core.files import container
 from hdb_core.files import hypernet as hypernet_file
 from hdb_core.files import lidb as lidb_file
@@ -59,6 +60,7 @@ class Target:
         load: reads it.
         save: writes what `load` returned.
         values: of what `load` returned, to be compared.
+        rounding: what another save and load may change a number by.
     """
 
     kind: container.FileKind | None
@@ -66,6 +68,7 @@ class Target:
     load: Callable[[Path], Any]
     save: Callable[[Any, Path], object]
     values: Callable[[Any], Any]
+    rounding: float = 1e-5
 
 
 def small_layout() -> Layout:
@@ -88,6 +91,17 @@ def small_hypernet() -> HyperNet:
     """An untrained hypernetwork."""
     encoder = EncoderConfig(image_size=16, token_width=8, patch_size=8, stem=((8, 1),), depth=1, heads=2)
     return HyperNet.create(HyperNetConfig(small_layout(), BasisRecipe(3, 12, 8), encoder, 8, 1, 2, code=3))
+
+
+def small_basis() -> tuple[Layout, BasisRecipe]:
+    """A basis as if it were learned."""
+    layout, recipe = small_layout(), BasisRecipe(3, 12, 8)
+    return layout, replace(recipe, bases={layer.name: layer_basis(recipe, layer) for layer in layout.layers})
+
+
+def save_basis(basis: tuple[Layout, BasisRecipe], path: Path) -> None:
+    layout, recipe = basis
+    basis_file.save(layout, recipe.bases or {}, (recipe.down_dim, recipe.up_dim), path, {"people": "3"})
 
 
 class Training(NamedTuple):
@@ -165,6 +179,14 @@ TARGETS: Mapping[str, Target] = {
         hypernet_file.load,
         lambda net, path: hypernet_file.save(net, path, {}, torch.float32),
         lambda net: (net.config, net.state_dict()),
+    ),
+    "basis": Target(
+        basis_file.KIND,
+        lambda path: save_basis(small_basis(), path),
+        basis_file.load,
+        save_basis,
+        lambda basis: (basis[0], basis[1].down_dim, basis[1].up_dim, basis[1].bases),
+        1e-3,  # its float16 numbers are made orthonormal again
     ),
     "state": Target(
         state_file.KIND, lambda path: save_state(begun_training(), path), load_state, save_state, training_values
@@ -340,19 +362,19 @@ def judge(target: Target, data: bytes, path: Path) -> str:
         result = "accepted"
         again = path.with_name("again.safetensors")
         target.save(loaded, again)
-        if not same(target.values(target.load(again)), target.values(loaded)):
+        if not same(target.values(target.load(again)), target.values(loaded), target.rounding):
             raise Broken("what was loaded is not what is loaded after saving it")
     return result
 
 
-def same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any, rounding: float) -> bool:
     """Whether two values are alike but for the rounding of tensors."""
     if isinstance(one, Tensor):
-        return torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+        return torch.allclose(one, other, rtol=1e-3, atol=rounding)
     if isinstance(one, Mapping):
-        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+        return one.keys() == other.keys() and all(same(one[name], other[name], rounding) for name in one)
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
+        return len(one) == len(other) and all(same(*pair, rounding) for pair in zip(one, other, strict=True))
     return one == other
 
 

@@ -56,7 +56,14 @@ CHECKS = {
             "miniature_hypernet.safetensors",
             "judge_a.safetensors",
         ),
-    )
+    ),
+    # Weights that are there are only taken where a part is left out.
+    "base": Check(
+        "benchmarks.gpu.base", ("miniature_base.safetensors", "miniature_vae.safetensors", "judge_a.safetensors")
+    ),
+    "person": Check("benchmarks.gpu.person", ("miniature_base.safetensors", "miniature_vae.safetensors")),
+    "memory_and_speed": Check("benchmarks.gpu.memory_and_speed", ()),
+    "training_rates": Check("benchmarks.gpu.training_rates", ()),
 }
 
 

@@ -63,13 +63,20 @@ class InProcessHost:
         return importlib.import_module(f"{self.package}.{name}")
 
     def run(self, node_id: str, **inputs: Any) -> tuple:
-        """A node's outputs for these inputs and its widgets' defaults. The caller sets inference mode, as the executor does."""
+        """A node's outputs for these inputs and its widgets' defaults. The caller sets inference mode, as the executor does.
+
+        Nodes that take lists get a list of one for whatever is no list.
+        """
         node = self.nodes[node_id]
         if not hasattr(node, "GET_SCHEMA"):
             return getattr(node(), node.FUNCTION)(**inputs)
-        defaults = {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
+        widgets = (i for i in node.GET_SCHEMA().inputs if not getattr(i, "force_input", None))
+        defaults = {i.id: i.default for i in widgets if getattr(i, "default", None) is not None}
+        given = {**defaults, **inputs}
+        if node.INPUT_IS_LIST:
+            given = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
         clone = node.PREPARE_CLASS_CLONE({})
-        return getattr(clone, node.FUNCTION)(**{**defaults, **inputs}).args
+        return getattr(clone, node.FUNCTION)(**given).args
 
 
 def boot(

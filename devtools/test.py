@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+import psutil
+
 from .device import cores
 from .environment import OF_THE_MINIATURE, ROOT, lacking
 
@@ -19,11 +21,13 @@ TIERS = (*sorted(_FOUND - set(_LAST)), *(tier for tier in _LAST if tier in _FOUN
 LINT = ("ruff check .", "ruff format --check .", "mypy")
 NO_TESTS_COLLECTED = 5
 MOST_WORKERS = 4  # each holds models of its own
+GB_OF_A_WORKER = {"host": 14}  # models of full size among them
 
 
 def command(tier: str, options: Sequence[str]) -> list[str]:
     """The arguments of Python that run a tier: its files on all cores, unless they share a server."""
-    workers = min(cores(), MOST_WORKERS)
+    fit = psutil.virtual_memory().total // (GB_OF_A_WORKER.get(tier, 4) * 2**30)
+    workers = max(1, min(cores(), MOST_WORKERS, fit))
     spread = [] if tier in _ONE_SERVER or workers < 2 else ["-n", str(workers), "--dist", "loadfile"]
     # -P keeps the repository's `nodes` from hiding the host's.
     return ["-P", "-m", "pytest", f"tests/{tier}", *spread, *options]
@@ -40,7 +44,7 @@ def main() -> int:
     if arguments in (["-h"], ["--help"]):
         print(f"usage: dev.py test [TIER …] [pytest options]\ntiers: lint {' '.join(TIERS)}")
         return 0
-    if lack := lacking(("pytest", "xdist", "ruff", "mypy", *OF_THE_MINIATURE)):
+    if lack := lacking(("pytest", "xdist", "hypothesis", "ruff", "mypy", *OF_THE_MINIATURE)):
         print(lack)
         return 1
     tiers = [a for a in arguments if a in ("lint", *TIERS)]

@@ -7,8 +7,9 @@ its weight in any format. One person for the whole batch, or another person for 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from .errors import LayoutError
 from .layout import Layout
 
 Factors = tuple[Tensor, Tensor]  # up (out, R) and down (R, in) of a layer
+_SAMPLES: ContextVar[list[int] | None] = ContextVar("samples", default=None)
 
 
 class Group(NamedTuple):
@@ -93,9 +95,14 @@ class Adapters:
         return moved
 
     @property
+    def bases(self) -> list[Tensor]:
+        """All that is kept on the device."""
+        return [aux for group in self.groups for aux in (group.down_aux, group.up_aux)]
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the bases."""
-        return sum(aux.numel() * aux.element_size() for group in self.groups for aux in (group.down_aux, group.up_aux))
+        return sum(aux.numel() * aux.element_size() for aux in self.bases)
 
     def _group(self, indices: list[int]) -> Group:
         layers = [self.layout.layers[index] for index in indices]
@@ -120,7 +127,7 @@ def low_rank_output(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
     Args:
         x: (..., in), the input of a linear layer; (B, T, in) if the factors are per sample.
-        y: (..., out), its output.
+        y: (..., out), its output; (B, ..., out) if the factors are per sample.
         up: (out, R), or (B, out, R) with one person per sample; if there are more samples, each stands for as many.
         down: (R, in), or (B, R, in).
 
@@ -130,7 +137,8 @@ def low_rank_output(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
     hidden = (x @ down.to(x).mT).to(y.dtype)
     up = up.to(y)
     if up.ndim == 3:
-        return torch.baddbmm(y, hidden, up.repeat_interleave(len(y) // len(up), 0).mT)
+        rows, per_row = y.flatten(1, -2), up.repeat_interleave(len(y) // len(up), 0)
+        return torch.baddbmm(rows, hidden.flatten(1, -2), per_row.mT).view_as(y)
     return torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), up.mT).view(y.shape)
 
 
@@ -144,26 +152,28 @@ def low_rank_convolution(module: nn.Conv2d, x: Tensor, y: Tensor, up: Tensor, do
         up: (out, R), or (B, out, R) with one person per sample.
         down: (R, in · kernel height · kernel width), or (B, R, …).
     """
-    if down.ndim == 3:
-        hidden = _maps_per_sample(module, x, down.to(x))
-    else:
+    keeps_size = x.shape[-2:] == y.shape[-2:]
+    if down.ndim == 2 and not (keeps_size and x.is_contiguous()):  # channels_last stays channels_last
         kernels = down.to(x).view(-1, module.in_channels, *module.kernel_size)  # a quantised weight has another shape
         hidden = functional.conv2d(x, kernels, None, module.stride, module.padding, module.dilation)
-    if up.ndim == 3:
-        return torch.baddbmm(y.flatten(2), up.to(y), hidden.flatten(2).to(y.dtype)).view_as(y)
-    return y + functional.conv2d(hidden.to(y.dtype), up.to(y)[:, :, None, None]).to(y.dtype)
+        return y + functional.conv2d(hidden.to(y.dtype), up.to(y)[:, :, None, None]).to(y.dtype)
+    hidden = moved_together(module, places_of(module, down.to(x)) @ x.flatten(2), x.shape[-2:])
+    up = up.to(y).expand(len(y), -1, -1)
+    return torch.baddbmm(y.flatten(2), up, hidden.flatten(2).to(y.dtype)).view_as(y)
 
 
-def _maps_per_sample(module: nn.Conv2d, x: Tensor, down: Tensor) -> Tensor:
-    """(B, R, h, w), every sample of x (B, in, h, w) convolved with its own kernels, down (B, R, in · h_k · w_k).
+def places_of(module: nn.Conv2d, down: Tensor) -> Tensor:
+    """Kernels (…, R, in · h_k · w_k) by their places, (…, R · h_k · w_k, in): each is one product over the channels."""
+    return down.unflatten(-1, (module.in_channels, -1)).transpose(-1, -2).flip(-2).flatten(-3, -2)
 
-    Each place of a kernel is one product over the channels, and the products are then moved and added: several times as
-    fast as a convolution in groups, and without the memory of unfolded patches.
+
+def moved_together(module: nn.Conv2d, products: Tensor, size: Sequence[int]) -> Tensor:
+    """The products (B, R · h_k · w_k, h · w) of each place of a kernel, moved and added: (B, R, h, w).
+
+    Several times as fast as a convolution in groups, or of few kernels, and without the memory of unfolded patches.
     """
-    kernels = down.unflatten(-1, (module.in_channels, -1)).permute(0, 1, 3, 2).flip(2).flatten(1, 2)
-    products = kernels @ x.flatten(2)
     padding: Any = module.padding
-    return functional.fold(products, x.shape[-2:], module.kernel_size, padding=padding)
+    return functional.fold(products, tuple(size), module.kernel_size, padding=padding)
 
 
 @contextmanager
@@ -191,11 +201,23 @@ def attach(modules: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> 
         yield
 
 
+@contextmanager
+def only_samples(numbers: Sequence[int]) -> Iterator[None]:
+    """Within, batches hold only some samples of the whole one, those of these numbers; their factors are taken."""
+    token = _SAMPLES.set(list(numbers))
+    try:
+        yield
+    finally:
+        _SAMPLES.reset(token)
+
+
 def _hook(name: str, factors: Mapping[str, Factors]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def add_low_rank_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if name not in factors:
             return output
         up, down = factors[name]
+        if (numbers := _SAMPLES.get()) is not None:
+            up, down = (side[numbers] if side.ndim == 3 else side for side in (up, down))
         if isinstance(module, nn.Conv2d):
             return low_rank_convolution(module, inputs[0], output, up, down)
         return low_rank_output(inputs[0], output, up, down)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,8 @@ class BasisRecipe:
             raise BasisError(f"Expected a basis of version 1, got {self.version}. Update this node pack.")
         if self.down_dim < 1 or self.up_dim < 1:
             raise BasisError(f"Expected basis dimensions of at least 1, got {self.down_dim} × {self.up_dim}.")
+        if not re.fullmatch("([0-9a-f]{64})?", self.learned):
+            raise BasisError(f"Expected the hash of a learned basis, got {self.learned:.80}.")
 
     @property
     def max_rank(self) -> int:
@@ -103,20 +106,20 @@ def layer_basis(recipe: BasisRecipe, layer: Layer) -> tuple[Tensor, Tensor]:
 def probe(recipe: BasisRecipe, layout: Layout) -> list[float]:
     """A few projections that identify a basis: a fixed vector seen by some layers, both sides, two numbers each."""
     values: list[float] = []
-    for layer in _probed(recipe, layout):
+    for layer in probed(recipe, layout):
         down_aux, up_aux = layer_basis(recipe, layer)
         for rows in (down_aux[:2], up_aux.T[:2]):
             values += (rows.double() @ _probe_vector(rows.shape[1])).tolist()
     return values
 
 
-def probe_size(recipe: BasisRecipe, layout: Layout) -> int:
-    """How many operations `probe` takes, for orthonormalising what it draws."""
-    dims = ((layer, *recipe.dims(layer)) for layer in _probed(recipe, layout))
+def drawing_cost(recipe: BasisRecipe, layers: Iterable[Layer]) -> int:
+    """How many operations it takes to make the random bases of some layers orthonormal."""
+    dims = ((layer, *recipe.dims(layer)) for layer in layers)
     return sum(layer.in_features * a**2 + layer.out_features * b**2 for layer, a, b in dims)
 
 
-def _probed(recipe: BasisRecipe, layout: Layout) -> list[Layer]:
+def probed(recipe: BasisRecipe, layout: Layout) -> list[Layer]:
     """The smallest layers, which take the least time."""
     return sorted(layout.layers, key=lambda layer: _numbers(recipe, layer))[:_NUM_PROBED_LAYERS]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,8 +14,6 @@ from torch import Tensor, nn
 from .errors import FinetuneError, require
 from .layout import Layout
 
-# A power of two: exact in float32 and bfloat16, and keeps float16 gradients above underflow.
-GRAD_SCALE = 1024.0
 # native: by the error of what the model predicts, which for ε says little about a person where there is much noise.
 # v: by the error of v, whatever the model predicts; the levels that decide on colours and shapes then have their part.
 # Source of v: Salimans & Ho, Progressive Distillation, arXiv 2202.00512 (their SNR + 1 weighting).
@@ -53,15 +52,25 @@ class Denoiser(Protocol):
         1/σ² for ε and flow models, (σ² + σ_d²)/(σ² σ_d²) for v and EDM models, 1 for x0 models.
         """
 
+    def noise_ratio(self, sigma: Tensor) -> Tensor:
+        """(B,): how much noise noisy latents hold for each part of clean ones.
+
+        σ where they are latents + σ · noise, σ/(1 − σ) where they are (1 − σ) · latents + σ · noise (flow models).
+        """
+
 
 class Batch(NamedTuple):
     """The (noise, timestep) pairs of one step."""
 
-    latents: Tensor  # (B, C, h, w)
-    noise: Tensor  # (B, C, h, w)
+    latents: Tensor  # (B, C, h, w), or (B, C, 1, h, w) of a video model: one frame
+    noise: Tensor  # as the latents
     sigma: Tensor  # (B,)
-    mask: Tensor  # (B, 1, h, w), mean 1 for every sample
+    mask: Tensor  # one channel of it, mean 1 for every sample
     weight: Tensor  # (B,), of each sample in the loss
+
+    def under(self, mask: Tensor) -> Batch:
+        """The same with a mask (B, 1, h, w) of mean 1."""
+        return self._replace(mask=mask.view_as(self.latents[:, :1]))
 
 
 @dataclass(frozen=True)
@@ -95,11 +104,12 @@ class NoiseLevels:
         """The batch with each sample weighted by its noise level."""
         if self.weighting == "native":
             return batch
-        return batch._replace(weight=batch.weight * (1 + batch.sigma**-2) / denoiser.loss_weight(batch.sigma))
+        of_v = 1 + denoiser.noise_ratio(batch.sigma) ** -2
+        return batch._replace(weight=batch.weight * of_v / denoiser.loss_weight(batch.sigma))
 
 
 def draw(sigmas: Tensor, latents: Tensor, weight: Tensor, generator: torch.Generator) -> Batch:
-    """One stratified noise level (T,) and one noise for each of the latents (B, C, h, w), without a mask."""
+    """One stratified noise level (T,) and one noise for each of the latents (B, C, …), without a mask."""
     count = len(latents)
     strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
     index = (strata / count * len(sigmas)).long().clamp(max=len(sigmas) - 1)
@@ -112,29 +122,87 @@ def diffusion_loss(denoiser: Denoiser, batch: Batch, conditioning: Any) -> Tenso
     return weighted_mean(squared_error(denoiser, batch, conditioning), batch)
 
 
+@torch.no_grad()
+def euler(denoiser: Denoiser, noise: Tensor, levels: Tensor, denoise: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Latents (B, C, …) float32 without noise, by Euler's method on the noise level, which is deterministic DDIM.
+
+    Args:
+        denoiser: the frozen model.
+        noise: (B, C, …) of unit variance.
+        levels: (S,) noise levels that the model is called at, from the highest down; none follows the last.
+        denoise: noisy latents (B, C, …) and a level, a scalar, to clean ones.
+
+    Source: Song et al., Denoising Diffusion Implicit Models, arXiv 2010.02502, with η = 0; in σ, Karras et al., Elucidating
+    the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364, appendix C.
+    """
+    latents = denoiser.add_noise(torch.zeros_like(noise), noise, levels[0].repeat(len(noise)))
+    for sigma, following in pairwise([*levels, levels.new_zeros(())]):
+        denoised = denoise(latents, sigma)
+        latents = denoised + (latents - denoised) * (following / sigma)
+    return latents
+
+
 def squared_error(denoiser: Denoiser, batch: Batch, conditioning: Any) -> Tensor:
-    """The squared error of the model's native target, (B, C, h, w) float32, without the batch's mask and weights."""
+    """The squared error of the model's native target, float32 in the shape of the latents, without mask and weights."""
     noisy = denoiser.add_noise(batch.latents, batch.noise, batch.sigma)
     denoised = denoiser.denoise(noisy, batch.sigma, conditioning)
-    return denoiser.loss_weight(batch.sigma)[:, None, None, None] * (denoised.float() - batch.latents).square()
+    weight = denoiser.loss_weight(batch.sigma).view(-1, *[1] * (denoised.ndim - 1))
+    return weight * (denoised.float() - batch.latents).square()
 
 
 def weighted_mean(error: Tensor, batch: Batch) -> Tensor:
-    """The scalar of an error (B, C, h, w) under the batch's mask and weights."""
+    """The scalar of an error (B, C, …) under the batch's mask and weights."""
     return weighted_errors(error, batch).sum()
 
 
 def weighted_errors(error: Tensor, batch: Batch) -> Tensor:
     """What each sample adds to `weighted_mean`, (B,)."""
-    return batch.weight * (error * batch.mask).mean((1, 2, 3))
+    return batch.weight * (error * batch.mask).flatten(1).mean(1)
 
 
-def backward(losses: Iterable[Tensor], parameters: Iterable[Tensor]) -> Tensor:
-    """Fill the gradients of float32 parameters from the sum of losses whose model may compute in float16; that sum."""
-    seen = []
-    for loss in losses:
-        (loss * GRAD_SCALE).backward()
-        seen.append(loss.detach())
-    for gradient in (p.grad for p in parameters if p.grad is not None):
-        gradient.div_(GRAD_SCALE)
-    return torch.stack(seen).sum()
+class Gradients(NamedTuple):
+    """What came of a backward pass, on the CPU."""
+
+    loss: float
+    norm: float  # of all gradients together; not finite if one of them is not
+    beside: list[float]  # the scalars that were to be read with them
+
+
+class LossScale:
+    """Backward passes of losses whose model may compute in float16, into gradients of float32 parameters.
+
+    The losses are multiplied by a power of two, which is exact in float32 and bfloat16 and keeps float16 gradients above
+    underflow. Where they overflow it is halved, and the same losses are computed again: no step is lost.
+    Source: Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2.
+    """
+
+    def __init__(self, value: float = 2.0**16) -> None:
+        self.value = value
+
+    def backward(
+        self, losses: Callable[[], Iterable[Tensor]], parameters: Sequence[Tensor], beside: Sequence[Tensor] = ()
+    ) -> Gradients:
+        """Fill the gradients of a sum of losses; one synchronisation with the device.
+
+        Args:
+            losses: computes them, each with a graph of its own.
+            parameters: whose gradients are replaced.
+            beside: scalars to be read off the device with the loss.
+        """
+        while True:
+            found = self._backward(losses(), parameters, beside)
+            if math.isfinite(found.norm) or not math.isfinite(found.loss) or self.value <= 1:
+                return found
+            self.value /= 2
+
+    def _backward(self, losses: Iterable[Tensor], parameters: Sequence[Tensor], beside: Sequence[Tensor]) -> Gradients:
+        for parameter in parameters:
+            parameter.grad = None
+        seen = []
+        for loss in losses:
+            (loss * self.value).backward()
+            seen.append(loss.detach())
+        gradients = [p.grad.div_(self.value) for p in parameters if p.grad is not None]
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        loss, norm_value, *others = torch.stack([torch.stack(seen).sum(), norm, *beside]).tolist()
+        return Gradients(loss, norm_value, others)

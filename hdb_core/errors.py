@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+MOST_SHOWN = 1000  # characters of a message
+
 
 class HDBError(Exception):
-    """Base of every error this library raises on purpose."""
+    """Base of every error this library raises on purpose.
+
+    A message may quote the text of somebody else's file, so it is always one line without control characters, and the
+    middle of a long one is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        half = MOST_SHOWN // 2 - 2
+        super().__init__(text if len(text) <= MOST_SHOWN else f"{text[:half]} … {text[-half:]}")
 
 
 class LayoutError(HDBError, ValueError):
@@ -37,6 +48,10 @@ class HyperNetFileError(HDBError, RuntimeError):
 
 class FinetuneError(HDBError, ValueError):
     """The inputs or settings of a fine-tune make no sense."""
+
+
+class FaceError(HDBError, ValueError):
+    """There is no face, or it cannot be cut out."""
 
 
 def require(holds: bool, name: str, expected: str, got: object, error: type[HDBError]) -> None:

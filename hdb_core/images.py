@@ -9,7 +9,7 @@ from .errors import HDBError
 
 
 def as_rgb(images: Tensor | None, error: type[HDBError]) -> Tensor:
-    """Pictures (N, H, W, 1, 3 or 4) in 0..1, as ComfyUI's IMAGE, as RGB (N, 3, H, W) float32; alpha is left out.
+    """Pictures (N, H, W, 1, 3 or 4) in 0..1, as ComfyUI's IMAGE, as RGB (N, 3, H, W) float32; transparent ones on white.
 
     Raises:
         HDBError: of the class `error`: there is no picture, or its shape or values cannot be used.
@@ -23,7 +23,10 @@ def as_rgb(images: Tensor | None, error: type[HDBError]) -> Tensor:
     if not bool(images.isfinite().all()):
         raise error("The photo contains NaN or infinite values. Check the node that makes it.")
     pixels = images.movedim(-1, 1).float()
-    return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels[:, :3]
+    if pixels.shape[1] == 4:
+        alpha = pixels[:, 3:].clamp(0, 1)
+        return pixels[:, :3] * alpha + (1 - alpha)
+    return pixels.expand(-1, 3, -1, -1)
 
 
 def resize_to_cover(pixels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,4 +1,8 @@
-"""The layers that a LiDB adapts: their neutral names, sizes and order, for every model family.
+"""The layers that a LiDB adapts: their names, sizes and order, for every model family.
+
+Names and order are part of the file format and never change. SD 1.x, SD 2.x and SDXL have neutral names; every other
+model has the host's own paths (``diffusion_model.layers.0.attention.qkv``) in the order of its modules, which
+`nodes.host.targets` finds.
 
 Neutral names are those of diffusers with the component in front:
 ``unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q``,
@@ -14,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +27,7 @@ from torch import nn
 from .errors import LayoutError
 
 FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
+HOST_PREFIX = "diffusion_model."  # of the names of all other families
 FAMILY_BY_CONTEXT = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # width of the text that the UNet reads
 
 _TEXT_ENCODERS = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
@@ -63,24 +68,44 @@ class Layer:
         return self.name.startswith("text_encoder")
 
     @property
+    def block(self) -> str:
+        """The part of the model that the layer belongs to: "text encoder", "down 1", "mid", "double_blocks"."""
+        component, section, number, *_ = [*self.name.split("."), "", ""]
+        if component == "unet":
+            return " ".join(
+                [section.removesuffix("_blocks").removesuffix("_block"), *([number] if number.isdigit() else [])]
+            )
+        return component.replace("_", " ") if self.is_text else section
+
+    @property
     def kernel_size(self) -> int:
         """Side of a convolution's kernel, 0 for a linear layer."""
+        if self.name.startswith(HOST_PREFIX):
+            return 0
         tail = self.name.rsplit(".", 1)[-1]
         return {"conv1": 3, "conv2": 3, "conv_shortcut": 1}.get(tail, 0)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The adapted layers of one model, in canonical order."""
+    """The adapted layers of one model, in canonical order.
 
-    family: str
+    Layouts are equal if their layers are, whatever the model calls itself.
+
+    Attributes:
+        family: a key of `FAMILIES`, or the host's class of the model.
+        layers: in canonical order.
+    """
+
+    family: str = field(compare=False)
     layers: tuple[Layer, ...]
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over family, names, sizes and order, as hex digits."""
+        """SHA-256 over names, sizes and order, and a family of `FAMILIES`, as hex digits."""
         rows = [[layer.name, layer.in_features, layer.out_features] for layer in self.layers]
-        return hashlib.sha256(json.dumps([self.family, rows]).encode()).hexdigest()
+        family = self.family if self.family in FAMILIES else ""
+        return hashlib.sha256(json.dumps([family, rows]).encode()).hexdigest()
 
     @property
     def has_convolutions(self) -> bool:
@@ -92,9 +117,11 @@ class Layout:
         return Layout(self.family, tuple(layer for layer in self.layers if not layer.kernel_size))
 
     def describe(self) -> str:
-        """For example ``SD 1.x, 128 UNet + 48 text layers``."""
+        """For example ``SD 1.x, 128 UNet + 48 text layers``, or ``Flux, 228 layers``."""
+        if self.family not in FAMILIES:
+            return f"{self.family}, {len(self.layers)} layers"
         text = sum(layer.is_text for layer in self.layers)
-        return f"{FAMILIES.get(self.family, self.family)}, {len(self.layers) - text} UNet + {text} text layers"
+        return f"{FAMILIES[self.family]}, {len(self.layers) - text} UNet + {text} text layers"
 
 
 def find_targets(
@@ -143,7 +170,7 @@ def layout_of(targets: Mapping[str, Any], family: str) -> Layout:
 
 
 def host_keys(layout: Layout) -> dict[str, str]:
-    """Neutral name → weight key of ComfyUI, for every layer of a layout.
+    """Name → weight key of ComfyUI, for every layer of a layout.
 
     ``diffusion_model.….weight`` belongs to a MODEL, ``clip_l.…``, ``clip_h.…`` and ``clip_g.…`` to a CLIP.
     """
@@ -152,16 +179,18 @@ def host_keys(layout: Layout) -> dict[str, str]:
 
 
 def host_key(name: str, num_res_blocks: int = 2, family: str = "sd1") -> str:
-    """The weight key of ComfyUI for a neutral name.
+    """The weight key of ComfyUI for the name of a layer.
 
     Args:
-        name: neutral name of a layer.
+        name: of a layer.
         num_res_blocks: residual blocks per UNet level (2 in SD 1.x, SD 2.x and SDXL).
         family: decides between CLIP-L and CLIP-H.
 
     Raises:
         LayoutError: if the name is not one of ours.
     """
+    if name.startswith(HOST_PREFIX):
+        return f"{name}.weight"
     if match := _NEUTRAL_TEXT.fullmatch(name):
         first = "clip_h" if family == "sd2" else "clip_l"
         return f"{first if match[1] == 'text_encoder' else 'clip_g'}.transformer.{match[2]}.weight"
@@ -221,7 +250,7 @@ def require_layers(wanted: Layout, available: Layout, maker: str = "This LiDB") 
     """
     sizes = {layer.name: layer for layer in available.layers}
     missing = sum(sizes.get(layer.name) != layer for layer in wanted.layers)
-    if wanted.family == available.family and not missing:
+    if not missing:
         return
     raise LayoutError(
         f"{maker} was made for another model ({wanted.describe()}) than the connected MODEL and CLIP "
@@ -230,7 +259,8 @@ def require_layers(wanted: Layout, available: Layout, maker: str = "This LiDB") 
     )
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module has the sizes of a linear layer, whatever its class and the form of its weight."""
     # Quantised linear layers of the host are not nn.Linear, but they do carry their sizes.
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
@@ -248,16 +278,16 @@ def _unet_targets(modules: Mapping[str, nn.Module], convolutions: bool) -> dict[
     return {
         name: module
         for name, module in named
-        if name and (_is_linear(module) or (convolutions and isinstance(module, nn.Conv2d)))
+        if name and (is_linear(module) or (convolutions and isinstance(module, nn.Conv2d)))
     }
 
 
 def _text_targets(encoder: str, modules: Mapping[str, Any], last_unread: bool) -> dict[str, nn.Module]:
-    linears = {name: module for name, module in modules.items() if _is_linear(module)}
+    linears = {name: module for name, module in modules.items() if is_linear(module)}
     found = {(match[1], match[2]): m for name, m in linears.items() if (match := _TEXT.fullmatch(name))}
     live = {i for (i, projection), m in found.items() if projection == "out_proj" and bool(m.weight.float().any())}
     if last_unread:
-        live.discard(max((i for i, _ in found), key=int))
+        live.discard(max((i for i, _ in found), key=int, default=""))
     prefix = f"{encoder}.text_model.encoder.layers"
     return {f"{prefix}.{i}.self_attn.{projection}": m for (i, projection), m in found.items() if i in live}
 

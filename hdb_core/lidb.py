@@ -41,7 +41,7 @@ class About:
         strengths: that the person is to be applied with.
         model: the host's class of the base model; a note, since the layout decides what a person fits.
         name: of the person, as the user calls them.
-        thumbnail: a picture, WebP in base64.
+        thumbnail: a small picture, JPEG in base64; see `card`.
     """
 
     made_from: str = FROM_PHOTO
@@ -125,6 +125,13 @@ def expand(lidb: LiDB, adapters: Adapters | None = None) -> dict[str, tuple[Tens
     return adapters.expand(lidb.down.to(adapters.device), lidb.up.to(adapters.device))
 
 
+def expand_layer(lidb: LiDB, index: int) -> tuple[Tensor, Tensor]:
+    """`expand` of layer number `index` alone, whose bases are made and let go of."""
+    down_aux, up_aux = layer_basis(lidb.basis, lidb.layout.layers[index])
+    down, up = lidb.down[index, :, : len(down_aux)], lidb.up[index, : up_aux.shape[1]]
+    return up_aux @ up, down @ down_aux
+
+
 def start_down(basis: BasisRecipe, layout: Layout, rank: int) -> Tensor:
     """The down side that all people share: row k is the k-th unit vector, so it reads the k-th row of ``down_aux``.
 
@@ -143,9 +150,8 @@ def nobody(layout: Layout, basis: BasisRecipe) -> LiDB:
 
 def delta_weight(lidb: LiDB, index: int) -> Tensor:
     """The full change (out, in) of layer number `index`; differentiable. Only for export and tests: it is large."""
-    down_aux, up_aux = layer_basis(lidb.basis, lidb.layout.layers[index])
-    down, up = lidb.down[index, :, : len(down_aux)], lidb.up[index, : up_aux.shape[1]]
-    return up_aux @ up @ down @ down_aux
+    up, down = expand_layer(lidb, index)
+    return up @ down
 
 
 def core(lidb: LiDB) -> Tensor:
@@ -175,8 +181,39 @@ def norm(lidb: LiDB) -> Tensor:
 
 def cosine(lidb_a: LiDB, lidb_b: LiDB) -> Tensor:
     """The cosine between two persons over all layers together, a scalar; 0 if one of them is zero."""
+    lidb_a, lidb_b = _exact(lidb_a), _exact(lidb_b)
     product = inner(lidb_a, lidb_b).sum()
-    return product / (norm(lidb_a) * norm(lidb_b)).clamp(min=torch.finfo(product.dtype).tiny)
+    return (product / (norm(lidb_a) * norm(lidb_b)).clamp(min=torch.finfo(product.dtype).tiny)).float()
+
+
+def cosines(lidb_a: LiDB, lidb_b: LiDB) -> dict[str, float]:
+    """The cosine between two persons in each block of the model (`Layer.block`) that both of them change.
+
+    Raises:
+        LiDBError: if the two are of different layouts or bases.
+    """
+    lidb_a, lidb_b = _exact(lidb_a), _exact(lidb_b)
+    blocks: dict[str, list[int]] = {}
+    for number, layer in enumerate(lidb_a.layout.layers):
+        blocks.setdefault(layer.block, []).append(number)
+    product, square_a, square_b = (inner(*pair) for pair in ((lidb_a, lidb_b), (lidb_a,) * 2, (lidb_b,) * 2))
+    sums = {
+        name: tuple(float(own[rows].sum()) for own in (product, square_a, square_b))
+        for name, rows in sorted(blocks.items())
+    }
+    return {name: both / (a**0.5 * b**0.5) for name, (both, a, b) in sums.items() if a > 0 and b > 0}
+
+
+def _exact(lidb: LiDB) -> LiDB:
+    """The person in float64, which holds the square of every number that float32 does."""
+    return replace(lidb, down=lidb.down.double(), up=lidb.up.double())
+
+
+def is_finite(lidb: LiDB) -> bool:
+    """Whether the changes of all layers are, not only their factors."""
+    sides = ((lidb.down, 2), (lidb.up, 1))
+    down, up = (torch.linalg.vector_norm(side, dim=dim, dtype=torch.float64) for side, dim in sides)
+    return bool((down * up < torch.finfo(torch.float32).max).all())  # False for NaN
 
 
 def truncate(lidb: LiDB, rank: int) -> LiDB:
@@ -250,6 +287,18 @@ def extend(lidb: LiDB, layout: Layout) -> LiDB:
     return LiDB(layout, lidb.basis, down, up, lidb.about)
 
 
+def aligned(lidbs: Sequence[LiDB]) -> list[LiDB]:
+    """Persons of one model and basis with the layers of the one with most: some have convolutions, others not.
+
+    Raises:
+        LiDBError: if they do not belong together.
+    """
+    largest = max((lidb.layout for lidb in lidbs), key=lambda layout: len(layout.layers))
+    found = [extend(lidb, largest) if lidb.layout == largest.without_convolutions() else lidb for lidb in lidbs]
+    require_same_space(found)
+    return found
+
+
 def weighted_sum(lidbs: Sequence[LiDB], weights: Sequence[float], rank: int | None = None) -> LiDB:
     """Σ weight · person, exact unless a rank is given.
 
@@ -263,9 +312,7 @@ def weighted_sum(lidbs: Sequence[LiDB], weights: Sequence[float], rank: int | No
     """
     if not lidbs or len(lidbs) != len(weights):
         raise LiDBError(f"Expected one weight for each person, got {len(lidbs)} persons and {len(weights)} weights.")
-    largest = max((lidb.layout for lidb in lidbs), key=lambda layout: len(layout.layers))
-    lidbs = [extend(lidb, largest) if lidb.layout == largest.without_convolutions() else lidb for lidb in lidbs]
-    require_same_space(lidbs)
+    lidbs = aligned(lidbs)
     first = lidbs[0]
     down = torch.cat([lidb.down for lidb in lidbs], dim=1)
     up = torch.cat([lidb.up * weight for lidb, weight in zip(lidbs, weights, strict=True)], dim=2)

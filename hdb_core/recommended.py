@@ -1,4 +1,4 @@
-"""How many steps a person takes and how strongly they are applied, by what they were made from: the one place for it.
+"""When a person's steps end and how strongly they are applied, by what they were made from: the one place for it.
 
 The numbers were chosen on people of the miniature's dev split (``python dev.py bench tune``): the most identity on
 prompts that contradict the photo, with prompt adherence about that of the base model.
@@ -37,21 +37,30 @@ class Recommendation(NamedTuple):
     """What suits a person who was made from something.
 
     Attributes:
-        steps: of the fast fine-tune.
+        steps: of the fast fine-tune, about, at the default rate on the miniature.
         strengths: of the application.
+        enough: `Learned.gained` at which automatic steps end; None takes `steps`.
     """
 
     steps: int
     strengths: Strengths
+    enough: float | None = None
+
+    @property
+    def most_steps(self) -> int:
+        """At which automatic steps end in any case."""
+        return self.steps if self.enough is None else MOST * self.steps
 
 
 AS_LORA = Strengths(1.0, 1.0, 1.0)
+MOST = 2  # times the steps that it usually takes: automatic steps end there, whatever was learned
 # A prediction needs few steps. From several photos many steps do no harm: what only one of them shows is hardly learned.
 # From one photo, little of the person in the prompt's own pass and more by guidance keeps the prompt's words.
+# What is enough is what these steps gained at the default rate; several photos have more in them that stays unexplained.
 RECOMMENDED = {
-    FROM_PREDICTION: Recommendation(12, Strengths(0.7, 0.5, 2.5)),
-    FROM_PHOTO: Recommendation(56, Strengths(0.35, 0.5, 4.5)),
-    FROM_PHOTOS: Recommendation(100, Strengths(0.7, 0.5, 2.5)),
+    FROM_PREDICTION: Recommendation(12, Strengths(0.7, 0.5, 2.5), 0.3),
+    FROM_PHOTO: Recommendation(56, Strengths(0.35, 0.5, 4.5), 0.4),
+    FROM_PHOTOS: Recommendation(100, Strengths(0.7, 0.5, 2.5), 0.33),
     # More steps soon repeat the photo there.
     IN_LEARNED_BASIS: Recommendation(8, Strengths(0.7, 0.5, 2.5)),
 }

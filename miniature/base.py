@@ -5,23 +5,29 @@ Source: Hang et al., Efficient Diffusion Training via Min-SNR Weighting Strategy
 """
 
 import argparse
-import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
 from torch import nn
-from transformers import CLIPTokenizer
 
-from devtools.device import add_option
+from devtools.device import add_option, synchronize
 
-from .latents import chunk_indices
-from .packing import trained_weights
-from .pictures import training_picture
+from .checkpoint import TOKEN_ROWS, write_base
+from .packing import read_packed, trained_weights, unpack_tensors
+from .pictures import PERIOD, training_picture
+from .pool import PicturePool
 from .text import build_text_encoder, load_tokenizer, tokenize, vocabulary
-from .training import Trainer, to_device
+from .training import Length, Trainer
+from .vae import encode, face_weights, load_vae, to_pictures
+
+PAIRS_EVERY = 6  # steps: each sixth batch is of pairs
+PREVIEWED = 3_000_000  # pictures from here on lend their captions to the preview; no training draws them
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -69,89 +75,186 @@ class Base(nn.Module):
         """Predicted noise (B, 4, h, w) for noisy latents (B, 4, h, w), timesteps (B,) and tokens (B, 77)."""
         with torch.no_grad():
             text = self.text_encoder(torch.searchsorted(self.rows, tokens)).last_hidden_state
-        return self.unet(noisy, timesteps, text).sample
+        # Only the steps on squares are worth compiling, see `compile_if_faster`.
+        is_square = noisy.shape[-1] == noisy.shape[-2]
+        run = self.unet if torch.is_grad_enabled() and is_square else self.unet.forward
+        return run(noisy, timesteps, text).sample
+
+
+def compile_if_faster(base: Base, step: Callable[[], torch.Tensor], steps: int = 5) -> str:
+    """Compiles the UNet, and takes it back if that fails here or is no faster; what was found.
+
+    Args:
+        base: the model.
+        step: gives a loss of one step; gradients are thrown away.
+        steps: that are timed.
+    """
+
+    def seconds() -> float:
+        for number in range(steps + 2):
+            if number == 2:  # the first ones warm up, and compile
+                synchronize(str(base.rows.device))
+                start = time.perf_counter()
+            step().backward()
+            base.zero_grad(set_to_none=True)
+        synchronize(str(base.rows.device))
+        return (time.perf_counter() - start) / steps
+
+    plain = seconds()
+    try:
+        base.unet.compile()
+        compiled = seconds()
+        found = f"{plain:.3f} s a step, compiled {compiled:.3f} s"
+        if compiled < plain:
+            return found
+    except Exception as error:  # noqa: BLE001 - a compiler, a library or a card: it goes without
+        found = f"{plain:.3f} s a step, not compiled: {type(error).__name__}: {error!s:.300}"
+    base.unet._compiled_call_impl = None
+    base.zero_grad(set_to_none=True)
+    return found
 
 
 def diffusion_loss(base: nn.Module, latents: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator,
-                   signal: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:  # fmt: skip
-    """Min-SNR-5 weighted ε-loss at one stratified random timestep a sample; latents (B, 4, h, w) of unit variance.
-
-    Timesteps and noise are drawn on the CPU, so that a seed means the same everywhere; the rest is where latents are.
-    """
-    count = len(latents)
-    fractions = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-    timesteps = to_device((fractions * 1000).long(), latents.device)
-    share = signal[timesteps].view(-1, 1, 1, 1)
-    noise = to_device(torch.randn(latents.shape, generator=generator), latents.device)
-    noisy = (share.sqrt() * latents + (1 - share).sqrt() * noise).to(dtype, memory_format=torch.channels_last)
-    snr = share / (1 - share)
-    weight = snr.clamp(max=5.0) / snr
-    return (weight * (base(noisy, timesteps, tokens).float() - noise).square()).mean()
-
-
-class LatentSet:
-    """The encoded training pictures in memory with their captions, drawn anew each time.
+                   signal: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:  # fmt: skip
+    """Min-SNR-5 weighted ε-loss at one stratified random timestep a sample.
 
     Args:
-        folder: what ``miniature.latents`` wrote, or is still writing: ``reload`` takes up new files.
-        tokenizer: CLIP's.
-        generator: draws batches and captions.
+        base: the model, in ``dtype``.
+        latents: float32 (B, 4, h, w) of unit variance.
+        tokens: (B, 77).
+        generator: of the device of all of them.
+        signal: `alphas_cumprod`.
+        weight: (1, 1, h, w), of each place.
+        dtype: of the noisy latents.
     """
+    count, device = len(latents), latents.device
+    strata = torch.randperm(count, generator=generator, device=device)
+    fractions = (strata + torch.rand(count, generator=generator, device=device)) / count
+    timesteps = (fractions * 1000).long().clamp(max=999)
+    share = signal[timesteps].view(-1, 1, 1, 1)
+    noise = torch.randn(latents.shape, generator=generator, device=device)
+    noisy = (share.sqrt() * latents + (1 - share).sqrt() * noise).to(dtype, memory_format=torch.channels_last)
+    snr = share / (1 - share)
+    error = (base(noisy, timesteps, tokens).float() - noise).square() * weight
+    return (snr.clamp(max=5.0) / snr * error).mean()
 
-    def __init__(self, folder: Path, tokenizer: CLIPTokenizer, generator: np.random.Generator) -> None:
-        self.folder, self.tokenizer, self.rng = folder, tokenizer, generator
-        self.scale = json.loads((folder / "std.json").read_text())["std"]
-        self.num_files, self.sets = 0, {}
-        self.reload()
 
-    def reload(self) -> None:
-        """Reads the folder again if it has grown."""
-        files = {name: sorted(self.folder.glob(f"{name}_*.npy")) for name in ("singles", "pairs")}
-        if len(files["singles"]) == self.num_files:
-            return
-        self.num_files = len(files["singles"])
-        for name, paths in files.items():
-            indices = [chunk_indices(int(path.stem.split("_")[1]), name == "pairs") for path in paths]
-            self.sets[name] = np.concatenate([np.load(path) for path in paths]), np.concatenate(indices)
+@torch.no_grad()
+def sample(base: Base, tokens: torch.Tensor, generator: torch.Generator, steps: int = 20, cfg: float = 3.0,
+           squares: int = 1) -> torch.Tensor:  # fmt: skip
+    """Unit-variance latents (B, 4, 16, 16 * squares) float32 for tokens (B, 77), with guidance, by DPM++ 2M.
 
-    def batch(self, count: int, pairs: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 unit-variance latents (count, 4, 16, 16 or 32) and tokens (count, 77)."""
-        latents, indices = self.sets["pairs" if pairs else "singles"]
-        rows = self.rng.integers(len(latents), size=count)
-        draws = self.rng.integers(1000, size=count)
-        captions = [training_picture(int(indices[r]), False, int(d))[1] for r, d in zip(rows, draws, strict=True)]
-        return torch.from_numpy(latents[rows]).float() / self.scale, tokenize(self.tokenizer, captions)
+    Args:
+        base: the model.
+        tokens: of the prompts.
+        generator: of the model's device.
+        steps: of the sampler.
+        cfg: scale of the guidance away from the empty prompt; at 1 there is none.
+        squares: width of the pictures, in squares.
+    """
+    device, dtype = tokens.device, next(base.unet.parameters()).dtype
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", use_karras_sigmas=True
+    )
+    scheduler.set_timesteps(steps, device=device)
+    latents = torch.randn(len(tokens), 4, 16, 16 * squares, generator=generator, device=device)
+    empty = torch.full_like(tokens, int(base.rows[-1]))
+    empty[:, 0] = base.rows[-2]
+    both = tokens if cfg == 1 else torch.cat([tokens, empty])
+    for timestep in scheduler.timesteps:
+        noisy = scheduler.scale_model_input(latents, timestep).to(dtype)
+        noise = base(noisy.repeat(len(both) // len(noisy), 1, 1, 1), timestep.expand(len(both)), both).float()
+        if cfg != 1:
+            with_prompt, without = noise.chunk(2)
+            noise = without + cfg * (with_prompt - without)
+        latents = scheduler.step(noise, timestep, latents).prev_sample
+    return latents
+
+
+def load_base(path: Path, device: str) -> Base:
+    """A packed base for inference on a device, in bfloat16 on a GPU."""
+    tensors, _ = read_packed(path)
+    base = Base(tensors.pop(TOKEN_ROWS).long(), device)
+    base.load_state_dict(unpack_tensors(tensors))
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    return base.to(dtype).eval().requires_grad_(False)
+
+
+def preview(base: Base, vae: AutoencoderTiny, scale: float, tokens: torch.Tensor, path: Path) -> None:
+    """Draws prompts, tokens (N, 77), always from the same noise, as a PNG of four rows."""
+    generator = torch.Generator(tokens.device).manual_seed(0)
+    latents = (sample(base, tokens, generator) * scale).to(next(vae.parameters()).dtype)
+    with torch.no_grad():
+        pictures = to_pictures(vae.decoder(latents))
+    rows = (np.concatenate(list(row), 1) for row in np.array_split(pictures, 4))
+    Image.fromarray(np.concatenate(list(rows), 0)).save(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latents", type=Path, default=Path(".runs/latents"))
-    parser.add_argument("--text", type=Path, default=Path(".runs/text"), help="the run of the text encoder")
-    parser.add_argument("--run", type=Path, default=Path(".runs/base"))
+    parser.add_argument("--pictures", type=Path, default=Path(".runs/pictures"))
+    parser.add_argument("--vae", type=Path, default=Path(".runs/vae/miniature_vae.safetensors"))
+    parser.add_argument(
+        "--text", type=Path, default=Path(".runs/text"), help="run of the text encoder, or a packed base"
+    )
+    parser.add_argument("--run", type=Path, default=Path(".runs/base"), help="also receives the packed file")
     parser.add_argument("--start", type=Path, default=None, help="weights/miniature_base.safetensors: go on from there")
-    parser.add_argument("--steps", type=int, default=2_400, help="length of the schedule")
+    Length.add_options(parser, steps=2_400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--warmup", type=float, default=0.08, help="share of the schedule")
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--preview", type=int, default=16, help="pictures drawn at every save")
+    parser.add_argument("--compile", action="store_true", help="the UNet, if it is faster then; costs a minute")
     parser.add_argument("--seed", type=int, default=0)
     add_option(parser)
     args = parser.parse_args()
-    tokenizer = load_tokenizer()
     torch.manual_seed(args.seed)
-    base = Base(vocabulary(tokenizer), args.device)
-    for source in (args.start, args.text):
-        if source:
-            base.load_state_dict(trained_weights(source), strict=False)
-    trainer = Trainer(base, args.run, steps=args.steps, rate=args.rate, ema=0.998, muon=True, adam_scale=0.3)
-    data = LatentSet(args.latents, tokenizer, np.random.default_rng([args.seed, trainer.step_count]))
-    generator = torch.Generator().manual_seed(args.seed + 7919 * trainer.step_count)
+    vae, scale = load_vae(args.vae, args.device)
+    pool = PicturePool(args.pictures, args.device, lambda pixels: encode(vae, pixels))
+    rows = vocabulary(load_tokenizer())
+    base = Base(rows, args.device)
+    if not args.start and not args.text.exists():
+        parser.error(f"no text encoder in {args.text}: run miniature.text first, or give --start")
+    if args.start:
+        base.load_state_dict(trained_weights(args.start), strict=False)
+    if args.text.exists():
+        given = {name: w for name, w in trained_weights(args.text).items() if name.startswith("text_encoder.")}
+        base.load_state_dict(given, strict=False)
+    text = {f"text_encoder.{name}": weight.cpu().clone() for name, weight in base.text_encoder.state_dict().items()}
+    captions = [training_picture(PREVIEWED + PERIOD * i, False)[1] for i in range(args.preview)]
+    shown = tokenize(load_tokenizer(), captions or [""]).to(args.device)
+
+    def save() -> None:
+        write_base(args.run, trainer.averages() | text, rows)
+        if args.preview:
+            with trainer.averaged():
+                preview(base, vae, scale, shown, args.run / "preview.png")
+
+    trainer = Trainer(base, args.run, length=Length.of(args), rate=args.rate, warmup=args.warmup, ema=args.ema, muon=True,
+                      adam_scale=0.3, save=save)  # fmt: skip
+    generator = torch.Generator(args.device).manual_seed(args.seed + 7919 * trainer.step_count)
     signal = alphas_cumprod().to(args.device)
-    while trainer.step_count < args.steps:
-        if trainer.step_count % 200 == 0:
-            data.reload()
-        pairs = trainer.step_count % 12 == 11
-        batch = data.batch(args.batch // 2 if pairs else args.batch, pairs)
-        latents, tokens = (to_device(tensor, args.device) for tensor in batch)
-        trainer.step(diffusion_loss(base, latents, tokens, generator, signal))
+    weights = {pairs: face_weights(16, 1 + pairs).to(args.device) for pairs in (False, True)}
+
+    def loss_of(count: int, pairs: bool) -> torch.Tensor:
+        latents, tokens = pool.batch(count, generator, pairs)
+        latents = latents.float() / scale
+        return diffusion_loss(base, latents, tokens, generator, signal, weights[pairs], trainer.dtype)
+
+    with trainer.waiting():
+        pool.grow()
+    if args.compile:
+        print(compile_if_faster(base, lambda: loss_of(args.batch, False)), flush=True)
+    samples = 0
+    while trainer.running:
+        with trainer.waiting():
+            pool.grow()
+        pairs = trainer.step_count % PAIRS_EVERY == PAIRS_EVERY - 1
+        count = args.batch // 2 if pairs else args.batch
+        samples += count
+        trainer.notes |= {"samples": samples, "pictures": len(pool)}
+        trainer.step(loss_of(count, pairs))
     trainer.save()
 
 

@@ -1,7 +1,8 @@
 """The miniature's weights: packed for the repository, expanded to the single file that ComfyUI's stock loader reads.
 
 ``python -m miniature.checkpoint pack`` writes ``weights/`` from finished trainings; ``expand`` writes the checkpoint,
-``diffusers`` the same model as a diffusers folder, which the training of the hypernetwork reads.
+``diffusers`` the same model as a diffusers folder, which the training of the hypernetwork reads; ``people`` the example
+people of the workflows.
 Packed matrices are int8 with a float16 scale a row; token rows that no caption uses are left out and come back as zeros.
 """
 
@@ -11,25 +12,29 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from hdb_core.files import container
 from hdb_core.files import hypernet as hypernet_file
+from hdb_core.files import lidb as lidb_file
+from hdb_core.files import lora as lora_file
 from hdb_core.files.atomic import replacing
-from hdb_core.hypernet import HyperNet
+from hdb_core.hypernet import HyperNet, predict, preprocess
 from hdb_core.layout import ldm_block
 
-from .packing import pack_tensors, read_packed, trained_weights, unpack_tensors
-from .training import load_average
+from .packing import pack_tensors, read_packed, unpack_tensors
 
 LATENT_FACTOR = 0.18215  # of the host: model-space latents are the VAE's times this
 FORMAT = "hyperdreambooth-miniature"
 BASE_FILE, VAE_FILE = "miniature_base.safetensors", "miniature_vae.safetensors"
-HYPERNET_FILE = "miniature_hypernet.safetensors"
+HYPERNET_FILE, CONTROL_FILE = "miniature_hypernet.safetensors", "miniature_control.safetensors"
+PHOTOS = Path(__file__).parent.parent / "example_workflows" / "input"
 CLIP_LAYERS = 12
 _HEADER = {"format": FORMAT, "version": "1"}
-_TOKEN_ROWS = "text_encoder.embeddings.token_embedding.rows"
+TOKEN_ROWS = "text_encoder.embeddings.token_embedding.rows"
 _TOKEN_WEIGHT = "text_encoder.embeddings.token_embedding.weight"
 _VOCABULARY = 49408
 
@@ -74,7 +79,7 @@ def checkpoint_tensors(
         if name.startswith("unet."):
             out["model.diffusion_model." + ldm_name(name.removeprefix("unet."))] = weight
     text = {name.removeprefix("text_encoder."): w for name, w in base.items() if name.startswith("text_encoder.")}
-    rows = text.pop(_TOKEN_ROWS.removeprefix("text_encoder.")).long()
+    rows = text.pop(TOKEN_ROWS.removeprefix("text_encoder.")).long()
     tokens = torch.zeros(_VOCABULARY, 768)
     tokens[rows] = text[_TOKEN_WEIGHT.removeprefix("text_encoder.")]
     text[_TOKEN_WEIGHT.removeprefix("text_encoder.")] = tokens
@@ -106,9 +111,9 @@ def expand(source_dir: Path, target: Path) -> None:
     """
     base, _ = read_packed(source_dir / BASE_FILE)
     vae, header = read_packed(source_dir / VAE_FILE)
-    rows = base.pop(_TOKEN_ROWS)
+    rows = base.pop(TOKEN_ROWS)
     tensors = checkpoint_tensors(
-        unpack_tensors(base) | {_TOKEN_ROWS: rows}, unpack_tensors(vae), float(header["vae_scale"])
+        unpack_tensors(base) | {TOKEN_ROWS: rows}, unpack_tensors(vae), float(header["vae_scale"])
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as partial:
@@ -123,7 +128,8 @@ def write_diffusers(source_dir: Path, target: Path) -> None:
         target: the folder to make.
 
     Raises:
-        FileNotFoundError: A packed file is missing, or ComfyUI, which carries the tokenizer, is not unpacked.
+        FileNotFoundError: A packed file is missing.
+        SetupError: ComfyUI, which carries the tokenizer, is not unpacked.
     """
     from diffusers import DDPMScheduler
 
@@ -132,7 +138,7 @@ def write_diffusers(source_dir: Path, target: Path) -> None:
     from .vae import build_vae
 
     packed, _ = read_packed(source_dir / BASE_FILE)
-    rows = packed.pop(_TOKEN_ROWS).long()
+    rows = packed.pop(TOKEN_ROWS).long()
     base = unpack_tensors(packed)
     vae, header = read_packed(source_dir / VAE_FILE)
     tokens = torch.zeros(_VOCABULARY, base[_TOKEN_WEIGHT].shape[1])
@@ -154,7 +160,8 @@ def write_diffusers(source_dir: Path, target: Path) -> None:
 def write_vae(folder: Path, vae: dict[str, torch.Tensor], std: float) -> None:
     """Writes ``miniature_vae.safetensors`` from float32 weights of ``AutoencoderTiny`` and the std of its raw latents."""
     header = _HEADER | {"vae_scale": repr(LATENT_FACTOR * std)}
-    save_file({name: weight.half().contiguous() for name, weight in vae.items()}, folder / VAE_FILE, metadata=header)
+    with replacing(folder / VAE_FILE) as partial:
+        save_file({name: weight.half().contiguous() for name, weight in vae.items()}, partial, metadata=header)
 
 
 def write_base(folder: Path, base: dict[str, torch.Tensor], rows: torch.Tensor) -> None:
@@ -165,7 +172,8 @@ def write_base(folder: Path, base: dict[str, torch.Tensor], rows: torch.Tensor) 
         base: float32 weights of ``miniature.base.Base``.
         rows: the token of each row of its token embedding, int64 (V,).
     """
-    save_file(pack_tensors(base) | {_TOKEN_ROWS: rows.to(torch.int32)}, folder / BASE_FILE, metadata=_HEADER)
+    with replacing(folder / BASE_FILE) as partial:
+        save_file(pack_tensors(base) | {TOKEN_ROWS: rows.to(torch.int32)}, partial, metadata=_HEADER)
 
 
 def convert_hypernet(source_dir: Path, target: Path) -> None:
@@ -182,34 +190,65 @@ def convert_hypernet(source_dir: Path, target: Path) -> None:
     tensors, metadata = read_packed(path)
     fields = json.loads(metadata[hypernet_file.KIND.key])
     layout, basis = container.read_space(hypernet_file.KIND, fields, path)
-    sizes = {name: value for name, value in fields["sizes"].items() if name != "free_down"}
+    sizes = dict(fields["sizes"])
+    sizes["predict_down"] = sizes.pop("free_down")
     sizes["encoder"]["cut"] = "centre"
     net = HyperNet.create(hypernet_file.read_config(sizes, layout, basis))
-    # The statistics of its face codes were not kept: a spread of 0 is unknown.
-    unknown = {name: net.state_dict()[name] for name in ("code_center", "code_spread")}
+    unknown = {name: weight for name, weight in net.state_dict().items() if name.startswith("seen_")}
     net.load_state_dict({name: weight.float() for name, weight in tensors.items()} | unknown)
+    _see_training_photos(net.eval())
     target.parent.mkdir(parents=True, exist_ok=True)
     hypernet_file.save(net, target, fields["info"])
 
 
-def _pack(runs: Path, folder: Path) -> None:
-    """Packs what was trained; a file whose training is not there stays as it is."""
-    from .text import load_tokenizer, vocabulary
+@torch.no_grad()
+def write_people(hypernet: Path, target: Path, photos: Path = PHOTOS) -> None:
+    """Predicts the people that the example workflows load as saved ones, and writes one as an ordinary LoRA.
 
-    if (runs / "vae").is_dir():
-        std = json.loads((runs / "latents" / "std.json").read_text())["std"]
-        write_vae(folder, load_average(runs / "vae"), std)
-    if (runs / "base").is_dir():
-        source = trained_weights(runs / "text" if (runs / "text").is_dir() else folder / BASE_FILE)
-        text = {n: w for n, w in source.items() if n.startswith("text_encoder.") and n != _TOKEN_ROWS}
-        write_base(folder, load_average(runs / "base") | text, vocabulary(load_tokenizer()))
+    Args:
+        hypernet: as `convert_hypernet` writes it.
+        target: the host's ``models``; the files go to ``lidb`` and ``loras``.
+        photos: ``hdb_person_N.png`` are the people, ``hdb_photo_alone.png`` is the LoRA.
+    """
+    net = hypernet_file.load(hypernet)
+    for folder in ("lidb", "loras"):
+        (target / folder).mkdir(parents=True, exist_ok=True)
+    for path in (*sorted(photos.glob("hdb_person_*.png")), photos / "hdb_photo_alone.png"):
+        with Image.open(path) as image:
+            pixels = torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32) / 255)
+        person = predict(net, net.encode(preprocess(pixels[None], net.config.encoder)))
+        if path.stem.startswith("hdb_person"):
+            lidb_file.save(
+                person, target / "lidb" / f"{path.stem}.safetensors", lidb_file.DEFAULT_RANK, lidb_file.COMPACT
+            )
+        else:
+            lora = target / "loras" / "hdb_example_lora.safetensors"
+            lora.unlink(missing_ok=True)
+            lora_file.save(person, lora)
+
+
+@torch.no_grad()
+def _see_training_photos(net: HyperNet, count: int = 500) -> None:
+    """Sets how photos of people like those it was trained on look, which its file did not keep: two of each person."""
+    from .photos import FIRST, training_photo
+
+    pictures = (training_photo(FIRST + number // 2, 1 + number % 2) for number in range(count))
+    pixels = torch.stack([torch.from_numpy(picture.copy()).float() / 255 for picture in pictures])
+    net.set_seen(torch.cat([net.look(preprocess(some, net.config.encoder)) for some in pixels.split(50)]))
+
+
+def _pack(runs: Path, folder: Path) -> None:
+    """Takes over what trainings packed; a file whose training is not there stays as it is."""
+    for made in (runs / "vae" / VAE_FILE, runs / "base" / BASE_FILE, runs / "control" / CONTROL_FILE):
+        if made.is_file():
+            shutil.copy(made, folder)
     if (runs / "hypernet" / "hypernet.safetensors").is_file():
         shutil.copy(runs / "hypernet" / "hypernet.safetensors", folder / HYPERNET_FILE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("pack", "expand", "hypernet", "diffusers"))
+    parser.add_argument("command", choices=("pack", "expand", "hypernet", "people", "diffusers"))
     parser.add_argument("--runs", type=Path, default=Path(".runs"))
     parser.add_argument("--weights", type=Path, default=Path(__file__).parent.parent / "weights")
     parser.add_argument("--target", type=Path, help="default: a file or folder of .runs")
@@ -220,6 +259,9 @@ def main() -> None:
         expand(args.weights, args.target or args.runs / "hdb_miniature.safetensors")
     elif args.command == "hypernet":
         convert_hypernet(args.weights, args.target or args.runs / "hdb_miniature_hypernet.safetensors")
+    elif args.command == "people":
+        models = args.target or args.runs / "models"
+        write_people(models / "hyperdreambooth" / "hdb_miniature.safetensors", models)
     else:
         write_diffusers(args.weights, args.target or args.runs / "diffusers")
 

@@ -222,6 +222,7 @@ def _background_svg(background: str, x: float, y: float, width: float, height: f
     return band(0, 1, _hex(WALLS[background.removesuffix(" wall")]))
 
 
+_FACE = '<ellipse cx="132" cy="124" rx="58" ry="52"/>'
 _ORIGIN = CENTER[0] - VIEW / 2, CENTER[1] - VIEW / 2
 _CLIPS = ('<clipPath id="half_left"><rect x="-30" y="-40" width="86" height="140"/></clipPath>'
           '<clipPath id="half_right"><rect x="56" y="-40" width="86" height="140"/></clipPath>')  # fmt: skip
@@ -264,9 +265,20 @@ def head_mask(person: Person, context: Context, size: int = 128) -> np.ndarray:
     return np.where(clothes > 0, 0, head)
 
 
+def silhouette(person: Person, context: Context, size: int = 128) -> np.ndarray:
+    """Where `photo` shows the person, head and clothes: uint8 (size, size), 255 inside."""
+    return np.array(_rendered("".join(_person_svgs(person, context)), 1, size).getchannel("A"))
+
+
 def face_mask(person: Person, context: Context, size: int = 128) -> np.ndarray:
     """How much of a person each place of `photo` shows: uint8 (size, size), 255 from brows to mouth, 77 on the rest of
     the head, 0 elsewhere."""
-    face = _group(_place(context), '<ellipse cx="132" cy="124" rx="58" ry="52"/>')
+    face = _group(_place(context), _FACE)
     inside = np.asarray(_rendered(face, 1, size).getchannel("A")) / 255
     return np.round(head_mask(person, context, size) * (0.3 + 0.7 * inside)).astype(np.uint8)
+
+
+@cache
+def face_place(size: int = 128) -> np.ndarray:
+    """Where nearly every face is, from brows to mouth, whoever it is and however they hold their head: uint8 (size, size)."""
+    return np.array(_rendered(_FACE, 1, size).getchannel("A"))

@@ -19,7 +19,6 @@ from torch import nn
 
 from devtools.device import add_option
 
-from .latents import chunk_indices
 from .people import (
     ACCESSORIES,
     BACKGROUNDS,
@@ -35,8 +34,8 @@ from .people import (
     Context,
     Person,
 )
-from .pictures import subject
-from .training import Trainer, load_average, to_device
+from .pictures import chunk_indices, subject
+from .training import Length, Trainer, load_average, to_device
 from .vae import to_tensor
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -263,7 +262,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=Path(".runs/pictures"))
     parser.add_argument("--run", type=Path, help="checkpoints; .runs/judge_a or _b unless given")
     parser.add_argument("--weights", type=Path, default=Path("weights"))
-    parser.add_argument("--steps", type=int, default=3000)
+    Length.add_options(parser, steps=3000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -272,12 +271,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     run = args.run or Path(f".runs/judge_{args.architecture}")
     model = ARCHITECTURES[args.architecture]().to(args.device, memory_format=torch.channels_last)
-    trainer = Trainer(model, run, steps=args.steps, rate=args.rate, ema=0.995, muon=True)
+    trainer = Trainer(model, run, length=Length.of(args), rate=args.rate, ema=0.995, muon=True)
     pictures = _Pictures(args.pictures, np.random.default_rng([args.seed, trainer.step_count]))
-    while trainer.step_count < args.steps:
+    while trainer.running:
         batch, names, factors = (to_device(tensor, args.device) for tensor in pictures.batch(args.batch))
-        outputs = model(batch.to(torch.bfloat16, memory_format=torch.channels_last))
+        outputs = model(batch.to(trainer.dtype, memory_format=torch.channels_last))
         trainer.step(judge_loss(outputs.float(), names, factors))
+    trainer.save()
     weights = {name: tensor.to(torch.float16) for name, tensor in load_average(run).items()}
     args.weights.mkdir(exist_ok=True)
     save_file(weights, args.weights / f"judge_{args.architecture}.safetensors", {"format": "pt"})

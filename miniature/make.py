@@ -22,13 +22,12 @@ _TRAIN = "--model .runs/diffusers --image-size 128"
 _FACES = f"{_TRAIN} --photos .runs/faces"
 _SHARED = "--set precomputed=.runs/latents_of_faces"
 _LEVELS = "train.noise=[0.05,0.95] evaluate.noise=[0.05,0.95]"
-_DIFFUSION = f"net.depth=2 train.warmup=20 train.max_photos=2 {_LEVELS} samples.every=0"
+_DIFFUSION = f"net.depth=2 net.predict_down=false train.warmup=20 train.max_photos=2 {_LEVELS} samples.every=0"
 _SAME_ENCODER = f"{_DIFFUSION} begin_with=.runs/hypernet/encoder.safetensors pretrain.steps=0"
 _LEARNED = "basis.file=.runs/basis/basis.safetensors"
 STAGES = {
     "pictures": "miniature.pictures",
     "vae": "miniature.vae",
-    "latents": "miniature.latents",
     "text": "miniature.text",
     "base": "miniature.base",
     "judge_a": "miniature.judge --architecture a",
@@ -41,6 +40,7 @@ STAGES = {
     "hypernet": f"hdb_core.train .runs/hypernet {_FACES} --rank 4 --steps 1000 {_SHARED} pretrain.portraits=true "
     f"pretrain.steps=2800 begin_with=.runs/encoder/encoder.safetensors {_DIFFUSION} evaluate.photos=3",
     "pack_hypernet": "miniature.checkpoint pack",
+    "control": "miniature.control",
     # Of no shipped file, for the benchmarks: a check on sixteen people, fitted people, and hypernetworks in a learned
     # basis and in a narrow one.
     "check": f"hdb_core.train .runs/check {_FACES} --overfit 16 --rank 4 --people 16 --steps 200 {_SHARED} "
@@ -57,8 +57,8 @@ STAGES = {
     "basis.down_dim=25 basis.up_dim=12",
 }
 MADE_BY = {
-    "miniature_vae.safetensors": ("pictures", "vae", "latents", "pack"),
-    "miniature_base.safetensors": ("pictures", "vae", "latents", "text", "base", "pack"),
+    "miniature_vae.safetensors": ("pictures", "vae", "pack"),
+    "miniature_base.safetensors": ("pictures", "vae", "text", "base", "pack"),
     "miniature_hypernet.safetensors": (*("diffusers", "faces", "encoder", "hypernet", "pack_hypernet"),),
     "judge_a.safetensors": ("pictures", "judge_a"),
     "judge_b.safetensors": ("pictures", "judge_b"),

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from hdb_core.train.data.photos import MASK
@@ -28,6 +29,11 @@ def photo_context(seed: int, index: int) -> Context:
     if index == 0:
         return Context()
     return sample_context(PHOTOS_OF_A_PERSON * seed + index, style="photo")
+
+
+def training_photo(seed: int, index: int) -> np.ndarray:
+    """Photo ``index`` of a person, as `write_person` writes it: uint8 RGB (128, 128, 3)."""
+    return photo(sample_person(seed), photo_context(seed, index))
 
 
 def write_person(folder: Path, seed: int, count: int, masks: str = "") -> None:

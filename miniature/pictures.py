@@ -1,22 +1,26 @@
 """The training pictures of the miniature, rendered once into memory-mapped files: ``python -m miniature.pictures``.
 
 Picture i is a function of i alone: of every 25, two show a pair of people (two squares wide), one an empty scene.
-Single squares and pairs are stored apart because their shapes differ.
+Single squares and pairs are stored apart because their shapes differ, each with several captions as tokens. Trainings
+read the folder while it grows.
 """
 
 import argparse
+import os
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 
-from hdb_core.files.atomic import replacing
+from devtools.device import cores
 
 from .captions import pair_caption, sample_caption, scene_caption
 from .drawing import draw, photo
 from .people import BACKGROUNDS, SPLITS, STYLES, Context, Person, sample_context, sample_person
 
-CHUNK = 500
+CHUNK = 250
 PERIOD = 25
 
 
@@ -49,37 +53,83 @@ def training_picture(index: int, render: bool = True, draw_index: int = 0) -> tu
     Returns:
         uint8 RGB (128, 128, 3), or (128, 256, 3) for a pair; caption.
     """
-    words = np.random.Generator(np.random.PCG64([index, draw_index, *b"caption"]))
+    picture, captions = captioned_picture(index, render, range(draw_index, draw_index + 1))
+    return picture, captions[0]
+
+
+def captioned_picture(index: int, render: bool, draws: range) -> tuple[np.ndarray | None, list[str]]:
+    """Training picture ``index`` as in `training_picture`, and several of its captions."""
     people, background = subject(index)
+    streams = [np.random.Generator(np.random.PCG64([index, draw, *b"caption"])) for draw in draws]
     if not people:
-        return (draw([], background) if render else None), scene_caption(background, words)
+        return (draw([], background) if render else None), [scene_caption(background, words) for words in streams]
     if len(people) == 2:
-        return (draw(people, background) if render else None), pair_caption(people, background, words)
-    return (photo(*people[0]) if render else None), sample_caption(*people[0], words)
+        captions = [pair_caption(people, background, words) for words in streams]
+        return (draw(people, background) if render else None), captions
+    return (photo(*people[0]) if render else None), [sample_caption(*people[0], words) for words in streams]
 
 
-def _render_chunk(folder: Path, chunk: int) -> int:
-    singles = folder / f"singles_{chunk:04}.npy"
-    if not singles.exists():
-        pictures = [training_picture(i)[0] for i in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
-        for name, wide in (("pairs", True), ("singles", False)):
-            stack = np.stack([p for p in pictures if (p.shape[1] == 256) == wide])
-            with replacing(folder / f"{name}_{chunk:04}.npy") as partial, partial.open("wb") as file:
-                np.save(file, stack)
+def chunk_indices(chunk: int, pairs: bool, size: int = CHUNK) -> list[int]:
+    """The picture indices behind the rows of a chunk file."""
+    return [i for i in range(chunk * size, (chunk + 1) * size) if is_pair(i) == pairs]
+
+
+def chunk_paths(folder: Path, chunk: int, pairs: bool) -> tuple[Path, Path]:
+    """The files of a chunk: pictures, uint8 (N, 128, 128 or 256, 3), and tokens, uint16 (N, captions, 77)."""
+    name = f"{'pairs' if pairs else 'singles'}_{chunk:04}.npy"
+    return folder / name, folder / f"tokens_{name}"
+
+
+def drawn_chunks(folder: Path) -> list[int]:
+    """The chunks that are complete, ascending."""
+    return sorted(int(path.stem.split("_")[1]) for path in folder.glob("singles_*.npy"))
+
+
+@cache
+def _tokenizer() -> "CLIPTokenizer":  # noqa: F821 - what a process that draws no captions does not load
+    from .text import load_tokenizer
+
+    return load_tokenizer()
+
+
+def _render_chunk(folder: Path, chunk: int, captions: int, size: int = CHUNK) -> int:
+    if chunk_paths(folder, chunk, False)[0].exists():
+        return chunk
+    for pairs in (True, False):  # the file that tells of the chunk is the last
+        drawn = [captioned_picture(i, True, range(captions)) for i in chunk_indices(chunk, pairs, size)]
+        pictures, tokens = chunk_paths(folder, chunk, pairs)
+        if captions:
+            from .text import tokenize
+
+            told = tokenize(_tokenizer(), [caption for _, own in drawn for caption in own])
+            save_array(tokens, told.reshape(len(drawn), captions, -1).numpy().astype(np.uint16))
+        save_array(pictures, np.stack([picture for picture, _ in drawn]))
     return chunk
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Writes an array whole or not at all; unlike `replacing` it does not wait for the disk, for it can be drawn again."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    with partial.open("wb") as file:
+        np.save(file, array)
+    partial.rename(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(".runs/pictures"))
     parser.add_argument("--count", type=int, default=100_000)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--captions", type=int, default=8, help="of each picture (default: %(default)s)")
+    parser.add_argument("--chunk", type=int, default=CHUNK, help="pictures in a file (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=cores())
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.workers) as pool:
-        chunks = range(args.count // CHUNK)
-        for done, _ in enumerate(pool.map(_render_chunk, [args.folder] * len(chunks), chunks), 1):
-            print(f"{done * CHUNK} / {args.count} pictures", flush=True)
+        chunks = range(args.count // args.chunk)
+        for done, _ in enumerate(
+            pool.map(_render_chunk, repeat(args.folder), chunks, repeat(args.captions), repeat(args.chunk)), 1
+        ):
+            print(f"{done * args.chunk} / {args.count} pictures", flush=True)
 
 
 if __name__ == "__main__":

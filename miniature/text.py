@@ -5,25 +5,30 @@ the padding behind it a linear head says what the caption says; the head is thro
 """
 
 import argparse
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from devtools.device import add_option
+from devtools.environment import Host
 
 from . import people
 from .captions import background_words, context_words, person_words, style_words
 from .pictures import subject, training_picture
-from .training import Trainer, to_device
+from .training import Length, Trainer, to_device
 
 TEXT_LAYERS = 2
 WIDTH = 768
 MAX_TOKENS = 77
 SIDES = ("left", "right")  # of a pair; whoever is alone is on the left
+VOCABULARY_FROM = 4000  # captions; the rarest word is in one of three hundred
 READ_POSITIONS = 3  # the end token, and two random ones of the padding
 _TABLES = {
     "hair_shape": people.HAIR_SHAPES,
@@ -66,17 +71,13 @@ def build_text_encoder(vocabulary: int, device: str = "cpu") -> CLIPTextModel:
     return encoder.to(device)
 
 
-def load_tokenizer(root: Path = Path(".comfyui")) -> CLIPTokenizer:
-    """CLIP's tokenizer from the files that ComfyUI carries, below ``root``.
+def load_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer from the files that ComfyUI carries.
 
     Raises:
-        FileNotFoundError: No ComfyUI below ``root``.
+        SetupError: No ComfyUI is unpacked.
     """
-    for folder in sorted(root.rglob("sd1_tokenizer")):
-        return CLIPTokenizer.from_pretrained(folder)
-    raise FileNotFoundError(
-        f"no sd1_tokenizer below {root.resolve()}; run `python dev.py serve` once to unpack ComfyUI"
-    )
+    return CLIPTokenizer.from_pretrained(Host.from_environ().root / "comfy" / "sd1_tokenizer")
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -87,7 +88,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 
 def vocabulary(tokenizer: CLIPTokenizer) -> torch.Tensor:
     """The tokens that captions use, ascending, int64 (V,); the last two are CLIP's begin and end."""
-    return torch.unique(tokenize(tokenizer, [training_picture(i, render=False)[1] for i in range(20_000)]))
+    return torch.unique(tokenize(tokenizer, [training_picture(i, render=False)[1] for i in range(VOCABULARY_FROM)]))
 
 
 def named(index: int, caption: str) -> list[str]:
@@ -138,46 +139,65 @@ class Reader(nn.Module):
         return self.head(states.gather(1, positions[..., None].expand(-1, -1, WIDTH)))
 
 
+class DrawnBatches(IterableDataset):
+    """Batches that are drawn while a model trains, without end.
+
+    Args:
+        batch: B.
+        seed: of everything that is drawn; every worker draws its own.
+    """
+
+    def __init__(self, batch: int, seed: int) -> None:
+        self.batch, self.seed = batch, seed
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        worker = get_worker_info()
+        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
+        tokenizer = load_tokenizer()
+        for step in count():
+            yield self.draw(step, rng, tokenizer)
+
+    def draw(self, step: int, rng: np.random.Generator, tokenizer: CLIPTokenizer) -> tuple[torch.Tensor, ...]:
+        """The batch of a step, counted from 0 in each worker."""
+        raise NotImplementedError
+
+
+class ReadingTask(DrawnBatches):
+    """Batches for the reader: tokens (B, L), truth (B, labels) and the positions (B, P) that are read."""
+
+    def draw(self, step: int, rng: np.random.Generator, tokenizer: CLIPTokenizer) -> tuple[torch.Tensor, ...]:
+        captions, truth = reading_batch(self.batch, rng)
+        tokens = tokenize(tokenizer, captions)
+        ends = (tokens != tokens[0, -1]).sum(1).numpy()
+        # Shorter than 77 as a rule: it is cheaper, and each position is padding often enough all the same.
+        shortest = int(ends.max()) + 2
+        length = int(rng.integers(shortest, MAX_TOKENS + 1)) if step % 2 else min(shortest, MAX_TOKENS)
+        positions = [*(rng.integers(ends, length) for _ in range(READ_POSITIONS - 1)), ends]
+        return tokens[:, :length].contiguous(), truth, torch.from_numpy(np.stack(positions, 1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path(".runs/text"))
-    parser.add_argument("--steps", type=int, default=420)
+    Length.add_options(parser, steps=420)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--workers", type=int, default=0, help="processes that write captions")
     parser.add_argument("--seed", type=int, default=0)
     add_option(parser)
     args = parser.parse_args()
-    tokenizer = load_tokenizer()
     torch.manual_seed(args.seed)
-    reader = Reader(vocabulary(tokenizer), args.device)
-    trainer = Trainer(
-        reader,
-        args.run,
-        steps=args.steps,
-        rate=args.rate,
-        warmup=50,
-        ema=0.99,
-        muon=True,
-        adam_only=("embedding", "head"),
-    )
-    rng = np.random.default_rng([args.seed, trainer.step_count])
-    while trainer.step_count < args.steps:
-        captions, truth = reading_batch(args.batch, rng)
-        tokens = tokenize(tokenizer, captions)
-        ends = (tokens != tokens[0, -1]).sum(1)
-        # Shorter than 77 as a rule: it is cheaper, and each position is padding often enough all the same.
-        length = (
-            int(rng.integers(int(ends.max()) + 2, MAX_TOKENS + 1)) if trainer.step_count % 2 else int(ends.max()) + 2
-        )
-        positions = np.stack(
-            [rng.integers(ends.numpy(), length) for _ in range(READ_POSITIONS - 1)] + [ends.numpy()], 1
-        )
-        read, truth, places = (
-            to_device(tensor, args.device)
-            for tensor in (tokens[:, :length].contiguous(), truth, torch.from_numpy(positions))
-        )
-        logits = reader(read, places).float()
+    reader = Reader(vocabulary(load_tokenizer()), args.device)
+    trainer = Trainer(reader, args.run, length=Length.of(args), rate=args.rate, warmup=0.12, ema=0.99, muon=True,
+                      adam_only=("embedding", "head"))  # fmt: skip
+    task = ReadingTask(args.batch, args.seed + trainer.step_count)
+    batches = iter(DataLoader(task, batch_size=None, num_workers=args.workers))
+    while trainer.running:
+        with trainer.waiting():
+            tokens, truth, places = (to_device(tensor, args.device) for tensor in next(batches))
+        logits = reader(tokens, places).float()
         trainer.step(F.binary_cross_entropy_with_logits(logits, truth[:, None].expand_as(logits)) * len(LABELS))
+    trainer.save()
 
 
 if __name__ == "__main__":

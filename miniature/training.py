@@ -1,7 +1,12 @@
-"""What the trainings of the miniature share: bf16 weights with float32 masters, an EMA, checkpoints that resume."""
+"""What the trainings of the miniature share: a schedule by steps or by the clock, an EMA, checkpoints that resume."""
 
+import argparse
+import csv
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,39 +15,112 @@ from torch import nn
 from hdb_core.files.atomic import replacing
 
 LOG_EVERY = 25
+SAVE_EVERY = 120  # seconds
 ENDS = ("embedding", "conv_in", "conv_out")  # first and last layers, which Muon's recipe leaves to AdamW
 
 
+@dataclass(frozen=True)
+class Length:
+    """How long a training is, by one of the two: the rate has fallen to zero at its end.
+
+    Attributes:
+        steps: so many.
+        minutes: so many of the clock, of all the times together that it ran.
+    """
+
+    steps: int = 0
+    minutes: float = 0.0
+
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
+        """Adds ``--steps``, with a default, and ``--minutes``."""
+        parser.add_argument("--steps", type=int, default=steps, help="length of the schedule (default: %(default)s)")
+        parser.add_argument("--minutes", type=float, default=0.0, help="its length by the clock instead of --steps")
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Length":
+        """What a command line with `add_options` asks for."""
+        return cls(minutes=args.minutes) if args.minutes else cls(steps=args.steps)
+
+
 class Trainer:
-    """Steps a bf16 model through float32 master weights, keeps their EMA, logs and checkpoints.
+    """Steps a model through float32 master weights, keeps their EMA, logs and checkpoints.
 
     Args:
-        model: float32 on entry, on the device to train on; becomes bfloat16 in place and stays so.
+        model: float32 on entry, on the device to train on; becomes ``dtype`` in place and stays so.
         folder: receives ``state.pt`` (atomically replaced) and ``log.csv``.
-        steps: length of the cosine schedule, after which the rate is zero.
-        rate: peak learning rate, reached after ``warmup`` steps.
+        length: of the schedule, a warm-up and then a cosine to zero.
+        rate: peak learning rate.
+        warmup: share of the schedule until the peak.
         muon: step matrices and kernels with Muon (its updates scaled to the size of AdamW's), the rest with AdamW.
         adam_scale: AdamW's rate as a share of ``rate``.
         adam_only: parts of the names of what Muon leaves to AdamW.
+        save: called after every state that is written.
+
+    Attributes:
+        dtype: of the model: bfloat16 on a GPU, float32 on a CPU, whose products are not faster in bfloat16.
+        notes: further columns of the log; ``waited`` is the seconds spent within `waiting`.
     """
 
-    def __init__(self, model: nn.Module, folder: Path, *, steps: int, rate: float, warmup: int = 200, ema: float = 0.9995,
-                 muon: bool = False, adam_scale: float = 1.0, adam_only: tuple[str, ...] = ENDS) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, folder: Path, *, length: Length, rate: float, warmup: float = 0.05, ema: float = 0.9995,
+                 muon: bool = False, adam_scale: float = 1.0, adam_only: tuple[str, ...] = ENDS,
+                 save: Callable[[], None] | None = None) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.steps, self.rate, self.warmup, self.decay = folder, steps, rate, warmup, ema
-        self.adam_scale = adam_scale
+        self.folder, self.length, self.rate, self.warmup, self.decay = folder, length, rate, warmup, ema
+        self.adam_scale, self._after_save = adam_scale, save
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.masters = [p.detach().clone(memory_format=torch.contiguous_format).float() for _, p in named]
         self.average = [m.clone() for m in self.masters]
         self.optimizers = self._optimizers(muon, adam_only)
-        model.to(torch.bfloat16)
+        self.device = named[0][1].device
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        model.to(self.dtype)
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.device = self.params[0].device
+        self.notes: dict[str, float] = {"waited": 0.0}
         self._losses: list[torch.Tensor] = []
-        self.step_count, self._saved, self._started = 0, time.time(), time.time()
+        self.step_count, self._before = 0, 0.0
+        self._saved = self._started = time.monotonic()
         if (folder / "state.pt").exists():
             self._restore(torch.load(folder / "state.pt", map_location=self.device, weights_only=True))
+
+    @property
+    def seconds(self) -> float:
+        """How long it has trained, all the times that it ran together."""
+        return self._before + time.monotonic() - self._started
+
+    @property
+    def progress(self) -> float:
+        """Share of the schedule that is done, from 0."""
+        if self.length.minutes:
+            return self.seconds / (60 * self.length.minutes)
+        return self.step_count / max(1, self.length.steps)
+
+    @property
+    def running(self) -> bool:
+        """Whether the schedule is not at its end; a training takes one step at least."""
+        return self.progress < 1 or self.step_count == 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what is spent within as time in which no step was taken for want of data."""
+        start = time.monotonic()
+        yield
+        self.notes["waited"] += time.monotonic() - start
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has its averaged weights within."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, self.average)
+        try:
+            yield
+        finally:
+            self._publish()
+
+    def averages(self) -> dict[str, torch.Tensor]:
+        """The averaged float32 weights by name, on the CPU."""
+        return {name: weight.cpu() for name, weight in zip(self.names, self.average, strict=True)}
 
     def _optimizers(self, muon: bool, adam_only: tuple[str, ...]) -> list[torch.optim.Optimizer]:
         inner = [muon and m.ndim >= 2 and not any(part in name for part in adam_only)
@@ -65,7 +143,7 @@ class Trainer:
             target.copy_(source)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step_count = state["step"]
+        self.step_count, self._before = state["step"], state["seconds"]
         self._publish()
 
     @torch.no_grad()
@@ -74,12 +152,10 @@ class Trainer:
 
     def learning_rate(self) -> float:
         """The rate of the coming step: linear warm-up, then a cosine to zero."""
-        fraction = torch.tensor(min(1.0, self.step_count / self.steps))
-        return (
-            self.rate
-            * min(1.0, (self.step_count + 1) / self.warmup)
-            * float(0.5 * (1 + torch.cos(torch.pi * fraction)))
-        )
+        # Of a step, the middle of its share of the schedule: the first is not at zero and the last not quite at it.
+        half = 0.0 if self.length.minutes else 0.5 / max(1, self.length.steps)
+        done = min(1.0, self.progress + half)
+        return self.rate * min(1.0, done / max(self.warmup, 1e-9)) * 0.5 * (1 + math.cos(math.pi * done))
 
     def step(self, loss: torch.Tensor) -> None:
         """Back-propagates a scalar loss, steps, and every so often logs and saves.
@@ -95,9 +171,10 @@ class Trainer:
             master.grad = param.grad.to(torch.float32, memory_format=torch.contiguous_format).reshape(master.shape)
             param.grad = None
         torch.nn.utils.clip_grad_norm_(self._stepped, 1.0)
+        rate = self.learning_rate()
         for optimizer, scale in zip(self.optimizers, (self.adam_scale, 1.0), strict=False):
             for group in optimizer.param_groups:
-                group["lr"] = scale * self.learning_rate()
+                group["lr"] = scale * rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -108,7 +185,7 @@ class Trainer:
         self._losses.append(loss.detach())
         if self.step_count % LOG_EVERY == 0:
             self._log()
-        if time.time() - self._saved > 180 or self.step_count >= self.steps:
+        if time.monotonic() - self._saved > SAVE_EVERY:
             self.save()
 
     def _mean_loss(self) -> float:
@@ -126,9 +203,15 @@ class Trainer:
         return sum(losses) / len(losses)
 
     def _log(self) -> None:
-        mean = self._mean_loss()
-        with open(self.folder / "log.csv", "a") as log:
-            log.write(f"{self.step_count},{mean:.5f},{self.learning_rate():.2e},{time.time() - self._started:.0f}\n")
+        row = {"step": self.step_count, "loss": f"{self._mean_loss():.5f}", "rate": f"{self.learning_rate():.2e}",
+               "seconds": round(self.seconds), **{name: round(value, 1) for name, value in self.notes.items()}}  # fmt: skip
+        path = self.folder / "log.csv"
+        is_new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row, lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
         self._losses = []
 
     def save(self) -> None:
@@ -138,12 +221,15 @@ class Trainer:
             RuntimeError: A loss since the last log was not finite; nothing is written.
         """
         if self._losses:
-            self._mean_loss()
+            self._log()
         state = {"masters": self.masters, "average": self.average, "names": self.names,
-                 "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step_count}  # fmt: skip
+                 "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step_count,
+                 "seconds": self.seconds}  # fmt: skip
         with replacing(self.folder / "state.pt") as partial:
             torch.save(state, partial)
-        self._saved = time.time()
+        if self._after_save:
+            self._after_save()
+        self._saved = time.monotonic()
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

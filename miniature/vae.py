@@ -1,7 +1,7 @@
 """The miniature's VAE: a TAESD (diffusers ``AutoencoderTiny``), trained by ``python -m miniature.vae``.
 
 Latents are drawn towards zero mean and unit variance a channel, and the decoder sees them with a little noise, so that
-it forgives what a diffusion model leaves. Resumes from its checkpoint; the learning rate falls to zero over ``--steps``.
+it forgives what a diffusion model leaves. Errors count more where a face is. Resumes from its checkpoint.
 """
 
 import argparse
@@ -10,12 +10,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
+from PIL import Image
 
 from devtools.device import add_option
 
-from .training import Trainer, to_device
+from .checkpoint import LATENT_FACTOR, write_vae
+from .drawing import face_place
+from .packing import read_packed, trained_weights, unpack_tensors
+from .pool import PicturePool
+from .training import Length, Trainer, to_device
 
 LATENT_NOISE = 0.08
+FACE = 3.0  # weight of the middle of a face, where the rest counts 1
+FIXED = 64  # pictures that tell the spread of the latents
+IN_MEMORY = {"cuda": 200_000, "cpu": 20_000}  # pictures, 49 KB each
 
 
 def build_vae() -> AutoencoderTiny:
@@ -23,16 +31,47 @@ def build_vae() -> AutoencoderTiny:
     return AutoencoderTiny().to(memory_format=torch.channels_last)
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+def load_vae(path: Path, device: torch.device | str) -> tuple[AutoencoderTiny, float]:
+    """A packed VAE for inference on a device, in bfloat16 on a GPU, and the standard deviation of its raw latents."""
+    tensors, header = read_packed(path)
+    vae = build_vae()
+    vae.load_state_dict(unpack_tensors(tensors))
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    vae = vae.to(device, dtype).eval().requires_grad_(False)
+    return vae, float(header["vae_scale"]) / LATENT_FACTOR
+
+
+def to_tensor(pictures: np.ndarray | torch.Tensor) -> torch.Tensor:
     """uint8 RGB (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 and squared error of the picture and L1 of its horizontal and vertical differences; tensors (B, 3, H, W)."""
+def to_pictures(pixels: torch.Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] to uint8 RGB (B, H, W, 3)."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.inference_mode()
+def encode(vae: AutoencoderTiny, pictures: np.ndarray | torch.Tensor, batch: int = 64) -> torch.Tensor:
+    """uint8 RGB (N, H, W, 3) to float16 raw latents (N, 4, H/8, W/8), on the VAE's device."""
+    weight, parts = next(vae.parameters()), []
+    for some in torch.as_tensor(pictures).split(batch):
+        pixels = to_tensor(to_device(some, weight.device)).to(weight.dtype, memory_format=torch.channels_last)
+        parts.append(vae.encoder(pixels).half())
+    return torch.cat(parts)
+
+
+def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """L1 and squared error of the picture and L1 of its horizontal and vertical differences.
+
+    Args:
+        output: (B, 3, H, W).
+        target: the same.
+        weight: (B or 1, 1, H, W) of mean 1, of each place.
+    """
     error = output - target
-    edges = sum((error.diff(dim=dim)).abs().mean() for dim in (2, 3))
-    return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
+    across, down = error.diff(dim=3).abs() * weight[..., 1:], error.diff(dim=2).abs() * weight[..., 1:, :]
+    return ((error.abs() + 2 * error.square()) * weight).mean() + 0.5 * (across.mean() + down.mean())
 
 
 def moment_loss(latents: torch.Tensor) -> torch.Tensor:
@@ -41,28 +80,41 @@ def moment_loss(latents: torch.Tensor) -> torch.Tensor:
     return mean.square().mean() + (variance.log()).square().mean()
 
 
-class _Pictures:
-    """Random crops of the rendered pictures, reread as more of them are rendered."""
+def face_weights(size: int, squares: int = 1) -> torch.Tensor:
+    """How much each place of a picture counts, float32 (1, 1, size, size * squares) of mean 1: the middle of a face
+    `FACE` times as much as the rest.
+    """
+    weight = 1 + (FACE - 1) * torch.from_numpy(face_place(size)).float() / 255
+    weight = weight.repeat(1, squares)[None, None]
+    return weight / weight.mean()
 
-    def __init__(self, folder: Path, generator: np.random.Generator) -> None:
-        self.folder, self.rng = folder, generator
 
-    def batch(self, count: int, crop: int) -> torch.Tensor:
-        """float32 (count, 3, crop, crop) in [-1, 1], from one random chunk file."""
-        files = sorted(self.folder.glob("singles_*.npy"))
-        chunk = np.load(files[self.rng.integers(len(files))], mmap_mode="r")
-        crops = []
-        for index in self.rng.integers(len(chunk), size=count):
-            y, x = self.rng.integers(0, 128 - crop + 1, 2)
-            crops.append(chunk[index, y : y + crop, x : x + crop])
-        return to_tensor(np.stack(crops))
+def crops(
+    pixels: torch.Tensor, weights: torch.Tensor, side: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same random square of a whole batch, (B, 3, side, side), and its weights."""
+    if side == pixels.shape[-1]:
+        return pixels, weights
+    y, x = torch.randint(pixels.shape[-1] - side + 1, (2,), generator=generator, device=generator.device).tolist()
+    part = (..., slice(y, y + side), slice(x, x + side))
+    return pixels[part], weights[part]
+
+
+def preview(vae: AutoencoderTiny, pictures: torch.Tensor, path: Path) -> None:
+    """Pictures above what the VAE makes of them, as a PNG; uint8 RGB (N, H, W, 3)."""
+    with torch.no_grad():
+        pixels = to_tensor(pictures).to(next(vae.parameters()).dtype)
+        made = to_pictures(vae.decoder(vae.encoder(pixels)))
+    rows = (np.concatenate(list(row), 1) for row in (pictures.cpu().numpy(), made))
+    Image.fromarray(np.concatenate(list(rows), 0)).save(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, default=Path(".runs/pictures"))
-    parser.add_argument("--run", type=Path, default=Path(".runs/vae"))
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--run", type=Path, default=Path(".runs/vae"), help="also receives the packed file")
+    parser.add_argument("--start", type=Path, help="weights/miniature_vae.safetensors: go on from there")
+    Length.add_options(parser, steps=2800)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--crop", type=int, default=64)
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -73,15 +125,36 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    vae = build_vae().to(args.device)
-    vae.encoder.requires_grad_(not args.freeze_encoder)
-    trainer = Trainer(vae, args.run, steps=args.steps, rate=args.rate, ema=0.998, muon=True, warmup=100)
-    pictures = _Pictures(args.pictures, np.random.default_rng([args.seed, trainer.step_count]))
-    while trainer.step_count < args.steps:
-        target = to_device(pictures.batch(args.batch, args.crop), args.device)
-        latents = vae.encoder(target.to(torch.bfloat16, memory_format=torch.channels_last))
+    vae = build_vae()
+    if args.start:
+        vae.load_state_dict(trained_weights(args.start))
+    untrained = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    vae.to(args.device).encoder.requires_grad_(not args.freeze_encoder)
+    pool = PicturePool(
+        args.pictures, args.device, lambda pixels: pixels, (False,), IN_MEMORY[torch.device(args.device).type]
+    )
+
+    def save() -> None:
+        with trainer.averaged():
+            latents = encode(vae, fixed)
+            write_vae(args.run, untrained | trainer.averages(), float(latents.float().std()))
+            preview(vae, fixed[:8], args.run / "preview.png")
+
+    trainer = Trainer(vae, args.run, length=Length.of(args), rate=args.rate, ema=0.998, muon=True, save=save)
+    generator = torch.Generator(args.device).manual_seed(args.seed + trainer.step_count)
+    with trainer.waiting():
+        pool.grow()
+    fixed, weights = pool.batch(FIXED, generator)[0], face_weights(128).to(args.device)
+    while trainer.running:
+        with trainer.waiting():
+            pool.grow()
+        pixels = to_tensor(pool.batch(args.batch, generator)[0])
+        target, weight = crops(pixels, weights, args.crop, generator)
+        latents = vae.encoder(target.to(trainer.dtype, memory_format=torch.channels_last))
         output = vae.decoder(latents + LATENT_NOISE * torch.randn_like(latents))
-        trainer.step(reconstruction_loss(output.float(), target) + 0.02 * moment_loss(latents.float()))
+        trainer.notes |= {"samples": trainer.step_count * args.batch, "pictures": len(pool)}
+        trainer.step(reconstruction_loss(output.float(), target, weight) + 0.02 * moment_loss(latents.float()))
+    trainer.save()
 
 
 if __name__ == "__main__":

@@ -6,19 +6,25 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplyLiDBToModel, ApplyOptions
 from .blend import BlendLiDB
+from .compare import CompareLiDB, SimilarityToPhoto
 from .empty import EmptyLiDB
+from .face import CropToFace, PasteFace
 from .files import LoadLiDB, SaveLiDB, SaveLiDBAsLoRA
 from .finetune import FastFinetune, FastFinetuneOptions
+from .hook import LiDBHook
+from .host.faces import register_detectors
 from .host.folders import register_folders
+from .host.sockets import checked
 from .hypernet import LoadHyperNet, PredictLiDB
 
 NODES: list[type[io.ComfyNode]] = [
-    LoadHyperNet, PredictLiDB, EmptyLiDB, FastFinetune, FastFinetuneOptions, ApplyLiDBToModel, ApplyOptions, SaveLiDB,
-    LoadLiDB, BlendLiDB, SaveLiDBAsLoRA,
+    CropToFace, PasteFace, LoadHyperNet, PredictLiDB, EmptyLiDB, FastFinetune, FastFinetuneOptions, ApplyLiDBToModel, ApplyOptions,
+    SaveLiDB, LoadLiDB, BlendLiDB, CompareLiDB, SimilarityToPhoto, LiDBHook, SaveLiDBAsLoRA,
 ]  # fmt: skip
 
 
 class HyperDreamBooth(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folders()
-        return NODES
+        register_detectors()
+        return [checked(node) for node in NODES]

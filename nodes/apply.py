@@ -6,10 +6,42 @@ from comfy_api.latest import io
 
 from ..hdb_core.lidb import LiDB
 from ..hdb_core.recommended import FROM_PREDICTION, RECOMMENDED, Strengths
-from .host.apply import apply_lidb
+from .host.apply import apply_lidb, mixture
+from .host.compat import if_known
+from .host.progress import log, send_text
 from .types import APPLY_OPTIONS, CATEGORY, LIDB
 
 DEFAULTS = RECOMMENDED[FROM_PREDICTION].strengths
+
+
+def strength_inputs() -> list[io.Input]:
+    """What says how strongly a person is applied, at the end of a node's inputs."""
+    return [
+        io.Float.Input(
+            "strength",
+            default=1.0,
+            min=0.0,
+            max=2.0,
+            step=0.05,
+            tooltip="How much of the person: 0 is the base model, 1 is what suits the way this person was made. The LiDB knows that.",
+        ),
+        APPLY_OPTIONS.Input(
+            "options",
+            optional=True,
+            tooltip="From Apply Options: strengths of your own instead of those of the LiDB. strength multiplies them, too.",
+        ),
+    ]
+
+
+def strengths_of(lidb: LiDB, strength: float, options: Strengths | None) -> Strengths:
+    """The values of `strength_inputs` together: options replace the person's own strengths, and strength scales both."""
+    return (lidb.about.strengths if options is None else options).scaled(strength)
+
+
+def in_words(strengths: Strengths) -> str:
+    """The strengths as the inputs of Apply Options are called: "strength_model 0.35, …"."""
+    model, clip, guidance = strengths
+    return f"strength_model {model:.3g}, strength_clip {clip:.3g}, person_guidance {guidance:.3g}"
 
 
 class ApplyLiDBToModel(io.ComfyNode):
@@ -17,33 +49,23 @@ class ApplyLiDBToModel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ApplyLiDBToModel",
-            display_name="Apply LiDB to Model",
+            display_name="Apply LiDB to Model (person as a LoRA)",
             category=CATEGORY,
             description="Applies a person to a MODEL and a CLIP, as a LoRA loader does. Both inputs stay as they are.",
+            **if_known(io.Schema, search_aliases=["apply person", "apply LoRA", "identity", "likeness", "FaceID"]),
             inputs=[
                 io.Model.Input("model", tooltip="The base model of the family that the LiDB was made for."),
                 io.Clip.Input(
                     "clip", tooltip="The text encoder of the same checkpoint. Encode your prompt with the output."
                 ),
                 LIDB.Input("lidb", tooltip="The person, from Fast Finetune, Predict LiDB or Load LiDB."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    tooltip="How much of the person: 0 is the base model, 1 is what suits the way this person was made. The LiDB knows that.",
-                ),
-                APPLY_OPTIONS.Input(
-                    "options",
-                    optional=True,
-                    tooltip="From Apply Options: strengths of your own instead of those of the LiDB. strength multiplies them, too.",
-                ),
+                *strength_inputs(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The MODEL with the person."),
                 io.Clip.Output(tooltip="The CLIP with the person."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -55,8 +77,11 @@ class ApplyLiDBToModel(io.ComfyNode):
         strength: float,
         options: Strengths | None = None,
     ) -> io.NodeOutput:
-        strengths = lidb.about.strengths if options is None else options
-        return io.NodeOutput(*apply_lidb(model, clip, lidb, strengths.scaled(strength)))
+        strengths = strengths_of(lidb, strength, options)
+        if warning := mixture(model, lidb):
+            log.warning("Apply LiDB to Model: %s", warning)
+        send_text("\n".join(filter(None, (warning, in_words(strengths)))), cls.hidden.unique_id)
+        return io.NodeOutput(*apply_lidb(model, clip, lidb, strengths))
 
 
 class ApplyOptions(io.ComfyNode):
@@ -67,6 +92,7 @@ class ApplyOptions(io.ComfyNode):
             display_name="Apply Options",
             category=CATEGORY,
             description="Strengths for Apply LiDB to Model. 1, 1 and 1 apply a person as an ordinary LoRA.",
+            **if_known(io.Schema, search_aliases=["person guidance", "person strength"]),
             inputs=[
                 io.Float.Input(
                     "strength_model",
@@ -90,7 +116,7 @@ class ApplyOptions(io.ComfyNode):
                     min=1.0,
                     max=10.0,
                     step=0.1,
-                    tooltip="How far guidance leads to the person: 1 as with an ordinary LoRA, 2 twice as far. Works up to nearly twice the cfg of the sampler, and not at a cfg of 1.",
+                    tooltip="How far guidance leads to the person: 1 as with an ordinary LoRA, 2 twice as far. Works up to nearly twice the cfg of the sampler; at a cfg of 1 the person is applied more strongly instead.",
                 ),
             ],
             outputs=[APPLY_OPTIONS.Output(display_name="options", tooltip="Connect Apply LiDB to Model.")],

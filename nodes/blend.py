@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..hdb_core.lidb import LiDB
 from ..hdb_core.lidb import blend as blended
+from .host.compat import if_known
 from .types import CATEGORY, LIDB
 
 
@@ -14,9 +15,10 @@ class BlendLiDB(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BlendLiDB",
-            display_name="Blend LiDB",
+            display_name="Blend LiDB (mix people)",
             category=CATEGORY,
             description="Mixes two persons of the same model family, or two results for one person, into one LiDB.",
+            **if_known(io.Schema, search_aliases=["mix people", "merge persons"]),
             inputs=[
                 LIDB.Input("lidb_a", tooltip="The first person."),
                 LIDB.Input("lidb_b", tooltip="The second person, made with the same base model and prompt."),

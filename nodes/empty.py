@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from comfy_api.latest import io
 
 from ..hdb_core.files import basis as basis_file
 from ..hdb_core.lidb import nobody
-from .host.folders import BASES, find, names_on, validated
+from .host.compat import if_known
+from .host.folders import BASES, find, fingerprint, names_on, validated
 from .types import CATEGORY, LIDB
 
 
@@ -20,6 +19,7 @@ class EmptyLiDB(io.ComfyNode):
             display_name="Empty LiDB",
             category=CATEGORY,
             description="An untrained LiDB in a basis that was learned from people. Fast Finetune needs a third of the steps from there.",
+            **if_known(io.Schema, search_aliases=["learned basis", "new person"]),
             inputs=[
                 io.Combo.Input(
                     "basis_name",
@@ -40,9 +40,7 @@ class EmptyLiDB(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, basis_name: str | None = None) -> str | float:
-        if basis_name is None:
-            return math.nan  # a name over a wire is known when the node runs
-        return basis_file.read_digest(find(BASES, basis_name))
+        return fingerprint(BASES, basis_name)
 
     @classmethod
     def execute(cls, basis_name: str | None = None) -> io.NodeOutput:

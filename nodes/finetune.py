@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..hdb_core.errors import HDBError
-from ..hdb_core.files import lidb as lidb_file
+from ..hdb_core.errors import FinetuneError
 from ..hdb_core.finetuning import FinetuneConfig, FinetuneDiverged
-from ..hdb_core.lidb import LiDB
+from .host.compat import if_known
 from .host.finetune import FinetuneOptions, finetune_in_host
-from .host.output import save_to_output
+from .host.kept import kept
+from .host.lists import joined, only
 from .host.photos import Photos
 from .plot import loss_image
 from .types import CATEGORY, FINETUNE_OPTIONS, LIDB
@@ -24,15 +26,21 @@ class FastFinetune(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FastFinetune",
-            display_name="Fast Finetune (LiDB)",
+            display_name="Fast Finetune (train a person, DreamBooth)",
             category=CATEGORY,
             description="Learns a person from one or several photos into a LiDB of about 100 KB. MODEL and CLIP stay as they are.",
+            **if_known(io.Schema, search_aliases=["DreamBooth", "train LoRA", "photo to person", "likeness"]),
+            is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The base model: SD 1.x, SD 2.x or SDXL. It is not changed."),
-                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint. It is not changed."),
-                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The base model: Stable Diffusion, Flux, Z-Image, Qwen-Image or another. It is not changed.",
+                ),
+                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model. It is not changed."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
                 io.Image.Input(
-                    "image", tooltip="A photo of the person, cropped to the face, or a batch of photos of one person."
+                    "image",
+                    tooltip="A photo of the person, cropped to the face. A batch or a list is several photos of one person.",
                 ),
                 io.String.Input(
                     "prompt",
@@ -44,14 +52,14 @@ class FastFinetune(io.ComfyNode):
                     default=DEFAULTS.photo_words,
                     multiline=True,
                     placeholder="smiling, in a red shirt, at the beach",
-                    tooltip="Captions: expression, clothes and background in the photo. What is named does not become part of the person. For several photos, one line each.",
+                    tooltip="Captions: expression, clothes and background in the photo. What is named does not become part of the person. For several photos, one line each, which may be blank, or a list of texts.",
                 ),
                 io.Int.Input(
                     "steps",
                     default=DEFAULTS.steps,
                     min=0,
                     max=10000,
-                    tooltip="Training steps. 0 is automatic: few after Predict LiDB, more without a hypernetwork, most from several photos.",
+                    tooltip="Training steps. 0 is automatic: until enough of the person is learned, which the node measures.",
                 ),
                 io.Int.Input(
                     "resolution",
@@ -59,7 +67,8 @@ class FastFinetune(io.ComfyNode):
                     min=0,
                     max=2048,
                     step=64,
-                    tooltip="Train at about resolution × resolution pixels. 0: the photo's size, at most 512 (SD 1.x), 768 (SD 2.x) or 1024 (SDXL).",
+                    tooltip="Train at about resolution × resolution pixels. 0: the photo's size, at most what the model was made for, such as 512 (SD 1.x), 768 (SD 2.x) or 1024 (others).",
+                    **if_known(io.Int.Input, advanced=True),
                 ),
                 io.Int.Input(
                     "seed",
@@ -89,28 +98,23 @@ class FastFinetune(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: io.Model.Type,
-        clip: io.Clip.Type,
-        vae: io.Vae.Type,
-        image: io.Image.Type,
-        prompt: str,
-        photo_words: str,
-        steps: int,
-        resolution: int,
-        seed: int,
-        mask: io.Mask.Type | None = None,
-        lidb: LiDB | None = None,
-        options: FinetuneOptions | None = None,
+        image: Sequence[io.Image.Type],
+        photo_words: Sequence[str],
+        mask: Sequence[io.Mask.Type] | None = None,
+        **inputs: Sequence[Any],
     ) -> io.NodeOutput:
-        options = options or FinetuneOptions()
-        config = replace(options.config, prompt=prompt, photo_words=photo_words, steps=steps, seed=seed)
-        photos = Photos(image, mask, options.class_images, resolution)
+        one = only(inputs, FinetuneError)
+        options, init = one.get("options") or FinetuneOptions(), one.get("lidb")
+        own = {name: one[name] for name in ("prompt", "steps", "seed")}
+        config = replace(options.config, photo_words=joined(photo_words), **own)
+        photos = Photos.of(image, mask, options.class_images, one["resolution"])
+        models = one["model"], one["clip"], one["vae"]
         try:
             result = finetune_in_host(
-                model, clip, vae, photos, config, lidb, options.convolutions, cls.hidden.unique_id
+                *models, photos, config, init, options.convolutions, cls.hidden.unique_id, options.sample_every
             )
         except FinetuneDiverged as error:
-            raise kept(error) from None
+            raise with_place(error) from None
         plot = loss_image(result.losses)
         return io.NodeOutput(result.lidb, plot, ui=ui.PreviewImage(plot, cls=cls))
 
@@ -123,6 +127,7 @@ class FastFinetuneOptions(io.ComfyNode):
             display_name="Fast Finetune Options",
             category=CATEGORY,
             description="Further settings of Fast Finetune. Its defaults are what Fast Finetune uses without this node.",
+            **if_known(io.Schema, search_aliases=["training settings", "learning rate", "prior preservation"]),
             inputs=[
                 io.Int.Input(
                     "rank",
@@ -175,24 +180,32 @@ class FastFinetuneOptions(io.ComfyNode):
                     optional=True,
                     tooltip="Pictures that the base model makes of class_prompt, for prior_weight.",
                 ),
+                io.Int.Input(
+                    "sample_every",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="Show a picture of the prompt every so many steps, in Fast Finetune while it runs. Each takes about as long as a step. 0 is off.",
+                ),
             ],
             outputs=[FINETUNE_OPTIONS.Output(display_name="options", tooltip="Connect Fast Finetune.")],
         )
 
     @classmethod
     def execute(
-        cls, convolutions: bool, class_images: io.Image.Type | None = None, **settings: float | str
+        cls,
+        convolutions: bool,
+        class_images: io.Image.Type | None = None,
+        sample_every: int = 0,
+        **settings: float | str,
     ) -> io.NodeOutput:
-        return io.NodeOutput(FinetuneOptions(FinetuneConfig(**settings), convolutions, class_images))
+        return io.NodeOutput(FinetuneOptions(FinetuneConfig(**settings), convolutions, class_images, sample_every))
 
 
-def kept(error: FinetuneDiverged) -> FinetuneDiverged:
+def with_place(error: FinetuneDiverged) -> FinetuneDiverged:
     """The same error after its last good state was saved, saying where, or why not."""
     if not error.losses:
         return error
-    try:
-        path = save_to_output("lidb/diverged", lambda path: lidb_file.save(error.lidb, path, new=True))
-        message = f"{error} The state before that step is kept in {path.name}; Load LiDB reads it."
-    except (HDBError, OSError) as unsaved:
-        message = f"{error} The state before that step could not be kept: {unsaved}"
+    message = f"{error} The state before that step {kept(error.lidb, 'diverged')}."
     return FinetuneDiverged(message, error.lidb, error.losses, error.step)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from comfy_api.latest import io
 
-from .host.folders import HYPERNETS, find, names_on, validated
+from ..hdb_core.errors import HyperNetError
+from .host.compat import if_known
+from .host.faces import seen_in
+from .host.folders import HYPERNETS, find, fingerprint, names_on, validated
 from .host.hypernets import HostHyperNet
+from .host.lists import only, pictures_of
 from .host.progress import send_text
 from .host.targets import class_of, require_unet
 from .types import CATEGORY, HYPERNET, LIDB
@@ -19,9 +23,10 @@ class LoadHyperNet(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoadHyperNet",
-            display_name="Load HyperNet",
+            display_name="Load HyperNet (HyperDreamBooth)",
             category=CATEGORY,
             description="Loads a network that predicts a person's LiDB from a photo, for one family of base models.",
+            **if_known(io.Schema, search_aliases=["hypernetwork", "person predictor"]),
             inputs=[
                 io.Combo.Input(
                     "hypernet_name",
@@ -45,10 +50,7 @@ class LoadHyperNet(io.ComfyNode):
     def fingerprint_inputs(
         cls, hypernet_name: str | None = None, clip_vision: io.ClipVision.Type | None = None
     ) -> str | float:
-        if hypernet_name is None:
-            return math.nan  # a name over a wire is known when the node runs
-        stat = find(HYPERNETS, hypernet_name).stat()
-        return f"{stat.st_mtime_ns} {stat.st_size}"
+        return fingerprint(HYPERNETS, hypernet_name)
 
     @classmethod
     def execute(cls, hypernet_name: str | None = None, clip_vision: io.ClipVision.Type | None = None) -> io.NodeOutput:
@@ -60,14 +62,16 @@ class PredictLiDB(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PredictLiDB",
-            display_name="Predict LiDB",
+            display_name="Predict LiDB (person from a photo)",
             category=CATEGORY,
             description="Predicts a person's LiDB from one or several photos, without training.",
+            **if_known(io.Schema, search_aliases=["photo to person", "face to LoRA", "identity", "FaceID"]),
+            is_input_list=True,
             inputs=[
                 HYPERNET.Input("hypernet", tooltip="From Load HyperNet."),
                 io.Image.Input(
                     "image",
-                    tooltip="A photo of the person, cropped to the face, or a batch of photos of one person.",
+                    tooltip="A photo of the person, cropped to the face. A batch or a list is several photos of one person.",
                 ),
                 io.Model.Input(
                     "model",
@@ -83,12 +87,20 @@ class PredictLiDB(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, hypernet: HostHyperNet, image: io.Image.Type, model: io.Model.Type | None = None) -> io.NodeOutput:
-        if model is not None:
-            require_unet(model, hypernet.config.layout, "This hypernetwork")
-        lidb = hypernet.predict(image)
-        if model is not None:
-            lidb = replace(lidb, about=replace(lidb.about, model=class_of(model)))
-        photos = "one photo" if len(image) == 1 else f"{len(image)} photos"
-        send_text(f"predicted from {photos}", cls.hidden.unique_id)
+    def execute(
+        cls,
+        image: Sequence[io.Image.Type],
+        hypernet: Sequence[HostHyperNet],
+        model: Sequence[io.Model.Type] | None = None,
+    ) -> io.NodeOutput:
+        one = only({"hypernet": hypernet, "model": model or [None]}, HyperNetError)
+        if one["model"] is not None:
+            require_unet(one["model"], one["hypernet"].config.layout, "This hypernetwork")
+        pictures = pictures_of(image, HyperNetError)
+        lidb, notes = one["hypernet"].predict(pictures)
+        if one["model"] is not None:
+            lidb = replace(lidb, about=replace(lidb.about, model=class_of(one["model"])))
+        photos = "one photo" if len(pictures) == 1 else f"{len(pictures)} photos"
+        said = [f"predicted from {photos}", *notes, *seen_in(pictures, one["hypernet"].config.encoder.cut)]
+        send_text("\n".join(said), cls.hidden.unique_id)
         return io.NodeOutput(lidb, lidb.about.prompt)

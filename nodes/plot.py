@@ -53,6 +53,17 @@ def loss_plot(losses: Sequence[float], steps: int) -> Image.Image:
     return image
 
 
+def beside(plot: Image.Image, picture: Image.Image | None) -> Image.Image:
+    """A plot with a picture to its right, as high as the plot; the plot alone without one."""
+    if picture is None:
+        return plot
+    width = max(1, round(picture.width * plot.height / picture.height))
+    both = Image.new("RGB", (plot.width + width, plot.height))
+    both.paste(plot)
+    both.paste(picture.resize((width, plot.height), Image.Resampling.BICUBIC), (plot.width, 0))
+    return both
+
+
 def loss_image(losses: Sequence[float]) -> torch.Tensor:
     """`loss_plot` of a finished run as IMAGE (1, 320, 512, 3) float32 in 0..1."""
     pixels = np.array(loss_plot(losses, len(losses)), dtype=np.float32) / 255

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from devtools.comfy_server import ComfyServer
+from devtools.comfy_server import KEEP_RESULTS, ComfyServer
 from devtools.environment import Host, SetupError
 
 
@@ -32,7 +32,8 @@ def prepared_host():
 def server(prepared_host, tmp_path_factory, request):
     """A running ComfyUI with this pack; it writes to a temporary folder."""
     device = request.config.getoption("--device")
-    with ComfyServer(prepared_host, tmp_path_factory.mktemp("comfyui"), device=device) as running:
+    work = tmp_path_factory.mktemp("comfyui")
+    with ComfyServer(prepared_host, work, device=device, options=KEEP_RESULTS) as running:
         yield running
 
 

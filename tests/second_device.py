@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -29,6 +30,23 @@ class SecondDevice(TorchFunctionMode):
         super().__init__()
         self.device = device
         self._there: dict[int, StorageWeakRef] = {}  # the weak reference keeps the key from being used again
+        self._submit = ThreadPoolExecutor.submit
+
+    def __enter__(self) -> Any:
+        """Torch's modes are of one thread; this one is of those of thread pools as well."""
+        ThreadPoolExecutor.submit = lambda pool, work, *args: self._submit(pool, self._within, work, *args)
+        return super().__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        ThreadPoolExecutor.submit = self._submit
+        super().__exit__(*raised)
+
+    def _within(self, work: Any, *args: Any) -> Any:
+        super().__enter__()
+        try:
+            return work(*args)
+        finally:
+            super().__exit__(None, None, None)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")

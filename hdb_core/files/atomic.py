@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+
+from .reading import nameable
+
+_PREFIX, _SUFFIX = ".hdb-", ".partial"  # of temporary files
+OLD = 86_400  # seconds after which nobody writes to a temporary file any more
 
 
 def replacing(path: Path) -> AbstractContextManager[Path]:
@@ -37,19 +43,44 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def sweep(*folders: Path, older_than: float = 0) -> None:
+    """Remove the temporary files that killed writers have left.
+
+    Args:
+        folders: in which no one else writes now; elsewhere only what is `OLD` may go.
+        older_than: seconds.
+    """
+    for folder in folders:
+        for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+            with suppress(FileNotFoundError):  # another process sweeps, too
+                if time.time() - leftover.stat().st_mtime >= older_than:
+                    leftover.unlink()
+
+
 @contextmanager
 def _written(path: Path, move: Callable[[Path, Path], None]) -> Iterator[Path]:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".hdb-", suffix=".partial")
-    os.close(handle)
-    temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        move(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        handle, name = tempfile.mkstemp(dir=nameable(path).parent, prefix=_PREFIX, suffix=_SUFFIX)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            move(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # names the file that was to be written
 
 
 def _move_new(temporary: Path, path: Path) -> None:
@@ -58,6 +89,10 @@ def _move_new(temporary: Path, path: Path) -> None:
         os.link(temporary, path)
     except FileExistsError:
         raise
-    except OSError:  # a drive without hard links: the name is taken first
+    except OSError:  # a drive without hard links: the name is taken first, by an empty file for a moment
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            path.unlink()
+            raise

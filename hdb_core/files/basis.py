@@ -29,6 +29,7 @@ KIND = container.FileKind(
     remake="learn it again",
     error=BasisFileError,
 )
+_TOGETHER = 100_000  # numbers
 _NEWTON_STEPS = 2  # the distance from orthonormality is squared by each
 
 
@@ -49,7 +50,7 @@ def save(
         info: free text about how it was made.
 
     Raises:
-        BasisFileError: if a number is not finite, or the file cannot be written.
+        BasisFileError: if a number is not finite, or the file cannot be written, or could not be read again.
     """
     tensors = {
         f"{name}.{side}": vectors.detach().cpu().half().contiguous()
@@ -59,17 +60,7 @@ def save(
     if not all(bool(t.isfinite().all()) for t in tensors.values()):
         raise BasisFileError(f"The basis for {Path(path).name!r} holds NaN or infinity; nothing was written.")
     fields = container.layout_fields(layout) | {"dims": list(dims), "info": dict(info)}
-    return container.write(KIND, Path(path), fields, tensors)
-
-
-def read_digest(path: str | os.PathLike[str]) -> str:
-    """What names the basis of a file, without reading its numbers.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        BasisFileError: if it is no such file, damaged, incomplete or of a newer version.
-    """
-    return str(container.read_fields(KIND, Path(path)).get("checksum", ""))
+    return container.write(KIND, Path(path), fields, tensors, _header)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Layout, BasisRecipe]:
@@ -84,10 +75,12 @@ def load(path: str | os.PathLike[str]) -> tuple[Layout, BasisRecipe]:
     """
     path = Path(path)
     fields = container.read_fields(KIND, path)
-    layout = container.read_layout(KIND, fields, path)
+    layout, dims = _header(fields, path)
     tensors = container.read_tensors(KIND, fields, path)
+    recipe = BasisRecipe(0, *dims, learned=fields["checksum"])
     try:
-        recipe = _recipe(fields)
+        if len(tensors) != 2 * len(layout.layers):
+            raise ValueError(f"{len(tensors)} tensors")
         bases = {layer.name: (tensors[f"{layer.name}.down"], tensors[f"{layer.name}.up"]) for layer in layout.layers}
         for layer in layout.layers:
             a, b = recipe.dims(layer)
@@ -99,24 +92,41 @@ def load(path: str | os.PathLike[str]) -> tuple[Layout, BasisRecipe]:
     except (LookupError, TypeError, ValueError) as error:
         raise KIND.damaged(path, f"its header and its numbers disagree ({error})") from error
     with torch.inference_mode(False):
-        made = {name: (orthonormal(down.mT).mT.contiguous(), orthonormal(up)) for name, (down, up) in bases.items()}
+        made = _made_orthonormal(bases)
     if not all(bool(t.isfinite().all()) for pair in made.values() for t in pair):
         raise KIND.damaged(path, "its vectors are not orthonormal")
     return layout, replace(recipe, bases=made)
 
 
-def _recipe(fields: Mapping[str, Any]) -> BasisRecipe:
-    down_dim, up_dim = (whole_number(dim, 1, container.MAX_DIM, "dims") for dim in fields["dims"])
-    return BasisRecipe(0, down_dim, up_dim, learned=str(fields["checksum"]))
+def _header(fields: Mapping[str, Any], path: Path) -> tuple[Layout, tuple[int, int]]:
+    layout = container.read_layout(KIND, fields, path)
+    with KIND.garbled(path):
+        down_dim, up_dim = (whole_number(dim, 1, container.MAX_DIM, "dims") for dim in fields["dims"])
+        container.read_info(fields)
+    return layout, (down_dim, up_dim)
+
+
+def _made_orthonormal(bases: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """`orthonormal` of both sides of all layers; small ones of one shape together, since there may be thousands."""
+    columns = {(name, side): own for name, (down, up) in bases.items() for side, own in (("down", down.mT), ("up", up))}
+    shapes: dict[torch.Size, list[tuple[str, str]]] = {}
+    for key, own in columns.items():
+        shapes.setdefault(own.shape, []).append(key)
+    made: dict[tuple[str, str], Tensor] = {}
+    for shape, keys in shapes.items():
+        count = max(1, _TOGETHER // shape.numel())
+        for some in (keys[i : i + count] for i in range(0, len(keys), count)):
+            made |= zip(some, orthonormal(torch.stack([columns[key] for key in some])).unbind(), strict=True)
+    return {name: (made[name, "down"].mT.contiguous(), made[name, "up"].contiguous()) for name in bases}
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    """The nearest orthonormal columns (n, k) float32 of nearly orthonormal ones; NaN if they are far from it.
+    """The nearest orthonormal columns (..., n, k) float32 of nearly orthonormal ones; NaN if they are far from it.
 
     Newton-Schulz iteration for the polar factor, in float64.
     """
     x = columns.clone().double()
-    identity = torch.eye(x.shape[1], dtype=x.dtype)
+    identity = torch.eye(x.shape[-1], dtype=x.dtype)
     if not float((x.mT @ x - identity).abs().max()) < 0.1:
         return torch.full_like(x, torch.nan).float()
     for _ in range(_NEWTON_STEPS):

@@ -8,9 +8,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import stat
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from ..basis import STREAM, BasisRecipe, probe, probe_size, same_basis
+from ..basis import STREAM, BasisRecipe, drawing_cost, probe, probed, same_basis
 from ..errors import BasisError, HDBError
 from ..layout import Layer, Layout
 from .atomic import creating, replacing
-from .fields import read_dataclass, whole_number
+from .fields import as_type, read_dataclass, whole_number
+from .reading import GARBLED, reason, regular
 
 # A file is believed only within these limits, so that whatever it says, reading it takes no more than its own length
 # and these allow. The largest model of today has some 2,000 layers, up to 55,296 wide.
@@ -34,10 +33,7 @@ MAX_LAYERS = 4096
 MAX_FEATURES = 65_536
 MAX_DIM = 1024  # of a basis
 MAX_NAME = 256
-MAX_PROBED = 1_000_000_000  # operations that comparing bases takes
-_GARBLED = (
-    LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, MemoryError, RuntimeError, zlib.error,
-)  # fmt: skip
+MAX_PROBED = 500_000_000  # operations that comparing bases takes
 _LORA_MARKS = ("lora_up", "lora_down", "lora_A", "lora_B", "hada_", "lokr_")
 
 
@@ -76,12 +72,12 @@ class FileKind:
             yield
         except HDBError as error:
             raise error if isinstance(error, self.error) else self.error(f"{path.name!r}: {error}") from error
-        except _GARBLED as error:
-            raise self.damaged(path, f"its header lacks or garbles a field ({str(error)[:100]})") from error
+        except GARBLED as error:
+            raise self.damaged(path, f"its header lacks or garbles a field ({reason(error)})") from error
 
     def unreadable(self, path: Path, error: OSError) -> HDBError:
         """A file that the system does not let us read."""
-        return self.error(f"Cannot read {path.name!r} in {str(path.parent)!r}: {error.strerror or error}.")
+        return self.error(f"Cannot read {path.name!r} in {str(path.parent)!r}: {reason(error)}.")
 
     def no_safetensors(self, path: Path) -> HDBError:
         """A file in another format."""
@@ -127,7 +123,7 @@ def read_layout(kind: FileKind, fields: Mapping[str, Any], path: Path) -> Layout
     with kind.garbled(path):
         family = fields["family"]
         if not isinstance(family, str) or len(family.encode()) > MAX_NAME:
-            raise TypeError("family")
+            raise TypeError("the name of the family")
         layout = Layout(family, tuple(_layer(row) for row in _unpacked_layers(fields["layers"])))
         if len({layer.name for layer in layout.layers}) != len(layout.layers):
             raise ValueError("a layer is there twice")
@@ -181,6 +177,8 @@ def read_space(kind: FileKind, fields: Mapping[str, Any], path: Path) -> tuple[L
         whole_number(recipe["down_dim"], 1, MAX_DIM, "down_dim")
         whole_number(recipe["up_dim"], 1, MAX_DIM, "up_dim")
         basis = read_dataclass(BasisRecipe, recipe, bases=None)
+        if drawing_cost(basis, probed(basis, layout)) > MAX_PROBED:
+            raise ValueError("its smallest layers are too large")
         same_recipe = stream == STREAM and basis.hash(layout) == fields["basis_hash"]
     if not same_recipe:
         raise kind.other_basis(path)
@@ -215,9 +213,7 @@ def check_basis(
     """
     layout, basis = read_space(kind, fields, path)
     with kind.garbled(path):
-        stored = [float(value) for value in fields["basis_probe"]]
-        if probe_size(basis, layout) > MAX_PROBED:
-            raise ValueError("its smallest layers are too large")
+        stored = list(as_type(fields["basis_probe"], tuple[float, ...], "basis_probe"))
     basis = basis.read(learned)
     try:
         made = probe(basis, layout)
@@ -229,7 +225,12 @@ def check_basis(
 
 
 def write(
-    kind: FileKind, path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], new: bool = False
+    kind: FileKind,
+    path: Path,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    read: Callable[[Mapping[str, Any], Path], object],
+    new: bool = False,
 ) -> int:
     """Write a file atomically: either the whole new file is there, or what was there before.
 
@@ -238,6 +239,7 @@ def write(
         path: where; the folder must exist.
         fields: header; format version and checksum are added.
         tensors: contiguous, on the CPU.
+        read: what reads the header; what it refuses is not written.
         new: never replace a file.
 
     Returns:
@@ -245,9 +247,16 @@ def write(
 
     Raises:
         FileExistsError: if it must be new and is there.
-        HDBError: of the kind's class, if the file cannot be written.
+        HDBError: of the kind's class, if the file cannot be written, or could not be read again.
     """
     header = {"format_version": kind.version, **fields}
+    try:
+        read(json.loads(json.dumps(header)), path)
+    except (kind.error, *GARBLED) as error:
+        what = reason(error.__cause__ or error)
+        raise kind.error(
+            f"The {kind.name} for {path.name!r} could not be read again ({what}); nothing was written."
+        ) from error
     header["checksum"] = checksum(header, tensors)
     data = safetensors.torch.save(dict(tensors), {kind.key: json.dumps(header)})
     if int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
@@ -262,7 +271,7 @@ def write(
         raise
     except OSError as error:
         raise kind.error(
-            f"Cannot write {path.name!r} into {str(path.parent)!r}: {error.strerror or error}. "
+            f"Cannot write {path.name!r} into {str(path.parent)!r}: {reason(error)}. "
             "Check that the folder exists, is writable, and that the disk has room."
         ) from error
     return len(data)
@@ -286,6 +295,16 @@ def read_fields(kind: FileKind, path: Path) -> dict[str, Any]:
     return fields
 
 
+def read_digest(kind: FileKind, path: Path) -> str:
+    """What names a file for ever, without reading its numbers: the checksum that its header gives.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        HDBError: of the kind's class, if it is no such file, damaged, incomplete or of a newer version.
+    """
+    return str(read_fields(kind, path).get("checksum", ""))
+
+
 def read_tensors(kind: FileKind, fields: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The tensors of a file whose header is ``fields``, as stored, on the CPU.
 
@@ -293,9 +312,9 @@ def read_tensors(kind: FileKind, fields: Mapping[str, Any], path: Path) -> dict[
         HDBError: of the kind's class, if they are damaged.
     """
     try:
-        tensors = safetensors.torch.load(path.read_bytes())
-    except (SafetensorError, *_GARBLED) as error:
-        raise kind.damaged(path, str(error)[:200]) from error
+        tensors = safetensors.torch.load(regular(path).read_bytes())
+    except GARBLED as error:
+        raise kind.damaged(path, reason(error)) from error
     except OSError as error:
         raise kind.unreadable(path, error) from error
     if checksum(fields, tensors) != fields.get("checksum"):
@@ -306,10 +325,7 @@ def read_tensors(kind: FileKind, fields: Mapping[str, Any], path: Path) -> dict[
 def _read_metadata(kind: FileKind, path: Path) -> str:
     """Our header's text, after checks that need no knowledge of ours: is it whole, is it safetensors, is it ours."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise kind.error(f"Expected a {kind.name} file, but {path.name!r} is a folder or a device.")
-        size = status.st_size
+        size = regular(path).stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")

@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Made = TypeVar("Made")
+MOST_ITEMS = 4096  # of a list
 
 
 def read_dataclass(cls: type[Made], fields: Any, **given: Any) -> Made:
@@ -17,8 +18,8 @@ def read_dataclass(cls: type[Made], fields: Any, **given: Any) -> Made:
 
     Args:
         cls: with annotations of str, int, float, bool, tuples of these, or other such classes.
-        fields: an object with exactly the fields of `cls`, or some of them where `cls` has defaults; for a named tuple a
-            list.
+        fields: an object with exactly the fields of `cls`, or some of them where `cls` has defaults; a list for a named
+            tuple.
         given: fields that are not in the JSON.
 
     Raises:
@@ -27,9 +28,9 @@ def read_dataclass(cls: type[Made], fields: Any, **given: Any) -> Made:
     """
     kind: Any = cls
     types = _types(kind)
-    if isinstance(fields, list) and issubclass(cls, tuple):
-        if len(fields) != len(types):
-            raise ValueError(f"{cls.__name__}: expected {len(types)} values, got {len(fields)}")
+    if issubclass(cls, tuple):
+        if not isinstance(fields, list) or len(fields) != len(types):
+            raise TypeError(f"{cls.__name__}: expected a list of {len(types)} values")
         return cls(
             *(as_type(value, wanted, cls.__name__) for value, wanted in zip(fields, types.values(), strict=True))
         )
@@ -62,8 +63,6 @@ def _types(cls: Any) -> dict[str, Any]:
 
 
 def _required(cls: Any) -> set[str]:
-    if not dataclasses.is_dataclass(cls):
-        return set(_types(cls))
     none = dataclasses.MISSING
     return {f.name for f in dataclasses.fields(cls) if f.default is none and f.default_factory is none}
 
@@ -82,6 +81,8 @@ def as_type(value: Any, wanted: Any, name: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise TypeError(f"{name}: expected a list, got {type(value).__name__}")
+        if len(value) > MOST_ITEMS:
+            raise ValueError(f"{name}: a list of {len(value):,} items")
         kinds = [arguments[0]] * len(value) if arguments[1:] == (...,) else list(arguments)
         return tuple(as_type(item, kind, name) for item, kind in zip(value, kinds, strict=True))
     if dataclasses.is_dataclass(wanted) or (isinstance(wanted, type) and issubclass(wanted, tuple)):

@@ -67,7 +67,8 @@ def save(
         dtype: of the stored numbers; a number below 6e-8 becomes 0 at float16.
 
     Raises:
-        HyperNetFileError: if a weight is not finite at that dtype, or the file cannot be written.
+        HyperNetFileError: if a weight is not finite at that dtype, or the file cannot be written, or could not be read
+            again.
     """
     path = Path(path)
     tensors = {name: weight.detach().cpu().to(dtype).contiguous() for name, weight in net.state_dict().items()}
@@ -75,7 +76,7 @@ def save(
         raise HyperNetFileError(f"The hypernetwork for {path.name!r} holds NaN or infinity; nothing was written.")
     config = net.config
     fields = container.space_fields(config.layout, config.basis) | {"sizes": config.fields(), "info": dict(info)}
-    return container.write(KIND, path, fields, tensors)
+    return container.write(KIND, path, fields, tensors, _header)
 
 
 def read_header(path: str | os.PathLike[str]) -> HyperNetHeader:
@@ -86,10 +87,13 @@ def read_header(path: str | os.PathLike[str]) -> HyperNetHeader:
         HyperNetFileError: if it is no hypernetwork file, damaged, incomplete or of a newer version.
     """
     path = Path(path)
-    fields = container.read_fields(KIND, path)
+    return _header(container.read_fields(KIND, path), path)
+
+
+def _header(fields: Mapping[str, Any], path: Path) -> HyperNetHeader:
     layout, basis = container.read_space(KIND, fields, path)
     with KIND.garbled(path):
-        return HyperNetHeader(read_config(fields["sizes"], layout, basis), container.read_info(fields), fields)
+        return HyperNetHeader(read_config(fields["sizes"], layout, basis), container.read_info(fields), dict(fields))
 
 
 def load(path: str | os.PathLike[str], learned: BasisRecipe | None = None) -> HyperNet:

@@ -1,13 +1,12 @@
 """The LiDB file: two packed tensors behind the header of `container`.
 
 They hold the components of all layers one after the other, down (N, a) and up (N, b); the header says how many are a
-layer's. With 6 bits a number, four numbers are packed into three bytes, and every row has a scale, ``down_scale`` and
-``up_scale`` (N).
+layer's. With 6 bits a number, four numbers are packed into three bytes. Below 32 bits every row has a scale,
+``down_scale`` and ``up_scale`` (N), so that no person is too weak or too strong for the type.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -20,26 +19,26 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..basis import BasisRecipe
-from ..errors import LiDBFileError
+from ..errors import LiDBError, LiDBFileError, require
 from ..layout import Layout
-from ..lidb import About, LiDB, strongest, truncate
+from ..lidb import About, LiDB, is_finite, strongest, truncate
 from ..recommended import RECOMMENDED
 from . import container
-from .fields import read_dataclass, whole_number
+from .fields import as_type, read_dataclass, whole_number
 
 FORMAT_VERSION = 1
 DEFAULT_RANK = 4  # on SD 1.5 at most 115 KB with 6 bits a number
 COMPACT, HALF, FULL = 6, 16, 32  # bits a number
 _DTYPES = {COMPACT: "int6", HALF: "float16", FULL: "float32"}
 _BITS = {name: bits for bits, name in _DTYPES.items()}
-_TENSORS = {name: {"down", "up"} | ({"down_scale", "up_scale"} if name == "int6" else set()) for name in _BITS}
-_SCALE_BYTES = 4  # of a component's two rows, with 6 bits a number
+_SIDES, _SCALES = {"down", "up"}, {"down_scale", "up_scale"}
+_SCALE_BYTES = 4  # of a component's two rows
 _LARGEST = 2 ** (COMPACT - 1) - 1
-MAX_VALUES = 16_000_000  # of an unpacked person, who then takes 64 MB
+MAX_VALUES = 8_000_000  # of an unpacked person, who then takes 32 MB
 MAX_COUNT = 1_000_000_000  # of photos and steps
 MAX_STRENGTH = 100.0
 _OPTIONAL = ("model", "name", "thumbnail")
-_SHIFTS = torch.arange(4) * COMPACT  # of the numbers in a word of 24 bits
+_SHIFTS = torch.arange(4, dtype=torch.int32) * COMPACT  # of the numbers in a word of 24 bits
 
 KIND = container.FileKind(
     key="lidb",
@@ -66,14 +65,14 @@ class LiDBHeader:
         """The size of the numbers of one component."""
         bits = _BITS[self.fields["dtype"]]
         numbers = (self.basis.down_dim + self.basis.up_dim) * bits / 8
-        return numbers + (_SCALE_BYTES if bits == COMPACT else 0)
+        return numbers + (0 if bits == FULL else _SCALE_BYTES)
 
 
 def save(lidb: LiDB, path: str | os.PathLike[str], rank: int | None = None, bits: int = HALF, new: bool = False) -> int:
     """Write a person to a file, atomically: either the whole new file is there, or what was there before.
 
     Args:
-        lidb: the person. Its factors are balanced first (the same person), so that float16 cannot overflow.
+        lidb: the person. Its factors are balanced first, which leaves it the same.
         path: where; the folder must exist.
         rank: keep only the strongest components, so many for each layer of the layout, wherever they are; None keeps
             all.
@@ -86,23 +85,27 @@ def save(lidb: LiDB, path: str | os.PathLike[str], rank: int | None = None, bits
 
     Raises:
         FileExistsError: if it must be new and is there.
-        LiDBFileError: if the person is not finite, or the file cannot be written.
-        LiDBError: if the rank is below 1.
+        LiDBFileError: if the person is not finite, or the file cannot be written, or could not be read again.
+        LiDBError: if the rank is below 1, or there is no such number of bits.
     """
     path = Path(path)
-    if not (lidb.up.isfinite().all() and lidb.down.isfinite().all()):
-        raise _not_finite(path)
+    require(bits in tuple(_DTYPES), "bits", "6, 16 or 32", bits, LiDBError)
+    require(
+        rank is None or (isinstance(rank, int) and rank >= 1), "rank", "a whole number of at least 1", rank, LiDBError
+    )
+    if not is_finite(lidb):
+        raise LiDBFileError(
+            f"Expected finite numbers, got NaN or infinity in the LiDB for {path.name!r}; nothing was written. "
+            "Make the person again with a lower learning rate."
+        )
     factors, ranks = _components(lidb, rank)
-    tensors = _compact(factors) if bits == COMPACT else _floating(factors, bits)
-    if not all(bool(t.isfinite().all()) for t in tensors.values()):
-        raise _not_finite(path)
-    _require_readable(lidb, ranks, path)
+    tensors = factors if bits == FULL else _scaled(factors, bits)
     fields = container.space_fields(lidb.layout, lidb.basis) | {
         "ranks": ranks,
         "dtype": _DTYPES[bits],
         "about": about_fields(lidb.about),
     }
-    return container.write(KIND, path, fields, tensors, new)
+    return container.write(KIND, path, fields, tensors, _header, new)
 
 
 def load(path: str | os.PathLike[str], learned: BasisRecipe | None = None) -> LiDB:
@@ -123,14 +126,15 @@ def load(path: str | os.PathLike[str], learned: BasisRecipe | None = None) -> Li
     tensors = container.read_tensors(KIND, header.fields, path)
     with KIND.garbled(path):
         count = sum(header.ranks)
-        if set(tensors) != _TENSORS[header.fields["dtype"]]:
+        if set(tensors) != _SIDES | (set() if header.fields["dtype"] == _DTYPES[FULL] else _SCALES):
             raise ValueError("its tensors are others than its header says")
         down = _as_float(tensors, "down", (count, header.basis.down_dim), header.fields["dtype"])
         up = _as_float(tensors, "up", (count, header.basis.up_dim), header.fields["dtype"])
-    if not (up.isfinite().all() and down.isfinite().all()):
-        raise LiDBFileError(f"{path.name!r} holds NaN or infinity. Make the person again with a lower learning rate.")
     down, up = _by_layer(header.ranks, down), _by_layer(header.ranks, up).mT
-    return LiDB(header.layout, basis, down, up, header.about)
+    lidb = LiDB(header.layout, basis, down, up, header.about)
+    if not is_finite(lidb):
+        raise LiDBFileError(f"{path.name!r} holds NaN or infinity. Make the person again with a lower learning rate.")
+    return lidb
 
 
 def read_header(path: str | os.PathLike[str]) -> LiDBHeader:
@@ -141,16 +145,24 @@ def read_header(path: str | os.PathLike[str]) -> LiDBHeader:
         LiDBFileError: if it is no LiDB file, damaged, incomplete or of a newer version.
     """
     path = Path(path)
-    fields = container.read_fields(KIND, path)
+    header = _header(container.read_fields(KIND, path), path)
+    if path.stat().st_size > sum(header.ranks) * header.component_bytes + 2 * container.MAX_HEADER_BYTES:
+        raise KIND.damaged(path, "it is larger than its header says")
+    return header
+
+
+def _header(fields: Mapping[str, Any], path: Path) -> LiDBHeader:
     layout, basis = container.read_space(KIND, fields, path)
     with KIND.garbled(path):
-        ranks = tuple(whole_number(rank, 0, basis.max_rank, "ranks") for rank in fields["ranks"])
-        size = len(layout.layers) * max(ranks) * (basis.down_dim + basis.up_dim)
-        if len(ranks) != len(layout.layers) or not 0 < size <= MAX_VALUES:
+        ranks = as_type(fields["ranks"], tuple[int, ...], "ranks")
+        if len(ranks) != len(layout.layers) or not 0 <= min(ranks) <= max(ranks) <= basis.max_rank:
             raise ValueError("ranks")
+        size = len(ranks) * max(ranks) * (basis.down_dim + basis.up_dim)
+        if not 0 < size <= MAX_VALUES:
+            raise ValueError(f"{size:,} numbers, where {MAX_VALUES:,} are the most")
         if fields["dtype"] not in _BITS:
             raise ValueError("dtype")
-        return LiDBHeader(layout, basis, ranks, read_about(fields["about"]), fields)
+        return LiDBHeader(layout, basis, ranks, read_about(fields["about"]), dict(fields))
 
 
 def about_fields(about: About) -> dict[str, Any]:
@@ -170,31 +182,9 @@ def read_about(fields: Any) -> About:
         raise ValueError("made_from")
     whole_number(about.photos, 0, MAX_COUNT, "photos")
     whole_number(about.steps, 0, MAX_COUNT, "steps")
-    if any(abs(strength) > MAX_STRENGTH for strength in about.strengths):
+    if about.strengths.guidance < 1 or any(abs(strength) > MAX_STRENGTH for strength in about.strengths):
         raise ValueError("strengths")
     return about
-
-
-def _require_readable(lidb: LiDB, ranks: list[int], path: Path) -> None:
-    """Refuse to write what `load` would refuse to read.
-
-    Raises:
-        LiDBFileError: if a person is too large, or says of themselves what is out of its range.
-    """
-    size = len(ranks) * max(ranks) * (lidb.basis.down_dim + lidb.basis.up_dim)
-    try:
-        read_about(json.loads(json.dumps(about_fields(lidb.about))))
-        if size > MAX_VALUES:
-            raise ValueError(f"{size:,} numbers, where {MAX_VALUES:,} are the most")
-    except (TypeError, ValueError) as error:
-        raise LiDBFileError(f"The LiDB for {path.name!r} cannot be written ({error}); nothing was written.") from error
-
-
-def _not_finite(path: Path) -> LiDBFileError:
-    return LiDBFileError(
-        f"Expected finite numbers, got NaN or infinity in the LiDB for {path.name!r}; nothing was written. "
-        "Make the person again with a lower learning rate."
-    )
 
 
 def _components(lidb: LiDB, rank: int | None) -> tuple[dict[str, Tensor], list[int]]:
@@ -205,53 +195,56 @@ def _components(lidb: LiDB, rank: int | None) -> tuple[dict[str, Tensor], list[i
     filled = (kept.down.abs().amax(2) > 0) & (kept.up.abs().amax(1) > 0)
     if not filled.any():  # a person that changes nothing
         filled[0, 0] = True
-    return {"down": kept.down[filled], "up": kept.up.mT[filled]}, [int(number) for number in filled.sum(1)]
+    rows = {"down": kept.down[filled], "up": kept.up.mT[filled]}
+    return {name: own.detach().cpu().float() for name, own in rows.items()}, filled.sum(1).tolist()
 
 
-def _floating(factors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """Factors at a floating dtype, contiguous on the CPU."""
-    dtype = getattr(torch, _DTYPES[bits])
-    return {name: factor.detach().cpu().to(dtype).contiguous() for name, factor in factors.items()}
-
-
-def _compact(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rows (N, d) as packed numbers of 6 bits, and a scale a row."""
+def _scaled(factors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """Rows (N, d) in their own scale, packed or in float16, and the scales (N)."""
     found: dict[str, Tensor] = {}
-    for name, factor in factors.items():
-        factor = factor.detach().cpu().float()
+    for name, rows in factors.items():
         # bfloat16 has float32's range: no row is too small for it.
-        scale = (factor.abs().amax(1) / _LARGEST).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
-        numbers = (factor / scale.float()[:, None]).round().clamp(-_LARGEST, _LARGEST)
-        found |= {f"{name}_scale": scale, name: _packed(numbers)}
+        scale = (rows.abs().amax(1) / _LARGEST).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+        numbers = rows / scale.float()[:, None]
+        packed = _packed(numbers.round().clamp(-_LARGEST, _LARGEST)) if bits == COMPACT else numbers.half()
+        found |= {f"{name}_scale": scale, name: packed}
     return found
 
 
 def _packed(numbers: Tensor) -> Tensor:
-    """Whole numbers from -32 to 31, of any shape, as bytes: four in three."""
+    """Whole numbers from -31 to 31, of any shape, as bytes: four in three."""
     codes = functional.pad(numbers.flatten().int() + _LARGEST + 1, (0, -numbers.numel() % 4)).view(-1, 4)
     words = (codes << _SHIFTS).sum(1)
     return torch.stack([words, words >> 8, words >> 16], 1).bitwise_and(255).flatten().to(torch.uint8)
 
 
 def _unpacked(data: Tensor, count: int) -> Tensor:
-    """The first ``count`` numbers of `_packed`, float32."""
+    """The first ``count`` numbers of `_packed`, float32.
+
+    Raises:
+        ValueError: if one of them is -32, which no writer gives.
+    """
     low, middle, high = data.int().view(-1, 3).unbind(1)
     words = low | middle << 8 | high << 16
-    return ((words[:, None] >> _SHIFTS & 2 * _LARGEST + 1) - _LARGEST - 1).flatten()[:count].float()
+    numbers = ((words[:, None] >> _SHIFTS & 2 * _LARGEST + 1) - _LARGEST - 1).flatten()[:count]
+    if int(numbers.min()) < -_LARGEST:
+        raise ValueError("a number is out of its range")
+    return numbers.float()
 
 
 def _as_float(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int], dtype: str) -> Tensor:
     """One factor (N, d) as float32, whatever way it was stored."""
-    factor, (rows, size) = tensors[name], shape
-    if dtype != _DTYPES[COMPACT]:
-        if factor.shape != shape or factor.dtype is not getattr(torch, dtype):
-            raise ValueError(f"{name} has another shape or type than the header says")
-        return factor.float()
-    scale, num_bytes = tensors[f"{name}_scale"], -(-rows * size // 4) * 3
-    whole = factor.shape == (num_bytes,) and factor.dtype is torch.uint8
-    if not whole or scale.shape != (rows,) or scale.dtype is not torch.bfloat16:
-        raise ValueError(f"{name} has another length or type than the header says")
-    return _unpacked(factor, rows * size).view(rows, size) * scale.float()[:, None]
+    rows, size = shape
+    expected: tuple[tuple[int, ...], torch.dtype] = shape, getattr(torch, dtype, torch.uint8)
+    if dtype == _DTYPES[COMPACT]:
+        expected = (-(-rows * size // 4) * 3,), torch.uint8
+    factor, scale = tensors[name], tensors.get(f"{name}_scale", torch.ones(rows).bfloat16())
+    if (factor.shape, factor.dtype) != expected or (scale.shape, scale.dtype) != ((rows,), torch.bfloat16):
+        raise ValueError(f"{name} has another shape or type than the header says")
+    if not (scale > 0).all():
+        raise ValueError(f"{name} has a scale of no size")
+    whole = _unpacked(factor, rows * size).view(shape) if dtype == _DTYPES[COMPACT] else factor.float()
+    return whole * scale.float()[:, None]
 
 
 def _by_layer(ranks: tuple[int, ...], rows: Tensor) -> Tensor:

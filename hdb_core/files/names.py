@@ -72,6 +72,20 @@ def checked_prefix(prefix: str, added_bytes: int) -> str:
     return "/".join(parts)
 
 
+def made_portable(name: str, most_bytes: int = MOST_BYTES) -> str:
+    """The nearest name that one file or folder can have on every system.
+
+    Args:
+        name: any text.
+        most_bytes: that it may have.
+    """
+    harmful = _HARMFUL | set("/\\")
+    letters = (c if c not in harmful and unicodedata.category(c)[0] != "C" else "_" for c in name)
+    text = unicodedata.normalize("NFC", "".join(letters)).lstrip(" ").rstrip(". ") or "_"
+    text = f"_{text}" if _unfit(text) else text  # a device
+    return text.encode()[:most_bytes].decode(errors="ignore").rstrip(". ")
+
+
 def _unfit(part: str) -> str:
     """Why a file or folder cannot have this name on every system; "" if it can."""
     if harmful := _HARMFUL & set(part):

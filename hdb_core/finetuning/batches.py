@@ -73,10 +73,10 @@ def latent_mask(mask: Tensor | None, latents: Tensor) -> Tensor:
 
     Args:
         mask: (H, W), (N, H, W) or (N, 1, H, W) in [0, 1] with N = 1 or the number of photos; None counts everything.
-        latents: (N, C, h, w).
+        latents: (N, C, h, w) or (N, C, 1, h, w).
 
     Returns:
-        (N, 1, h, w) float32.
+        (N, 1, h, w) or (N, 1, 1, h, w) float32.
 
     Raises:
         FinetuneError: see `checked_mask`.
@@ -85,7 +85,7 @@ def latent_mask(mask: Tensor | None, latents: Tensor) -> Tensor:
         return torch.ones_like(latents[:, :1], dtype=torch.float32)
     mask = checked_mask(mask, len(latents)).detach().clone().to(latents.device, torch.float32)
     small = functional.interpolate(mask.clamp(0, 1), latents.shape[-2:], mode="area").expand(len(latents), -1, -1, -1)
-    return small / small.mean((1, 2, 3), keepdim=True)
+    return (small / small.mean((1, 2, 3), keepdim=True)).view_as(latents[:, :1])
 
 
 def checked_mask(mask: Tensor, photos: int) -> Tensor:
@@ -133,7 +133,9 @@ def _checked_prior(prior: Tensor | None, latents: Tensor, config: FinetuneConfig
 
 
 def _check_latents(what: str, latents: Tensor) -> None:
-    if latents.ndim != 4 or latents.numel() == 0:
-        raise FinetuneError(f"Expected at least one {what} as latents (N, C, h, w), got shape {tuple(latents.shape)}.")
+    if latents.ndim not in (4, 5) or latents.numel() == 0:
+        raise FinetuneError(
+            f"Expected at least one {what} as latents (N, C, h, w) or (N, C, 1, h, w), got shape {tuple(latents.shape)}."
+        )
     if not bool(latents.isfinite().all()):
         raise FinetuneError(f"The latents of a {what} hold NaN or infinity. Check the picture and the VAE.")

@@ -21,7 +21,7 @@ class FinetuneConfig:
     """Settings of one fine-tune.
 
     Attributes:
-        steps: optimiser steps; 0 is what `recommended.RECOMMENDED` says.
+        steps: optimiser steps; 0 ends when what `recommended.RECOMMENDED` says is learned.
         rank: of the result, or that of the given LiDB if it is higher; columns beyond the given LiDB's rank start with
             no effect (relaxed rank).
         learning_rate: of the up side (Adam).
@@ -77,10 +77,14 @@ class FinetuneConfig:
     def captions(self, count: int) -> list[str]:
         """The captions of so many photos.
 
+        As many lines as photos are one each, blank ones, too; blank lines beyond those at the end do not count.
+
         Raises:
             FinetuneError: if `photo_words` has neither one line nor one for each photo.
         """
-        lines = [line.strip() for line in self.photo_words.rstrip().splitlines()] or [""]
+        lines = [line.strip() for line in self.photo_words.split("\n")]
+        while len(lines) > 1 and not lines[-1] and len(lines) != count:
+            lines.pop()
         if len(lines) not in (1, count):
             raise FinetuneError(
                 f"Expected one line of photo_words or one for each of the {count} photos, got {len(lines)}. "

@@ -35,9 +35,13 @@ class TrainableFactors(nn.Module):
         """Layer name → (up (out, R), down (R, in)), differentiable."""
         return self.adapters.expand(self.down, self.up)
 
-    def snapshot(self, about: About) -> LiDB:
-        """The present state as a person on the CPU."""
-        down, up = (p.detach().clone().cpu() for p in (self.down, self.up))
+    def state(self) -> tuple[Tensor, Tensor]:
+        """Copies of down and up where they are: nothing waits for the device."""
+        return self.down.detach().clone(), self.up.detach().clone()
+
+    def snapshot(self, about: About, state: tuple[Tensor, Tensor] | None = None) -> LiDB:
+        """A state, or the present one, as a person on the CPU."""
+        down, up = (tensor.cpu() for tensor in state or self.state())
         return LiDB(self.adapters.layout, self.adapters.recipe, down, up, about)
 
 

@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapters import Adapters, Factors, attach
-from ..diffusion import Batch, Denoiser, backward, diffusion_loss
+from ..diffusion import Batch, Denoiser, LossScale, diffusion_loss
 from ..errors import HDBError
 from ..layout import Layout
 from ..lidb import About, LiDB
 from ..recommended import RECOMMENDED
 from .batches import BatchSampler, checked_mask, require_prior
 from .config import FinetuneConfig
+from .economy import AMPLE, MemoryPlan, economy
 from .factors import TrainableFactors, describe, source_of, start_factors
+from .learned import Encode, Learned, Meter, Watch
 
 # A model that predicts nothing has a native-target error of about 1, so a loss of about the sum of the batch's weights;
 # ten times that is no training noise.
@@ -51,9 +53,14 @@ class FinetuneProgress(NamedTuple):
     """What the callback gets after every step."""
 
     step: int  # finished steps, from 1
-    total: int
+    total: int  # at most, where steps are automatic, until the last one
     loss: float
     seconds: float  # since the start
+    gained: float | None = None  # `Learned.gained` as it was measured last
+    enough: float | None = None  # at which automatic steps end
+    # Both may be called before the next step.
+    person: Callable[[], LiDB] | None = None  # as they are now
+    attached: Callable[[], Encode] | None = None  # attaches them as they are now, and gives what encodes prompts
 
     @property
     def remaining_seconds(self) -> float:
@@ -63,11 +70,12 @@ class FinetuneProgress(NamedTuple):
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A trained person, float32 on the CPU, and the loss of every step."""
+    """A trained person, float32 on the CPU, the loss of every step, and what was learned if it was measured."""
 
     lidb: LiDB
     losses: tuple[float, ...]
     seconds: float
+    learned: Learned | None = None
 
 
 def finetune(
@@ -80,38 +88,41 @@ def finetune(
     init: LiDB | None = None,
     adapters: Adapters | None = None,
     callback: Callable[[FinetuneProgress], None] | None = None,
-    samples_at_once: int | None = None,
+    memory: MemoryPlan = AMPLE,
 ) -> FinetuneResult:
     """Train a person's LiDB on photos. Same arguments, same result on the same machine.
 
     Args:
         denoiser: the frozen model.
-        latents: (N, C, h, w) photos of one person in the model's latent space.
+        latents: (N, C, h, w) photos of one person in the model's latent space; (N, C, 1, h, w) for a video model.
         config: settings.
         mask: the region that counts, (H, W) or (N, H, W) or (N, 1, H, W) in [0, 1], at any resolution.
-        prior_latents: (M, C, h, w) pictures of the class, needed if `config.prior_weight` is above 0.
+        prior_latents: (M, C, …) pictures of the class, needed if `config.prior_weight` is above 0.
         init: start exactly from this person; its basis is kept.
         adapters: bases of that basis and the model's layout, on the device of the latents; None makes them.
         callback: called after every step; whatever it raises ends the training with the model as it was.
-        samples_at_once: a step passes no more through the model together, to save memory; None is all of them. But for
-            rounding the result is the same.
+        memory: how a step is done in the memory that there is. But for rounding the result is the same.
 
     Returns:
         The person, of rank `config.rank` or that of `init` if it is higher, its losses and the time.
 
     Raises:
-        FinetuneError: if the inputs make no sense.
+        FinetuneError: if the inputs make no sense, or a step does not fit into memory.
         LayoutError: if `init` was made for another model.
         FinetuneDiverged: if the loss or its gradient is not finite or explodes; carries the last good person.
     """
     # The host runs nodes in inference mode, in which autograd is off and new tensors can never be trained.
     with torch.inference_mode(False), torch.enable_grad():
+        enough = None if config.steps else RECOMMENDED[source_of(config, len(latents), init)].enough
         config = replace(config, steps=config.steps or automatic_steps(config, len(latents), init))
         recipe = config.basis if init is None else init.basis
         factors = TrainableFactors(adapters or Adapters(recipe, denoiser.layout, latents.device), config, init)
         sampler = BatchSampler(denoiser.sigmas(), latents, config, mask, prior_latents)
         about = partial(describe, config, len(latents), init)
-        return _train(denoiser, factors, sampler, config, about, callback, samples_at_once)
+        samples = len(sampler.prompts(0))
+        meter = partial(Meter, denoiser, latents, config, mask, memory.at_once or samples)
+        watch = Watch(meter, samples, config.steps, enough)
+        return _train(denoiser, factors, sampler, config, about, callback, memory, watch)
 
 
 def require_inputs(
@@ -144,8 +155,8 @@ def require_inputs(
 
 
 def automatic_steps(config: FinetuneConfig, photos: int, init: LiDB | None = None) -> int:
-    """The recommended number of steps on so many photos, from a person to begin with or from none."""
-    return RECOMMENDED[source_of(config, photos, init)].steps
+    """The most steps that are recommended on so many photos, from a person to begin with or from none."""
+    return RECOMMENDED[source_of(config, photos, init)].most_steps
 
 
 def _train(
@@ -155,34 +166,53 @@ def _train(
     config: FinetuneConfig,
     about: Callable[[int], About],
     callback: Callable[[FinetuneProgress], None] | None,
-    samples_at_once: int | None,
+    memory: MemoryPlan,
+    watch: Watch,
 ) -> FinetuneResult:
     parameters = [p for p in factors.parameters() if p.requires_grad]
-    optimizer = _optimizer(factors, config)
+    optimizer, scale = _optimizer(factors, config), LossScale()
     losses: list[float] = []
-    good, start = factors.snapshot(about(0)), time.perf_counter()
+    good, start = factors.state(), time.perf_counter()
     live: dict[str, Factors] = {}
-    with attach(denoiser.modules, live):
+    with attach(denoiser.modules, live), economy(memory) as steps:
         live.update(factors())
         encode = denoiser.encode_prompts if config.train_text_encoder else _encode_once(denoiser)
+
+        def attached() -> Encode:
+            with torch.no_grad():
+                live.update(factors())
+            return encode
+
         for step in range(config.steps):
             prompts, batch = sampler.prompts(step), config.noise.weighted(denoiser, sampler.draw(step))
-            parts = _losses(denoiser, batch, prompts, samples_at_once, encode, lambda: live.update(factors()))
-            loss, of_nothing, grad_norm = _backward(parts, batch, parameters)
+            parts = partial(_losses, denoiser, batch, prompts, encode, lambda: live.update(factors()))
+            # The loss, its gradient's norm and the loss of a model that predicts nothing leave the device together.
+            backward = partial(scale.backward, parameters=parameters, beside=[batch.weight.sum()])
+            loss, grad_norm, (of_nothing,) = steps.run(len(prompts), parts, backward)
             relative = loss / of_nothing
             if step == 0:
                 limit = _EXPLODED_LOSS * max(1.0, relative)
             if relative > limit or not math.isfinite(loss):
-                raise _diverged(good, losses, step, config, f"its loss is {loss:.3g}")
-            good = factors.snapshot(about(step))
+                lidb = factors.snapshot(about(max(0, step - 1)), good)
+                raise _diverged(lidb, losses, step, config, f"its loss is {loss:.3g}")
+            good = factors.state()
             losses.append(loss)
             if not math.isfinite(grad_norm):
-                raise _diverged(good, losses, step, config, "its gradient is not finite")
+                raise _diverged(factors.snapshot(about(step)), losses, step, config, "its gradient is not finite")
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            ended = watch.ended(step + 1, attached)
             if callback is not None:
-                callback(FinetuneProgress(step + 1, config.steps, loss, time.perf_counter() - start))
-    return FinetuneResult(factors.snapshot(about(config.steps)), tuple(losses), time.perf_counter() - start)
+                total, seconds = step + 1 if ended else config.steps, time.perf_counter() - start
+                person = partial(_snapshot, factors, about, step + 1)
+                callback(FinetuneProgress(step + 1, total, loss, seconds, watch.gained, watch.enough, person, attached))
+            if ended:
+                break
+        learned = watch.learned(attached)
+    return FinetuneResult(factors.snapshot(about(len(losses))), tuple(losses), time.perf_counter() - start, learned)
+
+
+def _snapshot(factors: TrainableFactors, about: Callable[[int], About], steps: int) -> LiDB:
+    return factors.snapshot(about(steps))
 
 
 def _encode_once(denoiser: Denoiser) -> Callable[[Sequence[str]], Any]:
@@ -200,30 +230,21 @@ def _losses(
     denoiser: Denoiser,
     batch: Batch,
     prompts: Sequence[str],
-    samples_at_once: int | None,
     encode: Callable[[Sequence[str]], Any],
     expand_again: Callable[[], None],
+    at_once: int,
 ) -> Iterator[Tensor]:
     """The loss of a batch, part after part; each has a graph of its own from the factors on."""
-    size = samples_at_once or len(prompts)
-    for first in range(0, len(prompts), size):
-        part = slice(first, first + size)
+    for first in range(0, len(prompts), at_once):
+        part = slice(first, first + at_once)
         expand_again()
         yield diffusion_loss(denoiser, Batch(*(tensor[part] for tensor in batch)), encode(prompts[part]))
 
 
-def _backward(losses: Iterable[Tensor], batch: Batch, parameters: Sequence[nn.Parameter]) -> tuple[float, float, float]:
-    """Fill the gradients. The loss, that of a model that predicts nothing, and the gradient norm leave the device
-    together."""
-    loss = backward(losses, parameters)
-    norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
-    loss_value, of_nothing, norm_value = torch.stack([loss, batch.weight.sum(), norm]).tolist()
-    return loss_value, of_nothing, norm_value
-
-
 def _optimizer(factors: TrainableFactors, config: FinetuneConfig) -> torch.optim.Optimizer:
     rates = {factors.up: config.learning_rate, factors.down: config.learning_rate * config.down_rate}
-    return torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates.items() if p.requires_grad])
+    groups: list[dict[str, Any]] = [{"params": [p], "lr": rate} for p, rate in rates.items() if p.requires_grad]
+    return torch.optim.Adam(groups, fused=factors.up.device.type == "cuda")
 
 
 def _diverged(good: LiDB, losses: list[float], step: int, config: FinetuneConfig, what: str) -> FinetuneDiverged:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import HyperNetError
+from ..faces import CUTS
 from ..images import as_rgb, resize_to_cover
 from .vit import ViT
 
 _MIN_SIDE = 16  # pixels
 NORM_GROUPS = 8  # of the channels of a residual block
 SUMMED_WIDTH = 32  # of each place in a summary
+MOST_PLACES = 65_536  # that the ViT compares with each other
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class EncoderConfig:
         std: of the pixels, by channel.
         name: of the checkpoint behind ``clip_vision``, for the message when another one is connected.
         num_tokens: T of ``clip_vision``.
-        cut: how photos are cut before `preprocess`; ``centre`` is not at all: its central square is taken.
+        cut: how the photos that it was trained on were cut before `preprocess`, one of `faces.CUTS`: ``face`` is the square
+            of `faces.square_of`; ``centre`` is not at all, and the central square is taken.
     """
 
     kind: str = "vit"
@@ -59,12 +62,19 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("vit", "clip_vision"):
             raise HyperNetError(f"Expected an encoder of kind vit or clip_vision, got {self.kind!r}. Update this pack.")
+        if self.cut not in CUTS:
+            raise HyperNetError(f"Expected photos cut by {' or '.join(CUTS)}, got {self.cut!r:.100}. Update this pack.")
         if min(self.image_size, self.token_width, self.patch_size, self.heads) < 1 or min(self.summary, self.depth) < 0:
             raise HyperNetError(f"There is no image encoder of these sizes: {self}.")
         if self.kind == "vit" and (self.image_size % self.stride or self.token_width % self.heads):
             raise HyperNetError(
                 f"Expected an image_size that {self.stride} divides and a token_width that heads divide, got "
                 f"{self.image_size} and {self.token_width} with {self.heads} heads."
+            )
+        if self.kind == "vit" and (self.image_size // self.stride) ** 2 > MOST_PLACES:
+            raise HyperNetError(
+                f"Expected an encoder of at most {MOST_PLACES:,} places, got {self.image_size} pixels a side with a place for "
+                f"every {self.stride}. Make encoder.image_size smaller or encoder.patch_size larger."
             )
         if any(width < 1 or blocks < 0 or (blocks and width % NORM_GROUPS) for width, blocks in self.stem):
             raise HyperNetError(f"Expected stages of a width that {NORM_GROUPS} divides, got {self.stem}.")
@@ -78,6 +88,11 @@ class EncoderConfig:
     def sizes(self) -> dict[str, Any]:
         """What two encoders must share to be one, as fields; not the name, for the same may lie in another folder."""
         return asdict(replace(self, name=""))
+
+    @property
+    def num_features(self) -> int:
+        """Channels of what is seen at each place of a photo: of the stem, or of the tokens where there is none."""
+        return self.stem[-1][0] if self.kind == "vit" and self.stem else self.token_width
 
     @property
     def num_summed(self) -> int:
@@ -151,6 +166,10 @@ class PhotoEncoder(nn.Module):
             nn.Linear(width, width),
             nn.SiLU(),
         ) if config.summary else None  # fmt: skip
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What it sees at each place, (N, P, C), of pixels (N, 3, image_size, image_size); C as `num_features`."""
+        return self.stem(pixels).flatten(2).transpose(1, 2) if len(self.stem) else self.vit(pixels)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Tokens (N, T, token_width) of pixels (N, 3, image_size, image_size)."""

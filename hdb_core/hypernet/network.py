@@ -4,8 +4,8 @@ Image encoder → face tokens, once a photo → a transformer decoder over one t
 layer's present factors; the read-out of each layer gives their change. Repeating this refines: ``θ_k = θ_{k−1} + Δ``.
 ``θ_0`` is linear in a face code: what of a person is linear in the face tokens, each part of it as large as any other. The diffusion loss teaches a straight line from there what it hardly teaches the decoder, the small shapes of a face.
 
-All people share one down side, which starts as `lidb.start_down` and may be learned with the rest; only the up side is
-predicted. No two predictions then give the same ``delta_weight``, so people are comparable number by number.
+The down side starts as `lidb.start_down` and is learned for all people together. The up side is predicted for each
+person, and with `HyperNetConfig.predict_down` the person's change of the down side, too.
 
 Shape symbols: B people, N photos of each, T tokens a photo, K numbers of the face code, L layers, R rank, a and b the
 basis dimensions.
@@ -26,6 +26,8 @@ from ..layout import Layout
 from ..lidb import start_down
 from .encoder import EncoderConfig, PhotoEncoder, initialised
 
+SEEN = 128  # directions in which the looks of photos are compared
+FEWEST_SEEN = 2 * SEEN  # photos
 _FIRST_STEP = 0.02  # of the read-out: small predictions at first, but no dead gradient anywhere
 
 
@@ -44,6 +46,7 @@ class HyperNetConfig:
         iterations: k, used unless another one is asked for; the most that training draws.
         prompt: that the people are trained for, with the rare token.
         code: K, at least 1.
+        predict_down: predict the down side of each person, too, instead of sharing it.
     """
 
     layout: Layout
@@ -56,11 +59,12 @@ class HyperNetConfig:
     iterations: int = 2
     prompt: str = "a [v] face"
     code: int = 96
+    predict_down: bool = False
 
     @property
     def num_outputs(self) -> int:
         """Numbers predicted a layer."""
-        return self.rank * self.basis.up_dim
+        return self.rank * (self.basis.up_dim + (self.basis.down_dim if self.predict_down else 0))
 
     def __post_init__(self) -> None:
         if self.code < 1 or self.rank < 1 or self.iterations < 1:
@@ -82,18 +86,19 @@ class HyperNet(nn.Module):
 
     Attributes:
         down_start: [L, R, a], the down side where every prediction starts; learned once for all people.
-        scale: [L], the usual size of a layer's numbers, which the predictions are measured in.
+        scale: [L], the usual size of a layer's numbers, which the predictions of the up side are measured in.
         code_mean, code_map: [S], [S, K], of the face code; given by `set_code`, not trained.
-        code_center, code_spread: [K], mean and standard deviation of the codes of the photos it was trained on; a spread
-            of 0 is unknown.
+        seen_mean, seen_map, seen_limit: [2 C], [2 C, `SEEN`], [], how the photos it was trained on look; given by
+            `set_seen`, not trained. A limit of 0 is unknown.
         direct: [L, K, outputs], from the face code to θ_0.
     """
 
     scale: Tensor
     code_mean: Tensor
     code_map: Tensor
-    code_center: Tensor
-    code_spread: Tensor
+    seen_mean: Tensor
+    seen_map: Tensor
+    seen_limit: Tensor
     encoder: Any
 
     def __init__(self, config: HyperNetConfig) -> None:
@@ -117,8 +122,10 @@ class HyperNet(nn.Module):
         seen = config.encoder.token_width * config.encoder.num_summed
         self.register_buffer("code_mean", torch.zeros(seen))
         self.register_buffer("code_map", torch.zeros(seen, config.code))
-        self.register_buffer("code_center", torch.zeros(config.code))
-        self.register_buffer("code_spread", torch.zeros(config.code))
+        looks = 2 * config.encoder.num_features
+        self.register_buffer("seen_mean", torch.zeros(looks))
+        self.register_buffer("seen_map", torch.zeros(looks, SEEN))
+        self.register_buffer("seen_limit", torch.zeros(()))
         self.direct = nn.Parameter(torch.zeros(count, config.code, config.num_outputs))
 
     @classmethod
@@ -138,13 +145,46 @@ class HyperNet(nn.Module):
         self.scale.copy_((energy / (self.config.rank * self.config.basis.up_dim)).sqrt().clamp(min=1e-4))
 
     @torch.no_grad()
-    def set_code(self, mean: Tensor, to_code: Tensor, summed: Tensor) -> None:
-        """The face code is (`summed` − mean [S]) @ to_code [S, K]; its statistics are those of N photos, summed (N, S)."""
+    def set_code(self, mean: Tensor, to_code: Tensor) -> None:
+        """The face code is (`summed` − mean [S]) @ to_code [S, K]."""
         self.code_mean.copy_(mean)
         self.code_map.copy_(to_code)
-        codes = (summed.to(mean) - mean) @ to_code
-        self.code_center.copy_(codes.mean(0))
-        self.code_spread.copy_(codes.std(0, correction=0))
+
+    @torch.no_grad()
+    def set_seen(self, looks: Tensor) -> None:
+        """Keep how N photos look, (N, 2 C) of `look`, so that `unlike` knows others; too few of them leave it unknown.
+
+        The limit is what a hundredth of the photos exceed that the statistics were not made from: a fifth of them, kept
+        apart. The statistics themselves are then those of all.
+        """
+        count = len(looks) * 4 // 5
+        if count < FEWEST_SEEN:
+            return
+        apart = _distance(looks[count:].double(), *_whitening(looks[:count].double()))
+        mean, to_white = _whitening(looks.double())
+        self.seen_mean.copy_(mean)
+        self.seen_map[:, : to_white.shape[1]].copy_(to_white)
+        self.seen_limit.copy_(apart.quantile(0.99))
+
+    def look(self, given: Tensor) -> Tensor:
+        """How N photos look, (N, 2 C): mean and deviation, over their places, of the encoder's first features.
+
+        Args:
+            given: preprocessed photos (N, 3, image_size, image_size), or behind ``clip_vision`` their tokens (N, T, D).
+        """
+        features = given if self.encoder is None else self.encoder.features(given)
+        return torch.cat([features.mean(1), features.std(1)], 1)
+
+    def unlike(self, given: Tensor) -> Tensor | None:
+        """How unlike the photos of the training N photos are, (N,): about one in a hundred of those exceeds 1.
+
+        On the miniature (``python -m miniature.unlike``, docs/photo.md) it exceeds 1 for a few of a hundred photos of people
+        it has not seen, for nearly all photographs, noise and pencil sketches, for most faces at half size or cut off, and
+        for few that are off centre. None: the file does not know.
+        """
+        if not bool(self.seen_limit > 0):
+            return None
+        return _distance(self.look(given), self.seen_mean, self.seen_map) / self.seen_limit
 
     def code(self, tokens: Tensor) -> Tensor:
         """The face code (B, K) of face tokens (B, T, D)."""
@@ -196,5 +236,22 @@ class HyperNet(nn.Module):
 
     def factors(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """θ (B, L, outputs) as down (B, L, R, a) and up (B, L, b, R), float32."""
-        up = (theta.float() * self.scale[:, None]).unflatten(-1, (self.config.basis.up_dim, self.config.rank))
-        return self.down_start.expand(len(theta), -1, -1, -1), up
+        rank, b = self.config.rank, self.config.basis.up_dim
+        theta = theta.float()
+        up = (theta[..., : b * rank] * self.scale[:, None]).unflatten(-1, (b, rank))
+        down = self.down_start.expand(len(theta), -1, -1, -1)
+        if self.config.predict_down:
+            down = down + theta[..., b * rank :].unflatten(-1, (rank, -1))
+        return down, up
+
+
+def _whitening(looks: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [F] of N looks (N, F), and the map [F, `SEEN` at most] to their largest directions, each at deviation 1."""
+    mean, spread = looks.mean(0), looks.std(0) + 1e-6
+    _, sizes, directions = torch.linalg.svd((looks - mean) / spread, full_matrices=False)
+    sizes, directions = sizes[:SEEN] / len(looks) ** 0.5, directions[:SEEN]
+    return mean, directions.T / sizes / spread[:, None]
+
+
+def _distance(looks: Tensor, mean: Tensor, to_white: Tensor) -> Tensor:
+    return ((looks - mean) @ to_white).square().sum(1)

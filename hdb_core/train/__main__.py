@@ -18,7 +18,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from ..errors import HDBError
+from ..errors import HDBError, HyperNetError
 from .base.denoiser import load_base_model
+from .base.model import BaseModel
 from .describe import purposes
 from .heartbeat import Heartbeat, address
 from .job import Job
@@ -49,8 +50,38 @@ _OPTIONS = {
 _CHOICES = {"mixed_precision": PRECISIONS, "prediction_type": PREDICTION_TYPES[1:]}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stages of a training; the exit code."""
+COMMAND = "python -m hdb_core.train"
+# Loads the frozen base model of some settings on a device, UNet and text encoders in a dtype; valid within the context.
+Loader = Callable[[Settings, torch.device, torch.dtype], AbstractContextManager[BaseModel]]
+
+
+def by_diffusers(settings: Settings, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[BaseModel]:
+    """The `Loader` of checkpoints and diffusers folders.
+
+    Raises:
+        HyperNetError: the model is of several files, which ComfyUI's loader reads.
+    """
+    if settings.text_encoders or settings.vae:
+        raise HyperNetError(
+            "A model of several files is loaded by ComfyUI: python -m custom_nodes.PACK.train, see docs/train.md. Otherwise "
+            "leave text_encoders and vae out."
+        )
+    tokenizer = Path(settings.tokenizer) if settings.tokenizer else None
+    return nullcontext(
+        load_base_model(
+            Path(settings.model), device, dtype, tokenizer, settings.prediction_type or None, settings.convolutions
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None, load: Loader = by_diffusers, command: str = COMMAND) -> int:
+    """Run the stages of a training; the exit code.
+
+    Args:
+        arguments: of the command line; None is those of this process.
+        load: loads the base model.
+        command: by which this is called.
+    """
     args = parser().parse_args(arguments)
     accelerator = None
     try:
@@ -58,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with run.locked() if _is_first() else nullcontext():
             accelerator = _accelerator(run.settings)
             with _signs_of_life(accelerator):
-                _run_stages(run, accelerator, args.stage)
+                _run_stages(run, accelerator, load, command, args.stage)
     except (HDBError, OSError) as error:
         sys.stderr.write(f"{error}\n")  # of whichever process
         return 1
@@ -102,7 +133,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
             parser().error(f"--set takes NAME=VALUE, got {item!r}")
         try:
             values[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             values[name] = value  # a text
     return values
 
@@ -122,27 +153,19 @@ def _signs_of_life(accelerator: Accelerator) -> AbstractContextManager[object]:
     return Heartbeat(rank, count, address()) if count > 1 else nullcontext()
 
 
-def _run_stages(run: Run, accelerator: Accelerator, only: str | None) -> None:
-    settings = run.settings
-    base = load_base_model(
-        Path(settings.model),
-        accelerator.device,
-        _DTYPES[accelerator.mixed_precision],
-        Path(settings.tokenizer) if settings.tokenizer else None,
-        settings.prediction_type or None,
-        settings.convolutions,
-    )
-    job, stages = Job(run, accelerator, base), [only] if only else run.stages()
-    accelerator.print(describe_plan(job, stages))
-    if accelerator.is_main_process:
-        run.write_settings()
-    for stage in stages:
-        if not only and run.finished(stage):
-            accelerator.print(f"{stage} is finished.")
-            continue
-        accelerator.print(f"{stage}, processes: {accelerator.num_processes}")
-        RUN_STAGE[stage](job)
-        accelerator.free_memory()
+def _run_stages(run: Run, accelerator: Accelerator, load: Loader, command: str, only: str | None) -> None:
+    with load(run.settings, accelerator.device, _DTYPES[accelerator.mixed_precision]) as base:
+        job, stages = Job(run, accelerator, base), [only] if only else run.stages()
+        accelerator.print(describe_plan(job, stages, command))
+        if accelerator.is_main_process:
+            run.write_settings()
+        for stage in stages:
+            if not only and run.finished(stage):
+                accelerator.print(f"{stage} is finished.")
+                continue
+            accelerator.print(f"{stage}, processes: {accelerator.num_processes}")
+            RUN_STAGE[stage](job)
+            accelerator.free_memory()
 
 
 if __name__ == "__main__":

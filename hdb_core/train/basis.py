@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import orthonormal_columns
-from ..diffusion import GRAD_SCALE, Batch, Denoiser, NoiseLevels, diffusion_loss, draw
+from ..diffusion import Batch, Denoiser, NoiseLevels, diffusion_loss, draw
 from ..errors import BasisError
 from ..layout import Layer
 from ..prompt import caption
 from .data.latents import EncodedPhotos
 
+_LOSS_SCALE = 1024.0  # keeps float16 gradients of weights above underflow, and exact in all else
 _OVERSAMPLING = 1.5  # vectors that are iterated, for each one that is kept
 
 
@@ -183,10 +184,10 @@ def trainable_weights(denoiser: Denoiser) -> Iterator[None]:
 def _gradients(denoiser: Denoiser, photos: EncodedPhotos, config: BasisConfig, seed: int) -> Mapping[str, Tensor]:
     """Layer name → the gradient (out, in) float32 of the mean loss of some photos."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + seed)
-    latents, masks = (t.repeat(config.draws, 1, 1, 1) for t in (photos.latents, photos.masks))
+    latents, masks = (t.repeat(config.draws, *[1] * (t.ndim - 1)) for t in (photos.latents, photos.masks))
     weight = torch.full((len(latents),), 1 / len(latents), device=latents.device)
     levels = config.noise.of(denoiser.sigmas())
-    batch = config.noise.weighted(denoiser, draw(levels, latents, weight, generator)._replace(mask=masks))
+    batch = config.noise.weighted(denoiser, draw(levels, latents, weight, generator).under(masks))
     prompts = [caption(config.prompt, words) for words in photos.words] * config.draws
     weights = adapted_weights(denoiser)
     for own in weights.values():
@@ -194,8 +195,8 @@ def _gradients(denoiser: Denoiser, photos: EncodedPhotos, config: BasisConfig, s
     for first in range(0, len(prompts), config.group):
         part = slice(first, first + config.group)
         loss = diffusion_loss(denoiser, Batch(*(t[part] for t in batch)), denoiser.encode_prompts(prompts[part]))
-        (loss * GRAD_SCALE).backward()
-    return {name: own.grad.flatten(1).float() / GRAD_SCALE for name, own in weights.items() if own.grad is not None}
+        (loss * _LOSS_SCALE).backward()
+    return {name: own.grad.flatten(1).float() / _LOSS_SCALE for name, own in weights.items() if own.grad is not None}
 
 
 def _mixed(directions: Directions, layer: Layer, side: str) -> Tensor:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Module
 
 from ..errors import HyperNetError
 from ..files import hypernet as hypernet_file
+from ..files.reading import GARBLED, reason, regular
 from ..hypernet import HyperNet, HyperNetConfig
 from .data.groups import differing
 from .face_code import MOST_PHOTOS, fit_code
 from .job import Job
 from .predicted import PeopleInBase
+from .settings import NetSettings
 
 
 def beginning(job: Job, base: PeopleInBase, codes: Tensor | None) -> HyperNet:
@@ -43,21 +45,22 @@ def beginning(job: Job, base: PeopleInBase, codes: Tensor | None) -> HyperNet:
                 "begin_with to the encoder.safetensors of another run, and pretrain.steps to 0."
             )
         load_encoder(net.encoder, path)
-    _learn_code(net.to(job.accelerator.device), base, codes)
+    learn_code(net.to(job.accelerator.device), base, codes)
     return net
 
 
 @torch.no_grad()
-def _learn_code(net: HyperNet, base: PeopleInBase, codes: Tensor) -> None:
-    """Set the map to the face code, from everybody's last photo, and the statistics of the codes."""
-    some, seen = base.people[:MOST_PHOTOS], []
+def learn_code(net: HyperNet, base: PeopleInBase, codes: Tensor) -> None:
+    """Set the map to the face code, from everybody's last photo, and how these photos look."""
+    some, seen, looks = base.people[:MOST_PHOTOS], [], []
     for first in range(0, len(some), 64):
         read = base.faces.read([(p.person, len(p.latents) - 1) for p in some[first : first + 64]])
         read = read.to(net.code_mean.device)
         tokens = read if net.encoder is None else net.encode(read)
         seen.append(net.summed(tokens).float().cpu())
-    summed = torch.cat(seen)
-    net.set_code(*fit_code(summed, codes[: len(some)]), summed)
+        looks.append(net.look(read).float().cpu())
+    net.set_code(*fit_code(torch.cat(seen), codes[: len(some)]))
+    net.set_seen(torch.cat(looks))
 
 
 def net_sizes(config: HyperNetConfig) -> dict[str, Any]:
@@ -78,9 +81,9 @@ def load_encoder(encoder: Module, path: Path) -> None:
         HyperNetError: if it is damaged, or of another size.
     """
     try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise HyperNetError(f"{path} is damaged or no safetensors file ({error}). Make or copy it again.") from error
+        weights = load_file(regular(path))
+    except (OSError, *GARBLED) as error:
+        raise HyperNetError(f"{path} is no safetensors file: {reason(error)}. Make or copy it again.") from error
     try:
         encoder.load_state_dict(weights)
     except RuntimeError as error:
@@ -96,9 +99,17 @@ def matching_hypernet(path: Path, config: HyperNetConfig) -> HyperNet:
         HyperNetError: if its sizes, layers or basis are others than those of the training.
     """
     net = hypernet_file.load(path, config.basis)
-    if different := differing(net_sizes(config), net_sizes(net.config)):
+    ours, theirs = net_sizes(config), net_sizes(net.config)
+    if different := differing(ours, theirs):
         raise HyperNetError(
-            f"{path} differs from the hypernetwork to be trained in: {', '.join(different)}. "
+            f"{path} differs from the hypernetwork to be trained in: "
+            f"{', '.join(_difference(name, theirs[name], ours[name]) for name in different)}. "
             "Give the settings that it was trained with."
         )
     return net
+
+
+def _difference(name: str, theirs: Any, ours: Any) -> str:
+    """A size as the setting is called, with both values where they are short; layers and bases are not."""
+    setting = f"net.{name}" if name in {field.name for field in fields(NetSettings)} else name
+    return f"{setting} ({theirs}, not {ours})" if isinstance(theirs, (int, str)) and name != "layout" else setting

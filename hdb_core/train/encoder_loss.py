@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..diffusion import Denoiser
 from ..errors import HyperNetError
 from ..hypernet import EncoderConfig
 from ..hypernet.encoder import PhotoEncoder
 from ..prompt import caption
+from .base.model import BatchDenoiser
 from .data.faces import Faces
 from .data.people import EncodedPerson
+from .data.photos import in_threads
 from .face_code import MOST_PHOTOS, Components, shown_of
 from .loop import LoopConfig
 from .turns import Turn, turns_of
@@ -71,6 +73,20 @@ class PhotoPredictor(nn.Module):
         return self.out(functional.silu(self.hidden(seen)))
 
 
+class ShownPhotos(NamedTuple):
+    """What a part of a step needs of the disk: a photo of each of B people, and another one to be predicted.
+
+    Attributes:
+        words: of the predicted one.
+        pixels: (B, 3, image_size, image_size) of the seen one.
+        latents: (B, C, h, w) of the predicted one.
+    """
+
+    words: list[str]
+    pixels: Tensor
+    latents: Tensor
+
+
 class PhotoLoss:
     """The error of the predicted components.
 
@@ -86,7 +102,7 @@ class PhotoLoss:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: BatchDenoiser,
         people: Sequence[EncodedPerson],
         faces: Faces,
         class_prompt: str,
@@ -98,19 +114,28 @@ class PhotoLoss:
         self.counts = [len(person.latents) for person in people]
         self.device = denoiser.sigmas().device
         self._text: dict[str, Tensor] = {}
-        shown = [shown_of(p, n) for p in people[:MOST_PHOTOS] for n in range(1 if config.portraits else len(p.latents))]
-        self.components = Components.of(torch.stack(shown[:MOST_PHOTOS]).to(self.device))
+        shown = [(p, n) for p in people[:MOST_PHOTOS] for n in range(1 if config.portraits else len(p.latents))]
+        latents = in_threads(lambda photo: shown_of(*photo), shown[:MOST_PHOTOS])
+        self.components = Components.of(torch.stack(latents).to(self.device))
 
-    def __call__(self, net: nn.Module, step: int, part: slice = slice(None)) -> dict[str, Tensor]:
-        """The scalar ``loss`` of a part of the people of a step."""
+    def read(self, step: int, part: slice = slice(None)) -> ShownPhotos:
+        """What a part of the people of a step, counted from 0, needs."""
         turns = turns_of(step, self.counts, self.config.people, self.seed)[0][part]
         if self.config.portraits:
             turns = [self._of_portrait(turn) for turn in turns]
         pixels = self.faces.read([(self.people[turn.person].person, turn.seen[0]) for turn in turns])
         shown = [(self.people[turn.person], turn.denoised) for turn in turns]
-        latents = torch.stack([shown_of(*photo) for photo in shown]).to(self.device)
-        text = self.text([caption(self.class_prompt, p.person.photos[number].words) for p, number in shown])
-        return {"loss": self.components.loss(net(pixels.to(self.device), text).float(), latents)}
+        words = [person.person.photos[number].words for person, number in shown]
+        latents = torch.stack(in_threads(lambda photo: shown_of(*photo), shown))
+        return ShownPhotos(words, pixels.to(self.device), latents.to(self.device))
+
+    def __call__(
+        self, net: nn.Module, step: int, part: slice = slice(None), read: ShownPhotos | None = None
+    ) -> dict[str, Tensor]:
+        """The scalar ``loss`` of a part of the people of a step; ``read`` is what `read` gives, None reads it now."""
+        shown = read or self.read(step, part)
+        text = self.text([caption(self.class_prompt, words) for words in shown.words])
+        return {"loss": self.components.loss(net(shown.pixels, text).float(), shown.latents)}
 
     def _of_portrait(self, turn: Turn) -> Turn:
         """The same with the first photo to be predicted, and another one seen if there is any."""
@@ -120,6 +145,6 @@ class PhotoLoss:
         """The state (B, text_width) of the last token, which has seen the whole caption; each is computed once."""
         if missing := list(dict.fromkeys(c for c in captions if c not in self._text)):
             with torch.no_grad():
-                states = self.denoiser.encode_prompts(missing)[:, -1].float()
+                states = self.denoiser.summaries(missing).float()
             self._text |= dict(zip(missing, states, strict=True))
         return torch.stack([self._text[c] for c in captions])

@@ -64,11 +64,11 @@ def evaluate(
     each = _errors_of_each(base, chosen, config, torch.Generator().manual_seed(seed))
     losses: dict[str, Any] = {name: float(errors.sum()) for name, errors in each.items()}
     losses["own_of_each"] = [round(float(error) * len(base.people), 5) for error in each["own"]]
-    if base.energy is None:
+    if base.energy is None or base.mean is None:
         return losses
     targets = stacked(base.people, base.down)
     return {"regression": float(regression_loss(predicted, targets, base.energy)),
-            "mean_predictor": float(mean_predictor_loss(targets, base.energy)), **losses}  # fmt: skip
+            "mean_predictor": float(mean_predictor_loss(base.mean, base.energy)), **losses}  # fmt: skip
 
 
 def _predictions(base: PeopleInBase, net: nn.Module, photos: int, iterations: int) -> Factors:
@@ -96,7 +96,7 @@ def _errors_of_each(
             for name, factors in chosen.items():
                 error = base.squared_error(Factors(*(f[rows] for f in factors)), batch, own)
                 for where, mask in masks.items():
-                    each[name + where][rows] += weighted_errors(error, batch._replace(mask=mask[rows])).cpu()
+                    each[name + where][rows] += weighted_errors(error, batch.under(mask[rows])).cpu()
     return each
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..hypernet.encoder import initialised
 from .data.people import EncodedPerson
+from .data.photos import in_threads
 
 RIDGES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 MOST_PHOTOS = 8192  # that components and maps are found from
@@ -81,8 +82,12 @@ def shown_of(person: EncodedPerson, number: int) -> Tensor:
 
 def codes_of(people: Sequence[EncodedPerson], count: int) -> Tensor:
     """The codes (N, count) float32 of everybody's first photo, which is a portrait where there are some."""
-    shown = torch.stack([shown_of(person, 0) for person in people])
-    return Components.of(shown[:MOST_PHOTOS]).codes(shown, count)
+    components, codes = None, []
+    for first in range(0, len(people), MOST_PHOTOS):
+        shown = torch.stack(in_threads(lambda person: shown_of(person, 0), people[first : first + MOST_PHOTOS]))
+        components = components or Components.of(shown)
+        codes.append(components.codes(shown, count))
+    return torch.cat(codes)
 
 
 def fit_code(seen: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:

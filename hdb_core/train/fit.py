@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adapters import Adapters, Factors, attach
-from ..diffusion import Batch, Denoiser, NoiseLevels, backward, diffusion_loss, draw
+from ..diffusion import Batch, Denoiser, LossScale, NoiseLevels, diffusion_loss, draw
 from ..errors import FinetuneError
 from ..lidb import start_down
 from ..prompt import caption
@@ -81,21 +83,27 @@ class Fitter:
         down = start_down(recipe, layout, self.rank).to(device).expand(len(people), -1, -1, -1)
         optimizer = torch.optim.Adam([up], lr=self.config.learning_rate)
         live: dict[str, Factors] = {}
+        scale = LossScale()
         with attach(self.denoiser.modules, live):
             for step in range(self.config.steps):
                 batch, prompts = self._batch(people, step, generator)
-                live.update(self.adapters.expand(down, up))
-                loss = diffusion_loss(self.denoiser, batch, self.denoiser.encode_prompts(prompts))
-                backward([loss], [up])
-                if not bool(loss.isfinite()):
+                found = scale.backward(partial(self._losses, batch, prompts, live, down, up), [up])
+                if not math.isfinite(found.loss + found.norm):
                     raise FinetuneError(
-                        f"Fitting diverged at step {step + 1}: the loss is {loss.item()}. Lower fit.learning_rate."
+                        f"Fitting diverged at step {step + 1}: the loss is {found.loss}, the norm of its gradient "
+                        f"{found.norm}. Lower fit.learning_rate."
                     )
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if callback is not None:
-                    callback(step + 1, loss.item() / len(people))
+                    callback(step + 1, found.loss / len(people))
         return up.detach().cpu()
+
+    def _losses(
+        self, batch: Batch, prompts: Sequence[str], live: dict[str, Factors], down: Tensor, up: Tensor
+    ) -> Iterator[Tensor]:
+        live.update(self.adapters.expand(down, up))
+        yield diffusion_loss(self.denoiser, batch, self.denoiser.encode_prompts(prompts))
 
     def _batch(self, people: Sequence[EncodedPhotos], step: int, generator: torch.Generator) -> tuple[Batch, list[str]]:
         """The photos whose turn it is, one of each person, with noise, and their captions."""
@@ -103,6 +111,6 @@ class Fitter:
         latents = torch.stack([photos.latents[turn] for photos, turn in turns])
         weight = torch.ones(len(people), device=latents.device)  # a sum over people: each is a problem of its own
         batch = draw(self.config.noise.of(self.denoiser.sigmas()), latents, weight, generator)
-        batch = batch._replace(mask=torch.stack([photos.masks[turn] for photos, turn in turns]))
+        batch = batch.under(torch.stack([photos.masks[turn] for photos, turn in turns]))
         prompts = [caption(self.prompt, photos.words[turn]) for photos, turn in turns]
         return self.config.noise.weighted(self.denoiser, batch), prompts

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from ..basis import BasisRecipe
 from ..files import basis as basis_file
 from ..hypernet import EncoderConfig, HyperNetConfig
-from .base.denoiser import BaseModel
+from .base.model import BaseModel
 from .base.vision import VisionEncoder, load_vision_encoder
 from .data.faces import Faces, PhotoPixels
 from .data.people import EncodedPerson, read_people
@@ -87,5 +88,17 @@ class Job:
     def compute_tokens(self) -> None:
         """Compute the tokens that are missing behind a frozen encoder."""
         if self.vision is not None:
-            precompute_tokens(self.vision, self.needed, self.run.tokens, self.settings.group, self.share)
+            with self.computing():
+                precompute_tokens(self.vision, self.needed, self.run.tokens, self.settings.group, self.share)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Keeps other trainings from computing the same people or tokens while all processes of this one do.
+
+        Raises:
+            HyperNetError: as `Run.computing` does.
+        """
+        with self.run.computing() if self.accelerator.is_main_process else nullcontext():
+            self.accelerator.wait_for_everyone()
+            yield
             self.accelerator.wait_for_everyone()

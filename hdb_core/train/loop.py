@@ -6,10 +6,11 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,9 @@ from tqdm import tqdm
 
 from ..errors import HyperNetError
 from ..files.atomic import write_text
+from ..files.reading import GARBLED, regular
 from . import state as state_file
+from .ahead import read_ahead
 
 SAVE_EVERY = 180  # seconds
 LOG_EVERY = 10  # steps
@@ -58,17 +61,26 @@ class LoopConfig:
                 f"{self.steps}, {self.people} and {self.learning_rate}."
             )
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / self.steps)).item())
+    def rate(self, step: int, progress: float | None = None) -> float:
+        """The learning rate of a step, counted from 0.
+
+        Args:
+            step: which.
+            progress: share of the training that is done, if its length is not counted in steps.
+        """
+        done = step / self.steps if progress is None else min(1.0, progress)
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done)).item())
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup)) * cosine
 
 
 class LossOf(Protocol):
     """What is trained."""
 
-    def __call__(self, net: nn.Module, step: int, part: slice) -> dict[str, Tensor]:
-        """Scalars of a part of the global batch of a step, counted from 0; ``loss`` goes down."""
+    def read(self, step: int, part: slice) -> Any:
+        """What a part of the global batch of a step, counted from 0, needs of the disk; called in another thread."""
+
+    def __call__(self, net: nn.Module, step: int, part: slice, read: Any) -> dict[str, Tensor]:
+        """Scalars of that part, given what was read; ``loss`` goes down."""
 
 
 class TrainingLoop:
@@ -83,6 +95,8 @@ class TrainingLoop:
         accumulate: parts that each process's people of a step are taken in.
         rates: beginnings of parameter names with their rate, as a multiple of the configured one; 0 does not train.
         sizes: what must be the same to go on from a state, as JSON takes it; kept in it.
+        progress: share of the training that is done, from 0 to its end at 1, such as by a clock, on one process; None
+            counts the configured steps.
 
     Attributes:
         average: the averaged weights by name.
@@ -102,8 +116,10 @@ class TrainingLoop:
         accumulate: int = 1,
         rates: Mapping[str, float] | None = None,
         sizes: Mapping[str, Any] | None = None,
+        progress: Callable[[], float] | None = None,
     ) -> None:
         self.accelerator, self.config, self.state, self.log = accelerator, config, state, log
+        self._progress = progress
         self.parts = parts_of(config.people, accumulate, accelerator)
         self._net, self._sizes = net, dict(sizes or {})
         optimizer: Any = torch.optim.AdamW(_groups(net, rates or {}), config.learning_rate, (0.9, 0.99), weight_decay=config.weight_decay)  # fmt: skip
@@ -120,7 +136,7 @@ class TrainingLoop:
         after: Callable[[], None] | None = None,
         notes: Mapping[str, float] | None = None,
     ) -> None:
-        """Train to the configured number of steps.
+        """Train to the end.
 
         Args:
             loss_of: what is trained.
@@ -135,14 +151,19 @@ class TrainingLoop:
         is_main, saved = self.accelerator.is_main_process, time.monotonic()
         first, began = self.step, saved
         logged: list[dict[str, Tensor]] = []
-        bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not is_main)
-        while self.step < self.config.steps:
-            logged.append(self._advance(loss_of))
+        total = None if self._progress else self.config.steps
+        bar = tqdm(total=total, initial=self.step, unit="step", disable=not is_main)
+        steps = count(self.step) if self._progress else range(self.step, self.config.steps)
+        ahead = read_ahead(lambda turn: loss_of.read(*turn), ((step, part) for step in steps for part in self.parts))
+        at_end = self._at_end()
+        while not at_end:
+            logged.append(self._advance(loss_of, ahead))
             bar.update()
-            if self.step == self.config.steps or self.step % LOG_EVERY == 0:
+            at_end = self._at_end()
+            if at_end or self.step % LOG_EVERY == 0:
                 bar.set_postfix(self._log(logged, notes or {}))
                 logged = []
-            if is_main and self.step == first + LOG_EVERY < self.config.steps:
+            if is_main and self._progress is None and self.step == first + LOG_EVERY < self.config.steps:
                 bar.write(self._estimate((time.monotonic() - began) / LOG_EVERY))
             if is_main and time.monotonic() - saved > SAVE_EVERY:
                 self._save()
@@ -150,16 +171,23 @@ class TrainingLoop:
                 saved = time.monotonic()
             if is_main and after is not None:
                 after()
+        ahead.close()
         bar.close()
         if is_main:
             self._save()
             save()
         self.accelerator.wait_for_everyone()
 
-    def _advance(self, loss_of: LossOf) -> dict[str, Tensor]:
+    def _at_end(self) -> bool:
+        return self.step >= self.config.steps if self._progress is None else self._progress() >= 1
+
+    def _rate(self, step: int) -> float:
+        return self.config.rate(step) if self._progress is None else self.config.rate(step, self._progress())
+
+    def _advance(self, loss_of: LossOf, ahead: Iterator[Any]) -> dict[str, Tensor]:
         for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * self.config.rate(self.step)
-        losses = backward(self.accelerator, loss_of, self.net, self.step, self.parts)
+            group["lr"] = group["scale"] * self._rate(self.step)
+        losses = backward(self.accelerator, loss_of, self.net, islice(ahead, len(self.parts)), len(self.parts))
         self._require_finite(self.accelerator.clip_grad_norm_(self.net.parameters(), self.config.max_grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -174,7 +202,7 @@ class TrainingLoop:
         """Write a row of mean losses; the same for the progress bar."""
         row = {name: float(torch.stack([own[name] for own in losses]).mean()) for name in losses[-1]}
         if self.accelerator.is_main_process:
-            _append(self.log, {"step": self.step, "rate": self.config.rate(self.step - 1), **notes, **row})
+            _append(self.log, {"step": self.step, "rate": self._rate(self.step - 1), **notes, **row})
         return {name: f"{value:.4f}" for name, value in row.items()}
 
     def _estimate(self, seconds: float) -> str:
@@ -216,25 +244,38 @@ def parts_of(people: int, accumulate: int, accelerator: Accelerator) -> list[sli
 
 
 def backward(
-    accelerator: Accelerator, loss_of: LossOf, net: nn.Module, step: int, parts: Sequence[slice]
+    accelerator: Accelerator,
+    loss_of: LossOf,
+    net: nn.Module,
+    parts: Iterable[tuple[tuple[int, slice], Any]],
+    count: int,
 ) -> dict[str, Tensor]:
-    """Add up the gradients of a step's parts, which are of one size; returns the mean losses."""
-    losses = []
-    for part in parts:
-        is_last = part is parts[-1]  # processes exchange their gradients once
+    """Add up the gradients of a step's parts, which are of one size; returns the mean losses.
+
+    Args:
+        accelerator: of all processes.
+        loss_of: what is trained.
+        net: the module.
+        parts: the step and the part, with what was read of it.
+        count: how many.
+    """
+    losses: list[dict[str, Tensor]] = []
+    for (step, part), read in parts:
+        is_last = len(losses) + 1 == count  # processes exchange their gradients once
         with nullcontext() if is_last else accelerator.no_sync(net):
             with accelerator.autocast():
-                losses.append(loss_of(net, step, part))
-            accelerator.backward(losses[-1]["loss"] / len(parts))
+                losses.append(loss_of(net, step, part, read))
+            accelerator.backward(losses[-1]["loss"] / count)
     return {name: torch.stack([own[name].detach() for own in losses]).mean() for name in losses[0]}
 
 
 def logged_step(log: Path) -> int:
-    """The step of a log's last row; 0 if there is none."""
-    if not log.exists():
-        return 0
-    with log.open(newline="") as file:
-        return max((int(row["step"]) for row in csv.DictReader(file)), default=0)
+    """The step of a log's last row; 0 if there is none.
+
+    Raises:
+        HyperNetError: if it is no log.
+    """
+    return max((step for step, _ in _rows(log)), default=0)
 
 
 def _groups(net: nn.Module, rates: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -249,13 +290,27 @@ def _groups(net: nn.Module, rates: Mapping[str, float]) -> list[dict[str, Any]]:
     return [{"params": parameters, "scale": scale} for scale, parameters in groups.items()]
 
 
+def _rows(log: Path) -> list[tuple[int, Mapping[str, Any]]]:
+    """The rows of a CSV file, if there is one, and their steps."""
+    if not log.exists():
+        return []
+    try:
+        with regular(log).open(newline="", encoding="utf-8") as file:
+            rows: list[tuple[int, Mapping[str, Any]]] = [
+                (int(row["step"]), row) for row in csv.DictReader(file, strict=True)
+            ]
+        if any(None in row for _, row in rows):
+            raise ValueError("a row is too long")
+        return rows
+    except (OSError, csv.Error, *GARBLED) as error:
+        raise HyperNetError(
+            f"{log} is damaged ({error!s:.100}). Delete it; the training goes on without it."
+        ) from error
+
+
 def _append(log: Path, row: Mapping[str, float]) -> None:
     """Add a row to a CSV file, in place of those of the same step or later ones, which a kill has undone."""
-    rows: list[Mapping[str, Any]] = []
-    if log.exists():
-        with log.open(newline="") as file:
-            rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
-    rows.append(row)
+    rows = [*(old for step, old in _rows(log) if step < row["step"]), row]
     text = io.StringIO(newline="")
     columns = list(dict.fromkeys(column for known in rows for column in known))
     writer = csv.DictWriter(text, columns, lineterminator="\n")

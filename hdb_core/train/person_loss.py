@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from ..diffusion import Batch, NoiseLevels, draw, weighted_mean
 from ..errors import HyperNetError
 from ..lidb import Factors
+from ..prompt import CLASS_PROMPT
 from .data.faces import AUGMENTATIONS
 from .data.people import stacked
 from .loop import LoopConfig
-from .predicted import PeopleInBase
+from .predicted import PeopleInBase, PhotoOf
 from .regression import regression_loss
 from .turns import Turn, turns_of
 
@@ -31,6 +33,9 @@ class TrainConfig(LoopConfig):
         people: in the batch of a step, over all processes. Fewer are faster and noisier.
         regression_weight: of the L2 loss on the weights of fitted people, see ``fit.steps``.
         diffusion_weight: of the diffusion loss through the frozen base model.
+        class_weight: of what keeps the class prompt, the one without the token, as the base model answers it, where 0
+            leaves it out. It costs another pass and a half of the base model, and is what lets other people be drawn
+            beside a person.
         noise: part of the noise schedule that is drawn from, from its lower to its upper end, 0 to 1.
         rest: how much the places that a photo's mask leaves out count, where its white counts 1. At 0 nothing keeps a
             person out of them, and backgrounds suffer.
@@ -45,6 +50,7 @@ class TrainConfig(LoopConfig):
 
     regression_weight: float = 0.0
     diffusion_weight: float = 1.0
+    class_weight: float = 0.0
     noise: NoiseLevels = field(default_factory=lambda: NoiseLevels(0.1, 1.0))
     rest: float = 0.2
     max_photos: int = 1
@@ -57,6 +63,8 @@ class TrainConfig(LoopConfig):
             raise HyperNetError(
                 "No loss would count. Set train.diffusion_weight or train.regression_weight to a number above 0."
             )
+        if self.class_weight < 0:
+            raise HyperNetError(f"Expected train.class_weight of 0 or more, got {self.class_weight}.")
         if self.max_photos < 1 or self.max_iterations < 1 or not 0 <= self.rest <= 1:
             raise HyperNetError(
                 "Expected train.max_photos and train.max_iterations of at least 1 and train.rest from 0 to 1, got "
@@ -64,6 +72,26 @@ class TrainConfig(LoopConfig):
             )
         if unknown := sorted(set(self.augment) - set(AUGMENTATIONS)):
             raise HyperNetError(f"Expected train.augment: some of {', '.join(AUGMENTATIONS)}, got {unknown[0]!r}.")
+
+
+class Shown(NamedTuple):
+    """What a part of a step needs of the disk, and everything that was drawn for it.
+
+    Attributes:
+        turns: of its people.
+        iterations: k.
+        faces: (B, N, …), what the hypernetwork sees.
+        batch: the photos to be denoised, with noise; None without the diffusion loss.
+        others: the same turns, but of the next person each.
+        kept: their photos, with noise, on which the class prompt is kept; None without that loss.
+    """
+
+    turns: list[Turn]
+    iterations: int
+    faces: Tensor
+    batch: Batch | None
+    others: list[Turn]
+    kept: Batch | None
 
 
 class PersonLoss:
@@ -74,38 +102,77 @@ class PersonLoss:
         config: settings.
         seed: of everything that is drawn.
         codes: (N, K), everybody's face code; None predicts it from the tokens.
+        class_prompt: what any person is called, without the token.
     """
 
-    def __init__(self, base: PeopleInBase, config: TrainConfig, seed: int = 0, codes: Tensor | None = None) -> None:
-        self.base, self.config, self.seed = base, config, seed
+    def __init__(
+        self,
+        base: PeopleInBase,
+        config: TrainConfig,
+        seed: int = 0,
+        codes: Tensor | None = None,
+        class_prompt: str = CLASS_PROMPT,
+    ) -> None:
+        self.base, self.config, self.seed, self.class_prompt = base, config, seed, class_prompt
         self.codes = None if codes is None else codes.to(base.device)
 
-    def __call__(self, net: nn.Module, step: int, part: slice = slice(None)) -> dict[str, Tensor]:
-        """The scalars ``loss``, which goes down, and unweighted ``regression`` and ``diffusion``, where they count.
+    def read(self, step: int, part: slice = slice(None)) -> Shown:
+        """What a part of the global batch of a step, counted from 0, needs; its draws are those of the whole batch."""
+        base, config = self.base, self.config
+        turns, iterations, generator = turns_of(
+            step, base.counts, config.people, self.seed, config.max_photos, config.max_iterations
+        )
+        seeds = None
+        if base.faces.augments:  # one for each photo of the whole batch, whoever takes it
+            seeds = torch.randint(2**62, (len(turns), len(turns[0].seen)), generator=generator)[part]
+        faces = base.read_faces(turns[part], seeds)
+        batch = kept = None
+        if config.diffusion_weight:
+            batch = self._batch(turns, part, generator)
+            batch = batch.under(base.masks(_denoised(turns[part]), config.rest))
+        others = [*turns[1:], turns[0]]
+        if config.class_weight:
+            kept = self._batch(others, part, generator)
+        return Shown(turns[part], iterations, faces, batch, others[part], kept)
+
+    def __call__(
+        self, net: nn.Module, step: int, part: slice = slice(None), read: Shown | None = None
+    ) -> dict[str, Tensor]:
+        """The scalars ``loss``, which goes down, and the unweighted losses that it is made of, where they count.
 
         Args:
             net: a `FromFaces`, wrapped or not.
             step: counted from 0.
             part: of the global batch's people.
+            read: what `read` gives; None reads it now.
         """
-        base, config = self.base, self.config
-        turns, iterations, generator = turns_of(
-            step, base.counts, config.people, self.seed, config.max_photos, config.max_iterations
-        )
-        own = turns[part]
-        seeds = None
-        if base.faces.augments:  # one for each photo of the whole batch, whoever takes it
-            seeds = torch.randint(2**62, (len(turns), len(turns[0].seen)), generator=generator)[part]
-        codes = None if self.codes is None else self.codes[[turn.person for turn in own]]
-        predicted = Factors(*net(base.read_faces(own, seeds), iterations, codes))
-        losses, total = {}, torch.zeros((), device=base.device)
+        config, shown = self.config, read or self.read(step, part)
+        codes = None if self.codes is None else self.codes[[turn.person for turn in shown.turns]]
+        predicted = Factors(*net(shown.faces, shown.iterations, codes))
+        losses, total = {}, torch.zeros((), device=self.base.device)
         if config.regression_weight:
-            losses["regression"] = self._regression(predicted, own)
+            losses["regression"] = self._regression(predicted, shown.turns)
             total = config.regression_weight * losses["regression"]
-        if config.diffusion_weight:
-            losses["diffusion"] = self._diffusion(predicted, turns, part, generator)
+        if shown.batch is not None:
+            batch = config.noise.weighted(self.base.denoiser, shown.batch)
+            error = self.base.squared_error(predicted, batch, _denoised(shown.turns))
+            losses["diffusion"] = weighted_mean(error, batch)
             total = total + config.diffusion_weight * losses["diffusion"]
+        if shown.kept is not None:
+            batch = config.noise.weighted(self.base.denoiser, shown.kept)
+            error = self.base.moved_error(predicted, batch, _denoised(shown.others), self.class_prompt)
+            losses["class"] = weighted_mean(error, batch)
+            total = total + config.class_weight * losses["class"]
         return {"loss": total, **losses}
+
+    def _batch(self, turns: Sequence[Turn], part: slice, generator: torch.Generator) -> Batch:
+        """The photos of a part, whose noise is drawn with that of the whole batch; no others are read."""
+        own = _denoised(turns[part])
+        latents = self.base.latents(own)
+        weight = torch.full((len(turns),), 1 / len(own), device=self.base.device)
+        levels = self.config.noise.of(self.base.denoiser.sigmas())
+        batch = draw(levels, latents[:1].expand(len(turns), *latents.shape[1:]), weight, generator)
+        return Batch(*(tensor[part] for tensor in batch))._replace(latents=latents)
 
     def _regression(self, predicted: Factors, turns: Sequence[Turn]) -> Tensor:
         if self.base.energy is None:
@@ -113,13 +180,6 @@ class PersonLoss:
         targets = stacked([self.base.people[turn.person] for turn in turns], self.base.down)
         return regression_loss(predicted, targets, self.base.energy)
 
-    def _diffusion(self, predicted: Factors, turns: Sequence[Turn], part: slice, generator: torch.Generator) -> Tensor:
-        """The diffusion loss of a part, whose noise is drawn with that of the whole batch."""
-        photos = [(turn.person, turn.denoised) for turn in turns]
-        own = photos[part]
-        weight = torch.full((len(photos),), 1 / len(own), device=self.base.device)
-        levels = self.config.noise.of(self.base.denoiser.sigmas())
-        batch = draw(levels, self.base.latents(photos), weight, generator)
-        batch = Batch(*(tensor[part] for tensor in batch))._replace(mask=self.base.masks(own, self.config.rest))
-        batch = self.config.noise.weighted(self.base.denoiser, batch)
-        return weighted_mean(self.base.squared_error(predicted, batch, own), batch)
+
+def _denoised(turns: Sequence[Turn]) -> list[PhotoOf]:
+    return [(turn.person, turn.denoised) for turn in turns]

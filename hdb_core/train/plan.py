@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from ..hypernet import HyperNet
 from .job import Job
 
-_LATENT_SHARE = 8  # the side of the photos in pixels, of the latents
-_LATENT_CHANNELS = 4
+_PROBE = 64  # pixels; latents of photos are as many times larger
 _STATE_BYTES = 16  # a weight: itself, its average and Adam's two moments, float32
 
 
-def describe_plan(job: Job, stages: Sequence[str]) -> str:
-    """A few lines about the stages of a run."""
+def describe_plan(job: Job, stages: Sequence[str], command: str) -> str:
+    """A few lines about the stages of a run, which ``command`` goes on with."""
     settings, people = job.settings, job.needed
     photos = sum(len(person.photos) for person in people)
     judged = settings.overfit or max(1, round(settings.held_out * len(people)))
@@ -27,14 +28,15 @@ def describe_plan(job: Job, stages: Sequence[str]) -> str:
     return (
         f"{job.run.folder}: {len(people):,} people, {photos:,} photos, {kept}; {job.base.denoiser.layout.describe()}.\n"
         f"Stages: {', '.join(parts)}. Disk: about {disk_bytes(job, photos) / 1e6:,.0f} MB. A stopped run goes on with "
-        f"python -m hdb_core.train {job.run.folder}"
+        f"{command} {job.run.folder}"
     )
 
 
 def disk_bytes(job: Job, photos: int) -> int:
     """What the files of a run will take, in bytes, without samples."""
     settings, net = job.settings, job.net_config
-    values = _LATENT_CHANNELS * (settings.image_size // _LATENT_SHARE) ** 2
+    probe = job.base.encode(torch.zeros(1, 3, _PROBE, _PROBE))
+    values = probe.numel() * settings.image_size**2 // _PROBE**2
     tokens = net.encoder.num_tokens * net.encoder.token_width if net.encoder.kind == "clip_vision" else 0
     fitted = 4 * len(net.layout.layers) * net.basis.up_dim * settings.rank * len(job.needed)
     weights = sum(weight.numel() for weight in HyperNet.create(net).parameters())

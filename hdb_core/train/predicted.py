@@ -18,6 +18,7 @@ from .data.photos import in_threads
 from .regression import layer_energy
 from .turns import Turn
 
+CHUNK = 256  # people at once, where something is computed of everybody
 PhotoOf = tuple[int, int]  # a person's number and the photo's
 
 
@@ -50,6 +51,7 @@ class PeopleInBase:
         adapters: the bases, on the model's device.
         down: (L, R, a), the shared down side of fitted people.
         energy: (L,), the mean ‖ΔW‖² of fitted people; None if there are none.
+        mean: (1, …), the mean person of fitted ones; None if there are none.
         counts: how many photos each person has.
     """
 
@@ -59,8 +61,23 @@ class PeopleInBase:
         self.adapters = Adapters(net.basis, net.layout, self.device)
         up = people[0].up
         self.down = start_down(net.basis, net.layout, 1 if up is None else up.shape[-1]).to(self.device)
-        self.energy = layer_energy(stacked(people, self.down)) if are_fitted(people) else None
+        self.energy: Tensor | None = None
+        self.mean: Factors | None = None
+        if are_fitted(people):
+            self.energy, self.mean = self._statistics()
         self.counts = [len(person.latents) for person in people]
+
+    def _statistics(self) -> tuple[Tensor, Factors]:
+        """Energy and mean of everybody, of a few people at a time."""
+        energy, up = torch.zeros(()), torch.zeros(())
+        for first in range(0, len(self.people), CHUNK):
+            some = stacked(self.people[first : first + CHUNK], self.down)
+            share = len(some.up) / len(self.people)
+            energy, up = (
+                energy.to(self.device) + share * layer_energy(some),
+                up.to(self.device) + share * some.up.mean(0),
+            )
+        return energy, Factors(self.down[None], up[None])
 
     def read_faces(self, turns: Sequence[Turn], seeds: Tensor | None = None) -> Tensor:
         """What the hypernetwork reads of the seen photos, (B, N, …), augmented if there are seeds (B, N)."""
@@ -94,3 +111,22 @@ class PeopleInBase:
         with attach(self.denoiser.modules, self.adapters.expand(*factors)):
             text = self.denoiser.encode_prompts([caption(self.net.prompt, own) for own in words])
             return squared_error(self.denoiser, batch, text)
+
+    def moved_error(self, factors: Factors, batch: Batch, photos: Sequence[PhotoOf], class_prompt: str) -> Tensor:
+        """(B, C, h, w), how far samples that carry these factors leave the base model's own answer to a class prompt.
+
+        Args:
+            factors: of a person in each sample.
+            batch: of photos.
+            photos: whose words follow the prompt.
+            class_prompt: without the token.
+        """
+        denoiser = self.denoiser
+        captions = [caption(class_prompt, self.people[person].person.photos[i].words) for person, i in photos]
+        with torch.no_grad():
+            noisy = denoiser.add_noise(batch.latents, batch.noise, batch.sigma)
+            answer = denoiser.denoise(noisy, batch.sigma, denoiser.encode_prompts(captions)).float()
+        with attach(denoiser.modules, self.adapters.expand(*factors)):
+            moved = denoiser.denoise(noisy, batch.sigma, denoiser.encode_prompts(captions)).float()
+        weight = denoiser.loss_weight(batch.sigma).view(-1, *[1] * (answer.ndim - 1))
+        return weight * (moved - answer).square()

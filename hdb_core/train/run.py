@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from ..errors import HyperNetError
+from ..errors import HyperNetError, require
+from ..faces import CUTS
 from ..files import hypernet as hypernet_file
-from ..files.atomic import write_text
+from ..files.atomic import sweep, write_text
+from ..files.reading import GARBLED, nameable, reason, regular
+from .data.photos import PREPARED
 from .loop import logged_step
 from .settings import Settings, changed, flat
 
 MAX_CONFIG_BYTES = 1 << 20
+PATIENCE = 10  # seconds, until another training has seen that everything is computed
 STAGES = ("basis", "precompute", "pretrain", "train", "evaluate")
 # Settings and sections that cannot change once a stage has begun, because its results depend on them.
 FIXED = {
@@ -35,16 +39,17 @@ class Run:
         settings: of the run.
 
     Attributes:
-        people: folder of latents and fitted people, perhaps of another run.
-        tokens: folder of the tokens of a frozen encoder, perhaps of another run.
+        shared: folder of people and tokens, perhaps of another run.
+        people: folder of latents and fitted people.
+        tokens: folder of the tokens of a frozen encoder.
         encoder: what pretrain makes.
         file: what train makes: the hypernetwork.
     """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
-        shared = Path(settings.precomputed) if settings.precomputed else folder
-        self.people, self.tokens = shared / "people", shared / "tokens"
+        self.shared = Path(settings.precomputed) if settings.precomputed else folder
+        self.people, self.tokens = self.shared / "people", self.shared / "tokens"
         self.basis, self.encoder = folder / "basis.safetensors", folder / "encoder.safetensors"
         self.pretrain_state, self.pretrain_log = folder / "pretrain_state.safetensors", folder / "pretrain.csv"
         self.state, self.log, self.samples = folder / "state.safetensors", folder / "log.csv", folder / "samples"
@@ -54,44 +59,42 @@ class Run:
     def open(cls, folder: Path, values: Mapping[str, Any]) -> Run:
         """A new run, or one that is there already, with some settings by their full names. Nothing is written.
 
+        A new run takes from its photos how they were cut, unless ``encoder.cut`` is among the settings.
+
         Raises:
-            HyperNetError: if config.json is damaged, a value makes no sense, or cannot change any more.
+            HyperNetError: if config.json or what is said of the photos is damaged, a value makes no sense, or cannot change any more.
         """
         path = folder / "config.json"
         before = Settings()
         if path.exists():
             try:
                 before = changed(before, _flattened(_read_json(path)))
-            except (OSError, ValueError, AttributeError, RecursionError) as error:
+            except (OSError, *GARBLED) as error:
                 raise HyperNetError(f"{path} cannot be read: {error!s:.300}") from error
         run = cls(folder, changed(before, values))
         if path.exists():
             run._require_same(before)
+        elif run.settings.photos and "encoder.cut" not in values:
+            run.settings = changed(run.settings, _prepared(Path(run.settings.photos)))
         if not run.settings.model or not run.settings.photos:
             raise HyperNetError(f"{folder} is a new run. Give it --model and --photos.")
         return run
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other trainings out of the folder, which is made; a killed one does not keep it.
+    def locked(self) -> AbstractContextManager[None]:
+        """Keeps other trainings out of the folder, which is made; a killed one does not keep it, and what it left is removed.
 
         Raises:
             HyperNetError: if another training is in the folder, or it cannot be written.
         """
-        lock = FileLock(self.folder / "run.lock", timeout=0)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout as error:
-            raise HyperNetError(
-                f"Another training is running in {self.folder}. Wait for its end, or use another run folder."
-            ) from error
-        except (OSError, NotImplementedError) as error:
-            raise HyperNetError(f"{self.folder} cannot be written: {error}. Use another run folder.") from error
-        try:
-            yield
-        finally:
-            lock.release()
+        return _locked(self.folder, "run.lock", (self.folder, self.samples))
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Keeps other trainings from computing people or tokens in the same folder, as `locked` does.
+
+        Raises:
+            HyperNetError: if another training does so for more than some seconds, or the folder cannot be written.
+        """
+        return _locked(self.shared, "precompute.lock", (self.people, self.tokens), PATIENCE)
 
     def write_settings(self) -> None:
         """Write ``config.json``, with every setting."""
@@ -123,17 +126,19 @@ class Run:
         """Whether ``begin_with`` is a whole hypernetwork and not an encoder.
 
         Raises:
-            FileNotFoundError: if there is no such file.
             HyperNetError: if it is no safetensors file.
         """
         path = self.settings.begin_with
         if not path:
             return False
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(regular(Path(path)), "pt") as file:
                 return hypernet_file.KIND.key in (file.metadata() or {})
-        except SafetensorError as error:
-            raise HyperNetError(f"{path} is damaged or no safetensors file ({error}). Copy it again.") from error
+        except (OSError, *GARBLED) as error:
+            raise HyperNetError(
+                f"begin_with cannot be read: {reason(error)} ({path}). Give it the encoder.safetensors or the "
+                "hypernet.safetensors of another run."
+            ) from error
 
     def _begun(self, stage: str) -> bool:
         own = {"precompute": self.folder / "people", "pretrain": self.pretrain_state, "train": self.state}
@@ -150,9 +155,43 @@ class Run:
                     )
 
 
+@contextmanager
+def _locked(folder: Path, name: str, own: Sequence[Path], patience: float = 0) -> Iterator[None]:
+    try:
+        nameable(folder).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / name, timeout=patience)
+        lock.acquire()
+        sweep(*own)
+    except Timeout as error:
+        raise HyperNetError(
+            f"Another training is running in {folder}. Wait for its end, or use another run folder."
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        raise HyperNetError(f"{folder} cannot be written: {reason(error)}. Use another run folder.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepared(photos: Path) -> dict[str, Any]:
+    """The settings that a folder of photos asks for: how `data.prepare` has cut them, if it has made the folder."""
+    path = photos / PREPARED
+    try:
+        cut = _read_json(path)["cut"]
+        require(cut in CUTS, "cut", " or ".join(CUTS), cut, HyperNetError)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, HyperNetError, *GARBLED) as error:
+        raise HyperNetError(
+            f"{path} cannot be read ({reason(error)}). Prepare the photos again, or set encoder.cut."
+        ) from error
+    return {"encoder.cut": cut}
+
+
 def _read_json(path: Path) -> Any:
     """The contents of a JSON file that is not absurdly long."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         data = file.read(MAX_CONFIG_BYTES + 1)
     if len(data) > MAX_CONFIG_BYTES:
         raise ValueError(f"it is longer than {MAX_CONFIG_BYTES:,} bytes")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,10 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..adapters import Adapters, Factors, attach
-from ..diffusion import Denoiser
+from ..diffusion import Denoiser, euler
 from ..hypernet import HyperNet
 from ..prompt import caption
-from .base.denoiser import BaseModel
+from .base.model import BaseModel
 from .data.faces import Faces
 from .data.people import EncodedPerson
 from .predicted import FromFaces
@@ -58,21 +57,18 @@ def sample(
     steps: int,
     guidance: float,
 ) -> Tensor:
-    """Latents by deterministic DDIM, which is Euler's method on the noise level.
+    """Latents by `diffusion.euler`.
 
     Args:
         denoiser: the frozen model; encodes each prompt for its own sample.
-        noise: (B, C, h, w) of unit variance.
+        noise: (B, C, …) of unit variance.
         prompts: B texts.
         adapters: layer name → (up (B, out, R), down (B, R, in)) of each sample's person; may be empty.
         steps: calls of the model, from the schedule's highest noise level down.
         guidance: 1 is none; otherwise samples without words run in the same batch, with the same people.
 
     Returns:
-        (B, C, h, w) float32, without noise.
-
-    Source: Song et al., Denoising Diffusion Implicit Models, arXiv 2010.02502, with η = 0; in σ, Karras et al., Elucidating
-    the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364, appendix C.
+        (B, C, …) float32, without noise.
     """
     table = denoiser.sigmas()
     index = torch.linspace(len(table) - 1, 0, steps + 1)[:-1].round().long().to(table.device)
@@ -81,14 +77,16 @@ def sample(
     repeated = {name: (up.repeat(copies, 1, 1), down.repeat(copies, 1, 1)) for name, (up, down) in adapters.items()}
     with attach(denoiser.modules, repeated):
         conditioning = denoiser.encode_prompts(texts)
-        latents = denoiser.add_noise(torch.zeros_like(noise), noise, table[index[0]].repeat(len(noise)))
-        for sigma, following in pairwise([*table[index], table.new_zeros(())]):
-            denoised = denoiser.denoise(latents.repeat(copies, 1, 1, 1), sigma.repeat(len(texts)), conditioning)
-            if copies == 2:
-                prompted, unprompted = denoised.chunk(2)
-                denoised = unprompted + guidance * (prompted - unprompted)
-            latents = denoised + (latents - denoised) * (following / sigma)
-    return latents
+
+        def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+            both = latents.repeat(copies, *[1] * (latents.ndim - 1))
+            denoised = denoiser.denoise(both, sigma.repeat(len(texts)), conditioning)
+            if copies == 1:
+                return denoised
+            prompted, unprompted = denoised.chunk(2)
+            return unprompted + guidance * (prompted - unprompted)
+
+        return euler(denoiser, noise, table[index], denoise)
 
 
 class SampleGrid:

@@ -68,7 +68,9 @@ class EncoderSettings:
         summary: tokens that a photo is summed up in, at least 1.
         depth: layers of the ViT.
         heads: attention heads of the ViT.
-        cut: how you cut the photos before training, for whoever uses the hypernetwork: centre is not at all.
+        cut: how the photos were cut before training, which is how they have to be cut for the hypernetwork: face, by
+            ``python -m hdb_core.train.photos --cut face``, which sets it, or as FFHQ and CelebA-HQ are; centre is not at
+            all.
     """
 
     image_size: int = EncoderConfig.image_size
@@ -90,12 +92,15 @@ class NetSettings:
         depth: decoder layers.
         heads: attention heads.
         code: numbers of the face code, from which every prediction starts.
+        predict_down: predict the down side of each person, too, instead of sharing one. It pays where layers are much wider
+            than the basis, as those of real base models are, and makes a file up to three times as large.
     """
 
     width: int = 256
     depth: int = 3
     heads: int = 4
     code: int = 96
+    predict_down: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,15 @@ class Settings:
     """The run as a whole.
 
     Attributes:
-        model: base model on this disk, SD 1.x or SD 2.x: a .safetensors checkpoint or a diffusers folder.
+        model: base model on this disk, SD 1.x, SD 2.x or SDXL: a .safetensors checkpoint or a diffusers folder. For
+            ComfyUI's loader, whatever it can load.
         photos: folder with a sub-folder of face photos for each person, or with single photos.
         prediction_type: epsilon or v_prediction; only an SD 2.x checkpoint file needs it, which does not say it.
         tokenizer: folder of CLIP's vocabulary, if neither the model nor a ComfyUI around it has one.
+        text_encoders: files of the text encoders, where ``model`` is a diffusion model alone, as for *Load CLIP*;
+            ComfyUI's loader has them (``python -m custom_nodes.PACK.train``).
+        clip_type: the type of *Load CLIP* for them, such as flux or lumina2.
+        vae: file of the VAE, where ``model`` is a diffusion model alone.
         clip_vision: transformers folder of a frozen CLIP, SigLIP or DINOv2 image encoder, instead of training one. Try
             it with few people, or with one photo of each.
         begin_with: an image encoder or a whole hypernetwork of another run to go on from, its ``encoder.safetensors`` or
@@ -133,6 +143,9 @@ class Settings:
     photos: str = ""
     prediction_type: str = ""
     tokenizer: str = ""
+    text_encoders: tuple[str, ...] = ()
+    clip_type: str = ""
+    vae: str = ""
     clip_vision: str = ""
     begin_with: str = ""
     precomputed: str = ""
@@ -175,7 +188,18 @@ class Settings:
             )
 
 
-PATHS = ("model", "photos", "tokenizer", "clip_vision", "begin_with", "precomputed", "basis.file")  # of a machine
+# Of a machine.
+PATHS = (
+    "model",
+    "photos",
+    "tokenizer",
+    "text_encoders",
+    "vae",
+    "clip_vision",
+    "begin_with",
+    "precomputed",
+    "basis.file",
+)
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:

@@ -53,10 +53,15 @@ def require_unseen(everybody: Sequence[EncodedPerson], judged: int, info: Mappin
     """Check that a hypernetwork was trained on the first of some people, and not on the last ones, who are judged.
 
     Raises:
-        HyperNetError: if it was trained on others, or on some of those.
+        HyperNetError: if it was trained on others, or on some of those, or does not say on whom.
     """
-    who = info["trained_on"]
-    count = int(who.split()[0])
+    who = info.get("trained_on", "")
+    try:
+        count = int(who.partition(" ")[0])
+    except ValueError:
+        raise HyperNetError(
+            "The hypernetwork does not say whom it was trained on. Train it anew with hdb_core.train to evaluate it."
+        ) from None
     if count > len(everybody) - judged or trained_on(everybody[:count]) != who:
         raise HyperNetError(
             f"The hypernetwork may have been trained on some of the last {judged} of these {len(everybody)} people. Give "

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from safetensors.torch import save_file
+import safetensors.torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,14 +17,14 @@ from ..basis import layer_basis
 from ..errors import HyperNetError
 from ..files import basis as basis_file
 from ..files import hypernet as hypernet_file
-from ..files.atomic import replacing, write_text
+from ..files.atomic import replacing, write_bytes, write_text
 from ..hypernet import HyperNet, HyperNetConfig
 from ..hypernet.encoder import initialised
 from .basis import BasisConfig, held_share, learn_basis
 from .beginning import beginning, load_encoder, net_sizes
 from .data.faces import PhotoPixels
 from .data.latents import encode
-from .data.people import EncodedPerson, precompute, stacked
+from .data.people import EncodedPerson, precompute
 from .data.photos import Person
 from .encoder_loss import PhotoLoss, PhotoPredictor
 from .evaluate import evaluate
@@ -90,13 +90,13 @@ def run_precompute(job: Job) -> None:
     if settings.fit.steps:
         adapters = Adapters(job.recipe, denoiser.layout, denoiser.device)
         fitter = Fitter(denoiser, adapters, settings.fit, settings.rank, settings.prompt)
-    with tqdm(total=len(job.needed), unit="person", disable=not job.accelerator.is_main_process) as bar:
+    bar = tqdm(total=len(job.needed), unit="person", disable=not job.accelerator.is_main_process)
+    with bar, job.computing():
 
         def report(people: int) -> None:
             bar.update(min(people * job.share[1], len(job.needed) - bar.n))  # the other processes are about as far
 
         precompute(job.base, job.needed, job.run.people, settings.image_size, fitter, settings.group, job.share, report)
-    job.accelerator.wait_for_everyone()
 
 
 def run_pretrain(job: Job) -> None:
@@ -122,8 +122,8 @@ def run_pretrain(job: Job) -> None:
 
     def save() -> None:
         weights = {n.removeprefix("encoder."): w for n, w in loop.average.items() if n.startswith("encoder.")}
-        with replacing(run.encoder) as temporary:
-            save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, temporary)
+        tensors = {name: weight.cpu().contiguous() for name, weight in weights.items()}
+        write_bytes(run.encoder, safetensors.torch.save(tensors))
 
     loop.run(loss_of, save)
 
@@ -160,14 +160,15 @@ def run_train(job: Job) -> None:
             with replacing(run.samples / f"step_{loop.step:06}.png") as temporary:
                 grid.draw(averaged(net_config, loop.average)).save(temporary, "PNG")
 
-    loop.run(PersonLoss(base, config, settings.seed, codes), save, draw_samples, _notes(job, base))
+    loss_of = PersonLoss(base, config, settings.seed, codes, settings.class_prompt)
+    loop.run(loss_of, save, draw_samples, _notes(job, base))
 
 
 def _notes(job: Job, base: PeopleInBase) -> dict[str, float]:
     """The L2 loss that a network must beat to have learned anything of a person."""
-    if not job.settings.train.regression_weight or base.energy is None:
+    if not job.settings.train.regression_weight or base.energy is None or base.mean is None:
         return {}
-    mean = float(mean_predictor_loss(stacked(base.people, base.down), base.energy))
+    mean = float(mean_predictor_loss(base.mean, base.energy))
     job.accelerator.print(f"Predicting the mean person costs {mean:.3f} of the L2 loss.")
     return {"mean_predictor": mean}
 
@@ -184,9 +185,10 @@ def run_evaluate(job: Job) -> None:
     if not job.accelerator.is_main_process:
         return
     run, settings = job.run, job.settings
-    if job.recipe.learned:  # its file has to be read before anything in it
-        job.accelerator.print(f"In the learned basis {job.recipe.learned[:12]}.")
-    net = FromFaces(hypernet_file.load(run.file, job.recipe).to(job.accelerator.device))
+    recipe = job.recipe
+    if recipe.learned:
+        job.accelerator.print(f"In the learned basis {recipe.learned[:12]}.")
+    net = FromFaces(hypernet_file.load(run.file, recipe).to(job.accelerator.device))
     everybody = job.encoded(net.net.config.basis)
     _, people = split(everybody, settings.held_out, settings.overfit)
     if not settings.overfit:

@@ -53,7 +53,13 @@ def write(
     for parameter, own in optimizer.state.items():
         tensors |= {f"{moment}.{names[parameter]}": own[moment] for moment in _MOMENTS}
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    container.write(KIND, path, {"step": step, "sizes": dict(sizes)}, stored)
+    container.write(KIND, path, {"step": step, "sizes": dict(sizes)}, stored, _header)
+
+
+def _header(fields: Mapping[str, Any], path: Path) -> tuple[int, dict[str, Any]]:
+    """The next step, and what must be the same."""
+    with KIND.garbled(path):
+        return whole_number(fields["step"], 0, MOST_STEPS, "step"), dict(fields["sizes"])
 
 
 def restore(
@@ -72,10 +78,8 @@ def restore(
         HyperNetError: if it is damaged, or of a training with other sizes or weights.
     """
     fields = container.read_fields(KIND, path)
-    with KIND.garbled(path):
-        step = whole_number(fields["step"], 0, MOST_STEPS, "step")
-        different = differing(dict(fields["sizes"]), sizes)
-    if different:
+    step, own = _header(fields, path)
+    if different := differing(own, sizes):
         raise HyperNetError(
             f"{path} is of a training with another {', '.join(different):.300}. Give the settings that it was begun with, "
             "or use another run folder."
@@ -117,5 +121,9 @@ def _require_same(
             f"{path} trains other weights ({other[0]:.100}). Give the settings that it was begun with, or use another run "
             "folder."
         )
-    if bad := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
-        raise KIND.damaged(path, f"{bad} holds NaN or infinity")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise KIND.damaged(path, f"{name} holds NaN or infinity")
+        # A count of steps, or a mean of squares.
+        if name.startswith(("step.", "exp_avg_sq.")) and (tensor < 0).any():
+            raise KIND.damaged(path, f"{name} is below 0")

@@ -1,9 +1,10 @@
-"""A person on clones of MODEL and CLIP: ordinary LoRA patches of the host, and guidance."""
+"""A person as ordinary LoRA patches of the host: on clones of MODEL and CLIP with guidance, or as a hook."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+from comfy.hooks import HookGroup, WeightHook
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy.weight_adapter import LoRAAdapter
@@ -13,9 +14,10 @@ from ...hdb_core.layout import host_keys, layout_of, require_layers
 from ...hdb_core.lidb import LiDB, expand
 from ...hdb_core.recommended import Strengths
 from .bases import adapters_of
-from .guidance import guided
+from .guidance import KEY, guided
 from .targets import target_modules
 
+TWO_PEOPLE = "two saved people side by side"  # the template
 Target = TypeVar("Target", ModelPatcher, CLIP)
 
 
@@ -27,23 +29,69 @@ def apply_lidb(model: ModelPatcher, clip: CLIP, lidb: LiDB, strengths: Strengths
     Raises:
         LayoutError: the LiDB was made for other layers, or the host took fewer patches than the LiDB has layers.
     """
+    person = _patches(model, clip, lidb)
+    clip = patched(clip, person.text, strengths.clip)
+    carrying = patched(model, person.unet, strengths.model)
+    if strengths.model == 0:
+        return carrying, clip
+    carrying.set_attachments(KEY, (*tokens_on(model), lidb.about.token))
+    return (carrying if strengths.guidance == 1 else guided(carrying, person.unet, strengths.guidance)), clip
+
+
+def tokens_on(model: ModelPatcher) -> tuple[str, ...]:
+    """The tokens of the persons that a MODEL carries already."""
+    return model.get_attachment(KEY) or ()
+
+
+def mixture(model: ModelPatcher, lidb: LiDB) -> str:
+    """What is to be said before a person is applied to a MODEL that carries another one; "" if it does not."""
+    if not (there := tokens_on(model)):
+        return ""
+    same = f", all of them called {lidb.about.token}" if set(there) == {lidb.about.token} else ""
+    return (
+        f"The faces become a mixture of {len(there) + 1} people{same}. For two people in one picture use LiDB Hook, as the "
+        f"template {TWO_PEOPLE!r} does."
+    )
+
+
+def hook_of(model: ModelPatcher, clip: CLIP, lidb: LiDB, strengths: Strengths, cfg: float) -> HookGroup:
+    """A LiDB as hooks for the positive prompt alone.
+
+    The negative pass then has nothing of the person, which is guidance by `cfg`. The strength on the MODEL is what makes
+    as much of the person in the picture as `strengths` with its own guidance.
+
+    Raises:
+        LayoutError: the LiDB was made for other layers, or the host does not know one of them.
+    """
+    person = _patches(model, clip, lidb)
+    # Hooks drop unknown keys without a word; patches count them.
+    patched(model, person.unet, 1.0)
+    patched(clip, person.text, 1.0)
+    hook = WeightHook(strengths.model * strengths.guidance / max(cfg, 1.0), strengths.clip)
+    hook.weights, hook.weights_clip, hook.need_weight_init = person.unet, person.text, False
+    group = HookGroup()
+    group.add(hook)
+    return group
+
+
+class _Patches(NamedTuple):
+    """A person's patches for a MODEL and for a CLIP, by the host's weight key."""
+
+    unet: dict[str, LoRAAdapter]
+    text: dict[str, LoRAAdapter]
+
+
+def _patches(model: ModelPatcher, clip: CLIP, lidb: LiDB) -> _Patches:
     modules, family = target_modules(model, clip, lidb.layout.has_convolutions)
     require_layers(lidb.layout, layout_of(modules, family))
     keys = host_keys(lidb.layout)
-    factors = expand(lidb, adapters_of(model, lidb.basis, lidb.layout))
     patches = {
         keys[name]: LoRAAdapter(set(), (up, down, None, None, None, None))
-        for name, (up, down) in factors.items()
+        for name, (up, down) in expand(lidb, adapters_of(model, lidb.basis, lidb.layout)).items()
         if up.any() and down.any()  # a text encoder that was not trained is no work for the host
     }
     unet = {key: patch for key, patch in patches.items() if key.startswith("diffusion_model.")}
-    text = {key: patch for key, patch in patches.items() if key not in unet}
-    model, clip = patched(model, unet, strengths.model), patched(clip, text, strengths.clip)
-    if strengths.guidance != 1 and strengths.model != 0:
-        own = {name: (strengths.model * up, down) for name, (up, down) in factors.items() if keys[name] in unet}
-        paths = {name: keys[name].removesuffix(".weight") for name in own}
-        model = guided(model, paths, own, strengths.guidance)
-    return model, clip
+    return _Patches(unet, {key: patch for key, patch in patches.items() if key not in unet})
 
 
 def patched(target: Target, patches: dict[str, LoRAAdapter], strength: float) -> Target:

@@ -7,21 +7,23 @@ them is gone.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import folder_paths
+from aiohttp import web
 
 from ...hdb_core.basis import BasisRecipe
 from ...hdb_core.errors import BasisFileError, HDBError
 from ...hdb_core.files import basis as basis_file
 from ...hdb_core.files import hypernet as hypernet_file
 from ...hdb_core.files import lidb as lidb_file
-from ...hdb_core.files.container import FileKind, read_fields
+from ...hdb_core.files.container import FileKind, read_digest, read_fields
 from ...hdb_core.files.names import portable
 
 EXTENSION = ".safetensors"
@@ -60,6 +62,16 @@ def register_folders() -> None:
     _register(LIDBS, folder_paths.models_dir, folder_paths.get_output_directory())
     _register(HYPERNETS, folder_paths.models_dir)
     _register(BASES, folder_paths.models_dir)
+    from server import PromptServer  # starts much of the web server when it is imported
+
+    if server := getattr(PromptServer, "instance", None):
+        for shelf in (LIDBS, HYPERNETS, BASES):
+            server.routes.get(f"/models/{shelf.category}")(partial(_answer, shelf))
+
+
+async def _answer(shelf: Shelf, _: web.Request) -> web.Response:
+    """In place of the host's answer about any folder of models, which fails once one is gone."""
+    return web.json_response(names_on(shelf))
 
 
 def _register(shelf: Shelf, *above: str) -> None:
@@ -107,11 +119,16 @@ def validated(shelf: Shelf, name: str | None) -> bool | str:
         return str(error)
 
 
+def fingerprint(shelf: Shelf, name: str | None) -> str | float:
+    """What a node's fingerprint_inputs returns for a name: the same for the same contents, read from the header alone."""
+    return math.nan if name is None else read_digest(shelf.kind, find(shelf, name))  # NaN: known when the node runs
+
+
 def learned_basis(recipe: BasisRecipe) -> BasisRecipe | None:
     """The learned basis that a recipe names, if there is its file; whoever needs it says so if there is none."""
     for path in _files(BASES).values() if recipe.learned else ():
         with suppress(BasisFileError, OSError):
-            if basis_file.read_digest(path) == recipe.learned:
+            if read_digest(BASES.kind, path) == recipe.learned:
                 return basis_file.load(path)[1]
     return None
 
@@ -121,15 +138,22 @@ def _files(shelf: Shelf) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in folder_paths.get_folder_paths(shelf.category):
         for path in _below(folder):
-            found.setdefault(portable(os.path.relpath(path, folder)), Path(path))
+            name = portable(os.path.relpath(path, folder))
+            with suppress(UnicodeError):
+                name.encode()  # one that is no text cannot be sent to the browser
+                found.setdefault(name, Path(path))
     return found
 
 
 def _below(folder: str) -> Iterator[str]:
-    """The files of our extension in a folder that may be gone, and in those below; links are followed, but not upwards."""
+    """The files of our extension in a folder that may be gone, and in those below; links are followed, but to no folder
+    that the way to them has come through."""
+    ways = {folder: {os.path.realpath(folder)}}  # place → real folders on the way
     for place, below, names in os.walk(folder, followlinks=True):
-        here = Path(os.path.realpath(place))
-        below[:] = [name for name in below if not here.is_relative_to(os.path.realpath(os.path.join(place, name)))]
+        way, above = ways.pop(place), Path(os.path.realpath(place))
+        inner = {name: os.path.realpath(os.path.join(place, name)) for name in below}
+        below[:] = [name for name in below if inner[name] not in way and not above.is_relative_to(inner[name])]
+        ways |= {os.path.join(place, name): way | {inner[name]} for name in below}
         paths = (os.path.join(place, name) for name in names if name.lower().endswith(EXTENSION))
         yield from filter(os.path.isfile, paths)
 

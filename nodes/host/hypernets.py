@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import comfy.model_management
+import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -12,7 +14,6 @@ from torch import Tensor
 from ...hdb_core.errors import HyperNetError
 from ...hdb_core.files import hypernet as hypernet_file
 from ...hdb_core.hypernet import HyperNetConfig, predict, preprocess
-from ...hdb_core.images import as_rgb
 from ...hdb_core.lidb import LiDB
 from .folders import learned_basis
 
@@ -40,21 +41,23 @@ class HostHyperNet:
                 "Connect Load CLIP Vision with that model."
             )
 
-    def predict(self, image: Tensor) -> LiDB:
-        """The person on photos (N, H, W, 3) in 0..1.
+    def predict(self, pictures: Sequence[Tensor]) -> tuple[LiDB, list[str]]:
+        """The person on photos (3, H, W) in 0..1 of any sizes, and what is to be said about the photos, a line each.
 
         Raises:
             HyperNetFileError: the file is damaged.
             HyperNetError: the photos or the connected CLIP_VISION cannot be used.
         """
-        pixels = preprocess(image, self.config.encoder)
+        images = [picture.movedim(0, -1)[None] for picture in pictures]
+        pixels = torch.cat([preprocess(image, self.config.encoder) for image in images])
         net = self._loaded().model
         device = next(net.parameters()).device  # with --novram the host leaves it where it was
         if self.config.encoder.kind == "vit":
-            tokens = net.encode(pixels.to(device))
+            given = pixels.to(device)
+            tokens = net.encode(given)
         else:
-            tokens = self._clip_tokens(image).to(device)
-        return predict(net, tokens)
+            given = tokens = torch.cat([self._clip_tokens(image) for image in images]).to(device)
+        return predict(net, tokens), _unlike(net.unlike(given))
 
     def _loaded(self) -> ModelPatcher:
         if self._patcher is None:
@@ -66,9 +69,7 @@ class HostHyperNet:
 
     def _clip_tokens(self, image: Tensor) -> Tensor:
         encoder = self.config.encoder
-        tokens = self.clip_vision.encode_image(as_rgb(image, HyperNetError).movedim(1, -1))[
-            "penultimate_hidden_states"
-        ].float()
+        tokens = self.clip_vision.encode_image(image)["penultimate_hidden_states"].float()
         expected = (encoder.num_tokens, encoder.token_width)
         if tuple(tokens.shape[1:]) != expected:
             raise HyperNetError(
@@ -77,3 +78,16 @@ class HostHyperNet:
                 "Connect the model that it was trained with."
             )
         return tokens
+
+
+def _unlike(measured: Tensor | None) -> list[str]:
+    """What is said of photos that are unlike those of the training; `HyperNet.unlike` of each."""
+    if measured is None or not bool((measured > 1).any()):
+        return []
+    which = [str(number) for number, value in enumerate(measured.tolist(), 1) if value > 1]
+    photos = (
+        "this photo is"
+        if len(measured) == 1
+        else f"of these photos, {', '.join(which)} {'is' if len(which) == 1 else 'are'}"
+    )
+    return [f"{photos} unlike those that this hypernetwork was trained on: the person may come out as somebody else"]

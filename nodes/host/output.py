@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import itertools
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
@@ -12,10 +14,13 @@ from pathlib import Path
 import folder_paths
 
 from ...hdb_core.errors import LiDBFileError
-from ...hdb_core.files.names import checked_prefix, with_dates
+from ...hdb_core.files.atomic import OLD, sweep
+from ...hdb_core.files.names import checked_prefix, made_portable, portable, with_dates
+from ...hdb_core.files.reading import reason
 from .folders import EXTENSION
 
 _NUMBER = "_{:05}_" + EXTENSION
+_MOST_OF_A_NAME = 120  # bytes
 
 
 def save_to_output(prefix: str, write: Callable[[Path], object]) -> Path:
@@ -32,6 +37,7 @@ def save_to_output(prefix: str, write: Callable[[Path], object]) -> Path:
     try:
         folder, filename, first, _, _ = folder_paths.get_save_image_path(name, output)
         os.makedirs(folder, exist_ok=True)
+        sweep(Path(folder), older_than=OLD)
         for number in itertools.count(first):
             path = Path(folder, filename + _NUMBER.format(number))
             if os.path.lexists(path):  # in other letter case, for example, which the host does not count
@@ -41,10 +47,42 @@ def save_to_output(prefix: str, write: Callable[[Path], object]) -> Path:
                 return path
     except OSError as error:
         raise LiDBFileError(
-            f"Cannot write {prefix!r} below {output}: {error.strerror or error}. "
+            f"Cannot write {prefix!r} below {output}: {reason(error)}. "
             "Make the folder writable, free some space, or choose another filename_prefix."
         ) from error
     raise AssertionError("numbers do not end")
+
+
+def save_once(prefix: str, write: Callable[[Path], object]) -> tuple[Path, bool]:
+    """As `save_to_output`, unless an earlier file of the same prefix has the same contents: then that one.
+
+    Returns:
+        The path, and whether the file is new.
+    """
+    path = save_to_output(prefix, write)
+    name, number = _numbered(path)
+    for other in sorted(path.parent.glob(f"*{EXTENSION}")):
+        # Of two servers that write the same at once, the one with the lower number stays.
+        if (other_name := _numbered(other))[0] == name and other_name[1] < number:
+            with suppress(OSError):
+                if filecmp.cmp(other, path, shallow=False):
+                    path.unlink()
+                    return other, False
+    return path, True
+
+
+def _numbered(path: Path) -> tuple[str, int]:
+    found = re.fullmatch(r"(.*)_(\d+)_", path.stem)
+    return (found[1], int(found[2])) if found else (path.stem, 0)
+
+
+def prefix_for(prefix: str, person: str) -> str:
+    """A filename_prefix whose last part is a person's name, if they have one."""
+    if not person.strip(". "):
+        return prefix
+    folder = portable(prefix).rpartition("/")
+    # A number and an ending follow, and no date is meant.
+    return f"{folder[0]}{folder[1]}{made_portable(person, _MOST_OF_A_NAME).replace('%', '_')}"
 
 
 def output_name(prefix: str) -> str:

@@ -2,50 +2,117 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from torch import Tensor
 
 from ...hdb_core.errors import FinetuneError
+from ...hdb_core.faces import leaves_out_the_middle
 from ...hdb_core.finetuning.batches import checked_mask
 from ...hdb_core.images import as_rgb, resize_to_cover
+from .faces import seen_in
+from .lists import masks_of, of_each, pictures_of
 
 MIN_SIDE = 64  # pixels: a smaller face has nothing to learn from, and 8 latents a side are the least a UNet takes
-NATIVE_RESOLUTION = {"sd1": 512, "sd2": 768, "sdxl": 1024}
+NATIVE_RESOLUTION = {"sd1": 512, "sd2": 768}
+LARGE_RESOLUTION = 1024  # of all other families
+LEVELS = {"sd1": 4, "sd2": 4, "sdxl": 3}  # of the family's UNet
+SAME_ASPECT = 1.05  # photos whose aspects differ by more are cut to squares
 
 
 @dataclass(frozen=True)
 class Photos:
-    """What the user connects: IMAGE (N, H, W, 3), MASK (N or 1, H, W), IMAGE of the class, and the size to train at."""
+    """A person's photos as a fine-tune takes them.
 
-    image: Tensor
-    mask: Tensor | None = None
+    Attributes:
+        pictures: (3, H, W) each, of any sizes.
+        masks: (H, W) of each, or None.
+        class_images: IMAGE (M, H, W, 3), or None.
+        resolution: to train at; 0 takes the photos' own size, at most what the model was made for.
+    """
+
+    pictures: list[Tensor]
+    masks: list[Tensor] | None = None
     class_images: Tensor | None = None
     resolution: int = 0
 
-    def prepare(self, family: str, multiple: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Checked and cut to one size: pixels (N, 3, h, w), mask (N or 1, 1, h, w), class pixels (M, 3, h, w).
+    @classmethod
+    def of(
+        cls,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None,
+        class_images: Tensor | None,
+        resolution: int,
+    ) -> Photos:
+        """The photos of lists of IMAGE (N, H, W, 1, 3 or 4) and MASK (N, H, W).
+
+        Raises:
+            FinetuneError: one of them cannot be used.
+        """
+        pictures = pictures_of(images, FinetuneError)
+        own = of_each(masks_of(masks), len(pictures), FinetuneError) or None
+        return cls(pictures, own, class_images, resolution)
+
+    def prepare(self, native: int, multiple: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Checked and cut to one size: pixels (N, 3, h, w), mask (N, 1, h, w), class pixels (M, 3, h, w).
+
+        Args:
+            native: side of the squares that the model was made for, pixels.
+            multiple: see `photo_size`.
 
         Raises:
             FinetuneError: one of them cannot be used; the message says why.
         """
-        pixels = as_rgb(self.image, FinetuneError)
-        size = photo_size(*pixels.shape[-2:], self.resolution, family, multiple)
-        mask = None if self.mask is None else resize_to_cover(mask_of(pixels, self.mask), size)
+        size = photo_size(*common_size(self.pictures), self.resolution, native, multiple)
+        pixels = torch.cat([resize_to_cover(picture[None], size) for picture in self.pictures])
+        mask = None
+        if self.masks is not None:
+            pairs = zip(self.pictures, self.masks, strict=True)
+            mask = torch.cat([resize_to_cover(mask_of(picture[None], own), size) for picture, own in pairs])
         others = None if self.class_images is None else resize_to_cover(as_rgb(self.class_images, FinetuneError), size)
-        return resize_to_cover(pixels, size), mask, others
+        return pixels, mask, others
+
+    def notes(self) -> list[str]:
+        """What is to be said about them, a line each: how large the face is, and a mask that leaves it out."""
+        inverted = [leaves_out_the_middle(mask) for mask in self.masks or ()]
+        said = (
+            ["the mask leaves out the middle of the photo: put Invert Mask before this node"] if any(inverted) else []
+        )
+        return said + seen_in(self.pictures)
 
 
-def photo_size(height: int, width: int, resolution: int, family: str, multiple: int) -> tuple[int, int]:
+def native_resolution(model: ModelPatcher, family: str) -> int:
+    """Side of the pictures that a model was made for, in pixels.
+
+    A UNet with fewer levels than its family's halves the picture so much less often, and was made for one that much smaller.
+    """
+    usual = LEVELS.get(family, 0)
+    levels = len(model.model.model_config.unet_config.get("channel_mult", ())) or usual
+    return NATIVE_RESOLUTION.get(family, LARGE_RESOLUTION) >> max(0, usual - levels)
+
+
+def common_size(pictures: Sequence[Tensor]) -> tuple[int, int]:
+    """(height, width) that stands for photos (3, H, W): of their median area; square if their aspects differ."""
+    areas = sorted(picture.shape[1] * picture.shape[2] for picture in pictures)
+    area, aspects = areas[len(areas) // 2], [picture.shape[2] / picture.shape[1] for picture in pictures]
+    for picture in pictures if max(aspects) <= SAME_ASPECT * min(aspects) else ():
+        if picture.shape[1] * picture.shape[2] == area:
+            return picture.shape[1], picture.shape[2]
+    return round(area**0.5), round(area**0.5)
+
+
+def photo_size(height: int, width: int, resolution: int, native: int, multiple: int) -> tuple[int, int]:
     """The size of a photo for the fine-tune: its aspect, about ``resolution`` × ``resolution`` pixels.
 
     Args:
         height: of the photo.
         width: of the photo.
-        resolution: 0 keeps the photo's own size, at most the model family's usual one.
-        family: of the model.
+        resolution: 0 keeps the photo's own size, at most the model's usual one.
+        native: the model's usual one.
         multiple: both sides are rounded to a multiple of this.
 
     Raises:
@@ -57,7 +124,7 @@ def photo_size(height: int, width: int, resolution: int, family: str, multiple: 
             "Connect a larger photo of the face to image."
         )
     area = height * width
-    wanted = resolution**2 if resolution else min(area, NATIVE_RESOLUTION[family] ** 2)
+    wanted = resolution**2 if resolution else min(area, native**2)
     scale = (wanted / area) ** 0.5
     size = tuple(round(side * scale / multiple) * multiple for side in (height, width))
     if min(size) < MIN_SIDE:
@@ -84,16 +151,19 @@ def mask_of(photos: Tensor, mask: Tensor) -> Tensor:
 
 
 def encode(model: ModelPatcher, vae: VAE, pixels: Tensor) -> Tensor:
-    """Model-space latents (B, C, h, w) float32 of RGB pixels (B, 3, H, W) in 0..1.
+    """Model-space latents (B, C, h, w) float32 of RGB pixels (B, 3, H, W) in 0..1; (B, C, 1, h, w) of a video model.
 
     Raises:
         FinetuneError: the VAE belongs to another model family.
     """
-    latents = vae.encode(pixels.movedim(1, -1))
-    channels = model.model.latent_format.latent_channels
-    if latents.ndim != 4 or latents.shape[1] != channels:
+    form = model.model.latent_format
+    # One by one: the VAE of a video model takes several for the frames of one.
+    latents = torch.cat([vae.encode(photo.movedim(0, -1)[None]) for photo in pixels])
+    if form.latent_dimensions == 3 and latents.ndim == 4:
+        latents = latents.unsqueeze(2)
+    if latents.ndim != form.latent_dimensions + 2 or latents.shape[1] != form.latent_channels:
         raise FinetuneError(
-            f"The MODEL takes latents of {channels} channels, the VAE makes {tuple(latents.shape[1:])}. "
+            f"The MODEL takes latents of {form.latent_channels} channels, the VAE makes {tuple(latents.shape[1:])}. "
             "Connect the VAE that belongs to the checkpoint."
         )
     return model.model.process_latent_in(latents).float()

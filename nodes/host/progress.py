@@ -2,41 +2,108 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import comfy.utils
-from comfy.model_management import throw_exception_if_processing_interrupted
+from comfy.model_management import InterruptProcessingException, throw_exception_if_processing_interrupted
+from PIL import Image
 
 from ...hdb_core.finetuning import FinetuneProgress
-from ..plot import loss_plot
+from ..plot import beside, loss_plot
+from .kept import kept, of_model
+from .pictures import SamplePictures
 
+log = logging.getLogger("hyperdreambooth")
 PREVIEW_SECONDS = 1.0  # between two previews: drawing and sending must not slow the training
+# The front end takes texts as HTML, and makes links of [[…|…]], for which it puts __LNK0__ and so on meanwhile.
+_AS_TEXT = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "[[": "[&#91;", "__LNK": "_&#95;LNK"}
 
 
 def send_text(text: str, node_id: str | None) -> None:
-    """Show a line of text on a running node; nothing happens without a server."""
+    """Show a text on a running node, to the client alone that queued it; nothing happens without one.
+
+    The host would send it to all clients, and each shows it on its own node of the same number. Names and prompts in it
+    may be a stranger's: they are shown letter by letter, whatever the browser would make of them.
+    """
     if node_id is None:
         return
     from server import PromptServer  # starts much of the web server when it is imported
 
-    if (server := getattr(PromptServer, "instance", None)) is not None:
-        server.send_progress_text(text, node_id)
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and server.client_id is not None:
+        server.send_progress_text(_as_text(text), node_id, server.client_id)
+
+
+def _as_text(text: str) -> str:
+    for letters, written in _AS_TEXT.items():
+        text = text.replace(letters, written)
+    return text.encode("utf-8", "replace").decode()
+
+
+def progress_text(progress: FinetuneProgress) -> str:
+    """A line such as "step 20 of at most 112, loss 0.1234, likeness 21 % of 40 %, at most 40 s left"."""
+    most = "at most " if progress.enough is not None and progress.step < progress.total else ""
+    parts = [f"step {progress.step} of {most}{progress.total}", f"loss {progress.loss:.4f}"]
+    if progress.enough is not None and progress.gained is not None:
+        parts.append(f"likeness {100 * progress.gained:.0f} % of {100 * progress.enough:.0f} %")
+    return ", ".join([*parts, f"{most}{progress.remaining_seconds:.0f} s left"])
 
 
 class FinetuneDisplay:
-    """Callback of a fine-tune. Raises the host's InterruptProcessingException when the user cancels."""
+    """Callback of a fine-tune within `shown`. Raises the host's InterruptProcessingException when the user cancels.
 
-    def __init__(self, node_id: str | None) -> None:
+    Args:
+        node_id: where it is shown.
+        model: the host's class of the base model.
+        notes: lines that stay below the progress.
+    """
+
+    def __init__(self, node_id: str | None, model: str, notes: Sequence[str] = ()) -> None:
         self.bar = comfy.utils.ProgressBar(1, node_id=node_id)  # the first step brings the total
-        self.node_id = node_id
+        self.node_id, self.model, self.notes = node_id, model, notes
         self.losses: list[float] = []
         self.drawn = -PREVIEW_SECONDS
+        self.last: FinetuneProgress | None = None
+        self.pictures: SamplePictures | None = None
+        self.picture: Image.Image | None = None
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """While a training runs. However it ends, the text says so; if the user cancels, the person so far is saved."""
+        self.say("getting ready")
+        try:
+            yield
+        except InterruptProcessingException:
+            send_text(self._cancelled(), self.node_id)
+            raise
+        except BaseException:
+            send_text("stopped by an error" + (f" after {self.last.step} steps" if self.last else ""), self.node_id)
+            raise
+        finally:
+            self.last = self.pictures = None  # they know the person and the model
+
+    def _cancelled(self) -> str:
+        if self.last is None or self.last.person is None:
+            return "cancelled before the first step"
+        lidb = of_model(self.last.person(), self.model)
+        said = f"cancelled after step {self.last.step}; the person {kept(lidb, 'unfinished')}"
+        log.info("Fast Finetune: %s", said)
+        return said
 
     def __call__(self, progress: FinetuneProgress) -> None:
+        self.last = progress
         throw_exception_if_processing_interrupted()
         self.losses.append(progress.loss)
-        preview = None
-        if progress.seconds - self.drawn >= PREVIEW_SECONDS or progress.step == progress.total:
+        preview, picture = None, None if self.pictures is None else self.pictures.after(progress)
+        self.picture = picture or self.picture
+        if picture or progress.seconds - self.drawn >= PREVIEW_SECONDS or progress.step == progress.total:
             self.drawn = progress.seconds
-            preview = ("PNG", loss_plot(self.losses, progress.total), None)
-            left = f"{progress.remaining_seconds:.0f} s left"
-            send_text(f"step {progress.step} of {progress.total}, loss {progress.loss:.4f}, {left}", self.node_id)
+            preview = ("PNG", beside(loss_plot(self.losses, progress.total), self.picture), None)
+            self.say(progress_text(progress))
         self.bar.update_absolute(progress.step, progress.total, preview)
+
+    def say(self, text: str) -> None:
+        """Show a text with the notes below it."""
+        send_text("\n".join([text, *self.notes]), self.node_id)

@@ -76,6 +76,9 @@ class ToyDenoiser:
             x = x + layer(x, x)
         return x
 
+    def summaries(self, prompts):
+        return self.encode_prompts(prompts)[:, -1]
+
     def sigmas(self):
         return torch.linspace(-3.5, 2.7, 200).exp()
 
@@ -93,6 +96,9 @@ class ToyDenoiser:
 
     def loss_weight(self, sigma):
         return sigma**-2
+
+    def noise_ratio(self, sigma):
+        return sigma
 
 
 @pytest.fixture

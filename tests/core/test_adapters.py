@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from hdb_core.adapters import Adapters, attach, low_rank_output
+from hdb_core.adapters import Adapters, attach, low_rank_output, only_samples
 from hdb_core.basis import BasisRecipe, layer_basis
 from hdb_core.errors import LayoutError
 from hdb_core.lidb import delta_weight, expand
@@ -189,3 +189,23 @@ def test_layers_of_one_shape_share_two_products(toy, recipe):
 def test_the_memory_of_the_bases_is_said(toy, recipe):
     sizes = [12 * layer.in_features + 8 * layer.out_features for layer in toy.layout.layers]
     assert Adapters(recipe, toy.layout).num_bytes == 4 * sum(sizes)
+
+
+def test_some_samples_of_a_batch_alone(toy, recipe):
+    """Of many people, each sample by itself is what it is among the others."""
+    generator = torch.Generator().manual_seed(0)
+    people = {
+        layer.name: (
+            torch.randn(3, layer.out_features, 1, generator=generator),
+            torch.randn(3, 1, layer.in_features, generator=generator),
+        )
+        for layer in toy.layout.layers
+    }
+    prompts = ["a [v] face", "a face", "a [v] face, smiling"]
+    with attach(toy.modules, people):
+        together = toy.encode_prompts(prompts)
+        with only_samples([2, 0]):
+            some = toy.encode_prompts([prompts[2], prompts[0]])
+        again = toy.encode_prompts(prompts)
+    torch.testing.assert_close(some, together[[2, 0]])
+    assert torch.equal(again, together) and not torch.allclose(some[:1], together[:1])

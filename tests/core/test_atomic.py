@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hdb_core.files.atomic import creating, replacing, write_text
+from hdb_core.files.atomic import OLD, creating, replacing, sweep, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITE = {"replacing": replacing, "creating": creating}
@@ -50,6 +50,25 @@ def test_a_new_file_never_replaces_another(tmp_path, monkeypatch, links):
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("write", WRITE)
+def test_a_full_disk_is_said_of_the_file_itself(tmp_path, write):
+    path = tmp_path / "file.txt"
+    with pytest.raises(OSError, match=r"No space left on device: '.*file\.txt'$"), WRITE[write](path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_was_taken_in_vain_is_given_back(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)  # no hard links
+    monkeypatch.setattr(os, "replace", refused)  # and a scanner that holds the file
+    with pytest.raises(PermissionError), creating(tmp_path / "file.txt") as temporary:
+        temporary.write_text("text")
+    assert not list(tmp_path.iterdir())
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -72,3 +91,16 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
             time.sleep(delay)
             writer.send_signal(signal.SIGKILL)
         assert path.read_text() in ("old", "x" * 1_000_000)
+    assert len(list(tmp_path.iterdir())) > 1  # what was being written
+    sweep(tmp_path, tmp_path / "missing")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_kill_left_yesterday_goes(tmp_path):
+    old, new = (tmp_path / f".hdb-{name}.partial" for name in ("old", "new"))
+    for path in (old, new):
+        path.touch()
+    yesterday = time.time() - 100_000
+    os.utime(old, (yesterday, yesterday))
+    sweep(tmp_path, older_than=OLD)
+    assert not old.exists() and new.exists()  # somebody may be writing to this one

@@ -2,15 +2,16 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 from hdb_core.adapters import Adapters, attach
 from hdb_core.basis import BasisRecipe
-from hdb_core.diffusion import NoiseLevels, diffusion_loss
+from hdb_core.diffusion import LossScale, NoiseLevels, diffusion_loss, weighted_errors
 from hdb_core.errors import FinetuneError, LayoutError
-from hdb_core.finetuning import FinetuneConfig, FinetuneDiverged, finetune
+from hdb_core.finetuning import FinetuneConfig, FinetuneDiverged, MemoryPlan, finetune, sample
 from hdb_core.finetuning.batches import BatchSampler, latent_mask
 from hdb_core.finetuning.factors import TrainableFactors, start_factors
 from hdb_core.layout import Layout
@@ -81,6 +82,76 @@ def test_low_precision_activations_train_float32_factors(toy_of_dtype, latents, 
     result = finetune(toy_of_dtype(dtype), latents, replace(config, steps=40))
     assert result.lidb.up.dtype == torch.float32
     assert sum(result.losses[-10:]) < 0.9 * sum(result.losses[:10])
+
+
+def test_an_overflow_halves_the_loss_scale_and_loses_no_step(toy_of_dtype, latents, config):
+    """A model that multiplies its gradient by 256 on the way, which float16 bears only at a low scale."""
+
+    class Steep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * 256
+
+    toy = toy_of_dtype(torch.float16)
+    expected = finetune(toy, latents, replace(config, steps=3))
+    toy.net["project_out"].register_forward_pre_hook(lambda _, given: (Steep.apply(given[0]),))
+    result = finetune(toy, latents, replace(config, steps=3))
+    # Adam's steps do not depend on the gradients' size.
+    close(torch.tensor(result.losses), torch.tensor(expected.losses), rtol=2e-2, atol=1e-2)
+    scale, up = LossScale(2.0**14), torch.zeros(3, requires_grad=True)
+    found = scale.backward(lambda: [(up.half() * 8).sum().float() * 100], [up])
+    assert found == (0.0, pytest.approx(800 * 3**0.5), []) and 1 < scale.value <= 2**7
+    assert not math.isfinite(scale.backward(lambda: [up.sum() * math.inf], [up]).loss)
+
+
+def limited(toy, samples):
+    """The toy on a device whose memory ends behind so many samples, or so many blocks of one that keep their insides."""
+    denoise = toy.denoise
+
+    def out_of_memory(noisy, sigma, conditioning):
+        toy.tried.append(len(noisy))
+        recomputed = any("forward" in block.__dict__ for block in toy.net["blocks"])
+        if len(noisy) > samples * (4 if recomputed else 1):
+            held.append(torch.zeros(1))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return denoise(noisy, sigma, conditioning)
+
+    held, toy.tried, toy.denoise = [], [], out_of_memory
+    return toy
+
+
+def test_out_of_memory_takes_fewer_samples_at_once(toy, latents, config):
+    config = replace(config, batch_size=5, steps=2)
+    whole = finetune(toy, latents, config)
+    parts = finetune(limited(toy, 2), latents, config)
+    assert toy.tried == [5, 3, 2, 2, 1, 2, 2, 1]
+    close(core(parts.lidb), core(whole.lidb), atol=1e-4, rtol=1e-3)
+
+
+def test_out_of_memory_with_one_sample_computes_blocks_twice(toy, latents, config):
+    blocks, config = list(toy.net["blocks"]), replace(config, batch_size=2, steps=2)
+    whole = finetune(toy, latents, config)
+    parts = finetune(limited(toy, 0.5), latents, config, memory=MemoryPlan(blocks=blocks))
+    assert toy.tried == [2, 1, 1, 1, 1, 1]
+    close(core(parts.lidb), core(whole.lidb), atol=1e-4, rtol=1e-3)
+    assert not any("forward" in block.__dict__ for block in blocks)
+    toy.tried.clear()
+    finetune(toy, latents, config, memory=MemoryPlan(recompute=True, blocks=blocks))
+    assert toy.tried == [2, 2]
+
+
+def test_what_does_not_fit_at_all_is_said(toy, latents, config):
+    blocks = list(toy.net["blocks"])
+    plan = MemoryPlan(blocks=blocks, what_fits="384 pixels would fit.")
+    with pytest.raises(FinetuneError, match=r"Out of memory.*384 pixels would fit\.$") as error:
+        finetune(limited(toy, 0), latents, config, memory=plan)
+    assert error.value.__context__ is None and toy.tried == [3, 2, 1, 1]
+    assert not any("forward" in block.__dict__ for block in blocks)
+    assert not any(module._forward_hooks for module in toy.modules.values())
 
 
 def test_every_up_factor_has_a_gradient_at_the_first_step(toy, latents, config):
@@ -200,6 +271,13 @@ def test_one_line_of_words_is_for_all_photos(config, count):
     assert config.captions(count) == ["a [v] face"] * count
 
 
+def test_as_many_lines_as_photos_are_one_each_blank_ones_too(config):
+    red = "a [v] face, in a red shirt"
+    assert replace(config, photo_words="in a red shirt\n\n").captions(3) == [red, "a [v] face", "a [v] face"]
+    assert replace(config, photo_words="in a red shirt\n").captions(2) == [red, "a [v] face"]
+    assert replace(config, photo_words="in a red shirt\n\n\n").captions(3) == [red, "a [v] face", "a [v] face"]
+
+
 def test_a_photo_without_words_has_an_empty_line(config):
     words = replace(config, photo_words="\nsmiling\n\nat the beach\n\n")
     assert words.captions(4) == ["a [v] face", "a [v] face, smiling", "a [v] face", "a [v] face, at the beach"]
@@ -234,7 +312,7 @@ def test_a_step_in_parts_is_the_whole_step(toy, latents, config, text):
     config = replace(config, steps=5, prior_weight=0.5, train_text_encoder=text)
     whole = finetune(toy, latents, config, prior_latents=prior)
     toy.encoded.clear()
-    parts = finetune(toy, latents, config, prior_latents=prior, samples_at_once=4)
+    parts = finetune(toy, latents, config, prior_latents=prior, memory=MemoryPlan(4))
     assert list(map(len, toy.encoded)) == [4, 2] * (5 if text else 1)
     close(torch.tensor(parts.losses), torch.tensor(whole.losses))
     close(core(parts.lidb), core(whole.lidb), atol=1e-4, rtol=1e-3)
@@ -256,6 +334,24 @@ def test_only_the_masked_region_counts(toy, latents, config):
     close(diffusion_loss(toy, batch._replace(latents=outside), conditioning), loss)
     expected = (batch.latents[:, :, :3].square().mean((1, 2, 3)) / batch.sigma**2).mean()
     close(loss, expected)
+
+
+def test_v_weighting_of_a_flow_model(toy, latents, config):
+    """Noisy latents (1 − σ) · latents + σ · noise hold σ/(1 − σ) parts of noise, whose error counts 1/σ²."""
+    toy.noise_ratio = lambda sigma: sigma / (1 - sigma)
+    batch = BatchSampler(torch.linspace(0.1, 0.9, 9), latents, config).draw(0)
+    s = batch.sigma
+    close(NoiseLevels().weighted(toy, batch).weight, batch.weight * ((1 - s) ** 2 + s**2))
+
+
+def test_one_frame_of_a_video_model_counts_as_a_picture(toy, latents, config):
+    mask = torch.zeros(48, 48)
+    mask[:, :24] = 1
+    picture = BatchSampler(toy.sigmas(), latents, config, mask).draw(0)
+    frame = BatchSampler(toy.sigmas(), latents[:, :, None], config, mask).draw(0)
+    assert frame.latents.shape == (len(frame.sigma), *latents.shape[1:2], 1, *latents.shape[2:])
+    error = torch.rand(picture.latents.shape, generator=torch.Generator().manual_seed(0))
+    close(weighted_errors(error[:, :, None], frame), weighted_errors(error, picture))
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (1, 48, 48), (2, 48, 48), (2, 1, 12, 12)])
@@ -288,6 +384,34 @@ def test_an_interruption_passes_through_and_leaves_the_model_as_it_was(toy, late
         finetune(toy, latents, config, callback=interrupt)
     assert all(torch.equal(tensor, before[name]) for name, tensor in toy.net.state_dict().items())
     assert not any(module._forward_hooks for module in toy.modules.values())
+
+
+def test_the_person_so_far_is_the_one_that_training_went_through(toy, latents, config):
+    """Of rank, steps and numbers of a training that ends there; one that goes on is not disturbed by looking."""
+    seen = []
+    result = finetune(toy, latents, config, callback=lambda progress: seen.append(progress.person()))
+    shorter = finetune(toy, latents, replace(config, steps=2)).lidb
+    assert torch.equal(seen[1].up, shorter.up) and torch.equal(seen[1].down, shorter.down)
+    assert [lidb.about.steps for lidb in seen] == [1, 2, 3] and seen[1].about == shorter.about
+    assert torch.equal(result.lidb.up, finetune(toy, latents, config).lidb.up)
+
+
+def test_a_sample_picture_shows_the_person_as_they_are(toy, latents, config):
+    """It starts from the noise that it is given, follows the person, and does not disturb the training."""
+    noise, pictures = torch.randn(1, *latents.shape[1:], generator=torch.Generator().manual_seed(8)), []
+    config = replace(config, learning_rate=0.1)
+
+    def look(progress):
+        pictures.append(sample(toy, progress.attached(), config.prompt, noise))
+
+    base = sample(toy, toy.encode_prompts, config.prompt, noise)
+    result = finetune(toy, latents, config, callback=look)
+    assert torch.equal(result.lidb.up, finetune(toy, latents, config).lidb.up)
+    assert all(picture.shape == noise.shape and bool(picture.isfinite().all()) for picture in pictures)
+    steps = [(after - before).norm() for before, after in pairwise([base, *pictures])]
+    assert min(steps) > 0
+    with attach(toy.modules, expand(result.lidb)), torch.no_grad():
+        torch.testing.assert_close(sample(toy, toy.encode_prompts, config.prompt, noise), pictures[-1])
 
 
 def test_nan_stops_and_keeps_the_last_good_person(toy, latents, config):
@@ -346,11 +470,17 @@ def test_a_person_who_goes_on_keeps_the_name_and_counts_all_steps(toy, latents, 
 
 @pytest.mark.parametrize(("photos", "source"), [(1, FROM_PHOTO), (3, FROM_PHOTOS), (1, FROM_PREDICTION)])
 def test_automatic_steps_are_the_recommended_ones(toy, latents, make_lidb, config, photos, source):
+    """Those of what the person is made from: until enough is learned, and no more than its most."""
     start = make_lidb(0, 1)
-    init = replace(start, up=start.up * 0.1, about=About(source)) if source == FROM_PREDICTION else None
-    lidb = finetune(toy, latents.repeat(photos, 1, 1, 1), replace(config, steps=0, learning_rate=1e-3), init=init).lidb
-    assert lidb.about.steps == RECOMMENDED[source].steps
-    assert lidb.about.strengths == RECOMMENDED[source].strengths
+    init = replace(start, up=start.up * 0.01, about=About(source)) if source == FROM_PREDICTION else None
+    config = replace(config, steps=0, batch_size=4, train_text_encoder=False)
+    photos = latents.repeat(photos, 1, 1, 1)
+    learns = finetune(toy, photos, config, init=init)
+    slowly = finetune(toy, photos, replace(config, learning_rate=1e-7), init=init)
+    advised = RECOMMENDED[source]
+    assert learns.learned.gained >= advised.enough > slowly.learned.gained
+    assert learns.lidb.about.steps < slowly.lidb.about.steps == advised.most_steps
+    assert learns.lidb.about.strengths == advised.strengths
 
 
 @pytest.mark.parametrize(
@@ -418,7 +548,8 @@ def test_a_rank_above_the_persons_basis_or_another_model_is_refused_early(toy, l
     with pytest.raises(FinetuneError, match=f"at most {config.basis.max_rank}.* got {rank}"):
         finetune(toy, latents, replace(config, rank=rank, basis=BasisRecipe()), init=make_lidb(0, 3))
     init = make_lidb(0, 1)
-    stranger = LiDB(Layout("sdxl", init.layout.layers), init.basis, init.down, init.up)
+    wider = tuple(replace(layer, in_features=layer.in_features + 1) for layer in init.layout.layers)
+    stranger = LiDB(Layout("sdxl", wider), init.basis, init.down, init.up)
     with pytest.raises(LayoutError, match="SDXL"):
         finetune(toy, latents, config, init=stranger)
     assert toy.encoded == []

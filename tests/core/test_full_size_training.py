@@ -16,6 +16,7 @@ from hdb_core.adapters import Adapters
 from hdb_core.basis import BasisRecipe
 from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig
 from hdb_core.train.base.denoiser import DiffusersDenoiser
+from hdb_core.train.base.single_file import TextEncoder
 from hdb_core.train.data.faces import PhotoPixels
 from hdb_core.train.data.latents import EncodedPhotos
 from hdb_core.train.data.people import EncodedPerson
@@ -56,7 +57,7 @@ def denoiser():
     unet = with_random_weights(lambda: UNet2DConditionModel(cross_attention_dim=768))
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     text = with_random_weights(lambda: CLIPTextModel(CLIP_L))
-    return DiffusersDenoiser(unet, text, tokenizer, schedule.alphas_cumprod, "epsilon")
+    return DiffusersDenoiser(unet, [TextEncoder(text, tokenizer)], schedule.alphas_cumprod, "epsilon")
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def people(tmp_path):
 
 
 def sums(denoiser):
-    roots = (denoiser.unet, denoiser.text_encoder)
+    roots = (denoiser.unet, denoiser.texts[0].model)
     return [int(weight.view(torch.int16).sum()) for root in roots for weight in root.parameters()]
 
 

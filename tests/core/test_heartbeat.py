@@ -79,7 +79,9 @@ def start():
     ],
 )
 def test_a_dead_process_ends_the_other(start, how, victim, other):
-    processes = start(other, other)
+    does = [other, other]
+    does[victim] = "works"  # never reaches the barrier at which the other one waits
+    processes = start(*does)
     processes[victim].send_signal(getattr(signal, how))
     since = time.monotonic()
     _, said = processes[1 - victim].communicate(timeout=30)

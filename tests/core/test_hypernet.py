@@ -72,24 +72,28 @@ def test_encoder_has_a_token_for_each_place_or_a_summary(stem, tokens):
         assert net(preprocess(photos(2), encoder)).shape == (2, count, 24)
 
 
+@pytest.mark.parametrize("predict_down", [False, True])
 @pytest.mark.parametrize("rank", [1, 3])
-def test_every_predicted_factor_has_a_gradient_at_step_0(toy, recipe, rank):
+def test_every_predicted_factor_has_a_gradient_at_step_0(toy, recipe, rank, predict_down):
     """Through the frozen model, with another person for every sample."""
-    config = HyperNetConfig(toy.layout, recipe, ENCODER, 32, 2, 2, rank=rank, code=5)
+    config = HyperNetConfig(toy.layout, recipe, ENCODER, 32, 2, 2, rank=rank, code=5, predict_down=predict_down)
     net = HyperNet.create(config)
     generator = torch.Generator().manual_seed(0)
     known = torch.randn(4, 5, generator=generator)
     down, up = net(net.encode(preprocess(photos(4), ENCODER)), code=known)
     assert down.shape == (4, len(toy.layout.layers), rank, recipe.down_dim)
     assert up.shape == (4, len(toy.layout.layers), recipe.up_dim, rank)
-    up.retain_grad()
+    factors = (up, down) if predict_down else (up,)
+    for factor in factors:
+        factor.retain_grad()
     latents, noise = torch.randn(2, 4, 4, 6, 6, generator=generator)
     sigma = toy.sigmas()[torch.tensor([40, 90, 130, 180])]
     batch = Batch(latents, noise, sigma, torch.ones(4, 1, 6, 6), torch.full((4,), 0.25))
     with attach(toy.modules, Adapters(recipe, toy.layout).expand(down, up)):
         text = toy.encode_prompts(["a [v] face"] * 4)
         diffusion_loss(toy, batch, text).backward()
-    assert (up.grad.flatten(2).norm(dim=-1) > 0).all()
+    for factor in factors:
+        assert (factor.grad.flatten(2).norm(dim=-1) > 0).all()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
 
@@ -138,8 +142,9 @@ def test_preprocessing_takes_the_central_square():
     wide[:, :, 18:82] = image
     # The filter of the outermost columns reaches two pixels of the result beyond the square.
     torch.testing.assert_close(preprocess(wide, ENCODER)[..., 2:-2], preprocess(image, ENCODER)[..., 2:-2])
-    with_alpha = torch.cat([image, torch.zeros(1, 64, 64, 1)], -1)
-    torch.testing.assert_close(preprocess(with_alpha, ENCODER), preprocess(image, ENCODER))
+    for alpha, seen in ((1.0, image), (0.0, torch.ones_like(image))):  # what is transparent lies on white
+        with_alpha = torch.cat([image, torch.full((1, 64, 64, 1), alpha)], -1)
+        torch.testing.assert_close(preprocess(with_alpha, ENCODER), preprocess(seen, ENCODER))
     assert preprocess(image, ENCODER).shape == (1, 3, 32, 32)
 
 
@@ -260,7 +265,7 @@ def test_a_face_code_reaches_the_factors_in_a_straight_line(net, tmp_path):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(3, 4, net.config.encoder.token_width, generator=generator)
     before, size = net(tokens)[1], net.code_mean.shape[0]
-    net.set_code(*(torch.randn(shape, generator=generator) for shape in (size, (size, 5), (9, size))))
+    net.set_code(*(torch.randn(shape, generator=generator) for shape in (size, (size, 5))))
     torch.testing.assert_close(net(tokens)[1], before)
     with torch.no_grad():
         net.readout.zero_()
@@ -274,15 +279,25 @@ def test_a_face_code_reaches_the_factors_in_a_straight_line(net, tmp_path):
     torch.testing.assert_close(hypernet_file.load(tmp_path / "coded.safetensors")(tokens)[1], straight[2])
 
 
-def test_a_file_keeps_the_statistics_of_the_face_codes(net, tmp_path):
-    size, generator = net.code_mean.shape[0], torch.Generator().manual_seed(0)
-    mean, to_code, summed = (torch.randn(shape, generator=generator) for shape in (size, (size, 5), (50, size)))
-    net.set_code(mean, to_code, summed)
-    codes = (summed - mean) @ to_code
+def test_a_file_knows_photos_that_are_unlike_those_of_the_training(net, tmp_path):
+    pixels = (
+        torch.randn(400, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        * torch.linspace(0.5, 1, 400)[:, None, None, None]
+    )
+    assert net.unlike(pixels) is None
+    net.set_seen(net.look(pixels[:100]))
+    assert net.unlike(pixels) is None  # too few to know
+    net.set_seen(net.look(pixels[:360]))
     hypernet_file.save(net, tmp_path / "net.safetensors", {}, torch.float32)
     loaded = hypernet_file.load(tmp_path / "net.safetensors")
-    torch.testing.assert_close(loaded.code_center, codes.mean(0))
-    torch.testing.assert_close(loaded.code_spread, codes.std(0, correction=0))
+    assert (loaded.unlike(pixels[360:]) > 1).sum() < 10
+    assert (loaded.unlike(pixels[360:].clone().mul(0.2).add(1)) > 1).all()
+    torch.testing.assert_close(loaded.unlike(pixels[:5]), net.unlike(pixels[:5]))
+
+
+def test_photos_that_are_cut_in_an_unknown_way_are_refused(config):
+    with pytest.raises(HyperNetError, match="cut by centre or face, got 'oval'"):
+        replace(config.encoder, cut="oval")
 
 
 def test_the_code_of_several_photos_is_their_mean(net):
@@ -296,6 +311,12 @@ def test_the_code_of_several_photos_is_their_mean(net):
 def test_sizes_that_make_no_sense(config, sizes):
     with pytest.raises(HyperNetError, match="at least 1"):
         replace(config, **sizes)
+
+
+def test_a_million_places_are_not_compared_with_each_other():
+    """A file of 1 MB could ask for that; it would take hours to predict."""
+    with pytest.raises(HyperNetError, match="at most 65,536 places, got 1024 pixels"):
+        replace(ENCODER, image_size=1024, patch_size=1, stem=())
 
 
 def test_the_encoder_is_the_vit_of_transformers():

@@ -165,3 +165,40 @@ def test_a_model_with_more_layers_is_accepted_and_another_is_refused_in_words():
         require_layers(Layout("sd1", (a, b)), Layout("sdxl", (a,)))
     with pytest.raises(LayoutError, match="1 of its 1 layers"):
         require_layers(Layout("sd1", (a,)), Layout("sd1", (Layer("unet.a", 5, 6),)))
+
+
+def host_layout(family, *names):
+    return Layout(family, tuple(Layer(f"diffusion_model.{name}", 64, 192) for name in names))
+
+
+def test_another_family_has_the_paths_of_the_host():
+    layout = host_layout("ZImage", "layers.0.attention.qkv", "layers.0.conv1")
+    assert layout.describe() == "ZImage, 2 layers"
+    assert not layout.has_convolutions and layout.without_convolutions() == layout
+    assert not any(layer.is_text for layer in layout.layers)
+    name = layout.layers[0].name
+    assert host_keys(layout)[name] == "diffusion_model.layers.0.attention.qkv.weight"
+
+
+def test_layers_decide_and_not_the_class():
+    one, other = host_layout("Flux", "a.0.b", "a.1.b"), host_layout("FluxSchnell", "a.0.b", "a.1.b")
+    assert one == other and one.hash == other.hash
+    require_layers(one, other)
+    with pytest.raises(LayoutError, match=r"Flux, 2 layers\) than .* \(Chroma, 1 layers\): 1 of its 2"):
+        require_layers(one, host_layout("Chroma", "a.0.b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "down 1"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "mid"),
+        ("unet.up_blocks.3.resnets.2.conv_shortcut", "up 3"),
+        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "text encoder"),
+        ("text_encoder_2.text_model.encoder.layers.31.self_attn.out_proj", "text encoder 2"),
+        ("diffusion_model.double_blocks.18.img_attn.qkv", "double_blocks"),
+        ("diffusion_model.layers.0.attention.qkv", "layers"),
+    ],
+)
+def test_the_block_of_a_layer(name, block):
+    assert Layer(name, 8, 8).block == block

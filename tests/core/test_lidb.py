@@ -11,13 +11,16 @@ from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import (
     About,
     LiDB,
+    aligned,
     blend,
     core,
     cosine,
+    cosines,
     delta_weight,
     expand,
     extend,
     inner,
+    is_finite,
     norm,
     start_down,
     truncate,
@@ -166,7 +169,8 @@ def test_shapes_that_do_not_fit_are_refused(toy, shapes):
 def test_strangers_are_refused(make_lidb):
     lidb = make_lidb(0, 1)
     other_basis = LiDB(lidb.layout, BasisRecipe(9, lidb.basis.down_dim, lidb.basis.up_dim), lidb.down, lidb.up)
-    other_model = LiDB(Layout("sdxl", lidb.layout.layers), lidb.basis, lidb.down, lidb.up)
+    fewer = Layout(lidb.layout.family, lidb.layout.layers[1:])
+    other_model = LiDB(fewer, lidb.basis, lidb.down[1:], lidb.up[1:])
     with pytest.raises(LiDBError, match="different bases"):
         cosine(lidb, other_basis)
     with pytest.raises(LiDBError, match="different models"):
@@ -193,3 +197,63 @@ def test_a_blend_is_applied_as_its_persons_are(make_lidb, share, larger):
     assert both.about.strengths == pytest.approx((0.2 + 0.8 * share, 0.4 + 0.4 * share, 4 - 2 * share))
     made_from = FROM_PHOTO if larger == "first" else FROM_PREDICTION
     assert (both.about.made_from, both.about.token, both.about.name) == (made_from, larger, "")
+
+
+def test_cosines_of_blocks_are_those_of_the_full_matrices(make_lidb):
+    a, b = make_lidb(0, 2), make_lidb(1, 3)
+    text = torch.tensor([layer.is_text for layer in b.layout.layers])
+    found = cosines(a, b)
+    assert list(found) == sorted({layer.block for layer in a.layout.layers})
+    for name, value in found.items():
+        own = [i for i, layer in enumerate(a.layout.layers) if layer.block == name]
+        one, other = (torch.cat([delta_weight(lidb, i).flatten() for i in own]) for lidb in (a, b))
+        assert value == pytest.approx(float(torch.nn.functional.cosine_similarity(one, other, dim=0)), abs=1e-4)
+    assert cosines(a, a) == pytest.approx(dict.fromkeys(found, 1.0))
+    untrained = replace(b, up=b.up * ~text[:, None, None])
+    assert "text encoder" in found and "text encoder" not in cosines(a, untrained)
+
+
+@pytest.mark.parametrize("shares", [(1 / 2, 1 / 3), (0.3, 0.9, 0.25), (0.5, 1 / 3, 1 / 4)])
+def test_a_chain_of_blends_is_the_weighted_sum_of_all(make_lidb, shares):
+    """So a blend of more than two needs no node of its own: the n-th person of equal ones has the share 1/n."""
+    people = [make_lidb(seed, 1) for seed in range(len(shares) + 1)]
+    people = [
+        replace(p, about=replace(p.about, strengths=Strengths(0.1 * i, 0.2, 1 + i))) for i, p in enumerate(people)
+    ]
+    weights, chained = [1.0], people[0]
+    for share, person in zip(shares, people[1:], strict=True):
+        weights = [(1 - share) * weight for weight in weights] + [share]
+        chained = blend(chained, person, share)
+    close(core(chained), sum(w * core(p) for w, p in zip(weights, people, strict=True)), **EXACT)
+    assert chained.about.strengths.guidance == pytest.approx(sum(w * (1 + i) for i, w in enumerate(weights)))
+    if shares == (1 / 2, 1 / 3):
+        assert weights == pytest.approx([1 / 3] * 3)
+
+
+def test_persons_with_and_without_convolutions_are_compared(make_lidb):
+    small = make_lidb(0)
+    layout = Layout("sd1", (*small.layout.layers, Layer("unet.down_blocks.0.resnets.0.conv1", 288, 32)))
+    wide = extend(small, layout)
+    for pair in ((small, wide), (wide, small)):
+        one, other = aligned(pair)
+        assert one.layout == other.layout == layout
+        assert float(cosine(one, other)) == pytest.approx(1)
+    with pytest.raises(LiDBError, match="different models"):
+        aligned(
+            [
+                small,
+                replace(small, layout=Layout("sd1", small.layout.layers[:-1]), down=small.down[:-1], up=small.up[:-1]),
+            ]
+        )
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e10, 1e17])
+def test_weak_and_strong_people_are_compared_as_others_are(make_lidb, scale):
+    one = make_lidb(0)
+    other = replace(one, down=one.down * scale, up=-one.up * scale)
+    assert is_finite(other)
+    for pair in ((one, other), (other, other)):
+        sign = 1 if pair[0] is other else -1
+        assert float(cosine(*pair)) == pytest.approx(sign, abs=1e-3)
+        assert set(cosines(*pair)) == set(cosines(one, one))
+        assert list(cosines(*pair).values()) == pytest.approx([sign] * len(cosines(one, one)), abs=1e-3)

@@ -61,14 +61,17 @@ def path(tmp_path, make_lidb):
     return tmp_path / "person.safetensors"
 
 
+@pytest.mark.parametrize("size", [1e-15, 1e-10, 1.0, 1e10])
 @pytest.mark.parametrize(("bits", "error"), [(COMPACT, 5e-2), (HALF, 1e-3), (FULL, 1e-6)])
-def test_round_trip(tmp_path, make_lidb, bits, error):
+def test_round_trip(tmp_path, make_lidb, bits, error, size):
     lidb = make_lidb(0, 3)
+    lidb = replace(lidb, down=lidb.down * size, up=lidb.up * size)
     save(lidb, tmp_path / "p.safetensors", bits=bits)
     loaded = load(tmp_path / "p.safetensors")
     assert loaded.layout == lidb.layout and loaded.basis == lidb.basis and loaded.about == lidb.about
     assert loaded.down.dtype == loaded.up.dtype == torch.float32
-    assert (core(loaded) - core(lidb)).norm() <= error * norm(lidb)
+    cores = [one.up.double() @ one.down.double() for one in (loaded, lidb)]
+    assert (cores[0] - cores[1]).norm() <= error * cores[1].norm()
 
 
 def test_a_loaded_person_saves_to_the_same_numbers(path, tmp_path):
@@ -121,9 +124,14 @@ def test_a_person_that_changes_nothing_has_a_file(tmp_path, make_lidb):
     assert not core(load(path)).any()
 
 
-def test_rank_zero_is_refused(tmp_path, make_lidb):
-    with pytest.raises(LiDBError, match="at least 1"):
-        save(make_lidb(), tmp_path / "p.safetensors", rank=0)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"rank": 0}, "at least 1"), ({"rank": 1.5}, "rank: a whole number"), ({"rank": "2"}, "rank: a whole number"),
+     ({"bits": 8}, "bits: 6, 16 or 32, got 8"), ({"bits": None}, "bits: 6, 16 or 32"), ({"bits": [6]}, "bits: 6, 16 or 32")],
+)  # fmt: skip
+def test_wrong_arguments_are_refused(tmp_path, make_lidb, wrong, message):
+    with pytest.raises(LiDBError, match=message):
+        save(make_lidb(), tmp_path / "p.safetensors", **wrong)
     assert not list(tmp_path.iterdir())
 
 
@@ -260,6 +268,13 @@ def rename_a_layer(fields):
         (about_field("name", 7), "garbles"),
         (about_field("colour", "red"), "garbles"),
         (about_field("strengths", [1, 2]), "garbles"),
+        (about_field("strengths", {"model": 1, "clip": 1, "guidance": 2}), "strengths|Strengths"),
+        (about_field("strengths", [1, 1, 0.5]), r"garbles a field \(strengths\)"),
+        (
+            lambda fields: fields.update(basis_probe=list(map(str, fields["basis_probe"]))),
+            "basis_probe: expected float",
+        ),
+        (set_field("ranks", [1] * 5000), "a list of 5,000 items"),
         (about_field("strengths", [1, 2, float("inf")]), "garbles"),
         (remove_field("checksum"), "do not match its checksum"),
         (remove_field("basis"), "lacks"),
@@ -319,11 +334,26 @@ def test_tensors_with_an_honest_checksum_that_do_not_fit(tmp_path, make_lidb, bi
         load(path)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "p.safetensors")
-    with pytest.raises(LiDBFileError, match="folder or a device"):
-        load(tmp_path / "p.safetensors")
+@pytest.mark.parametrize(
+    ("name", "value"), [("down_scale", -1.0), ("up_scale", 0.0), ("up_scale", float("nan")), ("down", 0)]
+)
+def test_numbers_that_no_writer_gives_are_refused(tmp_path, make_lidb, name, value):
+    """Scales that turn a row round, and the code of -32."""
+    path = tmp_path / "p.safetensors"
+    save(make_lidb(0, 2), path, bits=COMPACT)
+    tensors = safetensors.torch.load(path.read_bytes())
+    tensors[name][0] = value
+    rewrite(path, tensors=tensors)
+    with pytest.raises(LiDBFileError, match=r"scale of no size|out of its range"):
+        load(path)
+
+
+@pytest.mark.parametrize("learned", ["\x1b[2J" + "0" * 60, "0" * 100_000, "\n"])
+def test_texts_of_a_file_are_shown_in_one_line(path, learned):
+    rewrite(path, lambda fields: fields["basis"].update(learned=learned))
+    with pytest.raises(LiDBFileError, match="Expected the hash of a learned basis") as error:
+        load(path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
 
 
 def test_half_a_character_in_a_name_is_refused(path):
@@ -349,8 +379,9 @@ def test_sizes_that_overflow_are_damage(path):
 @pytest.mark.parametrize(
     ("about", "message"),
     [(About(thumbnail="A" * 1_100_000), "header"), (About(strengths=Strengths(101, 1, 1)), "strengths"),
-     (About(photos=-1), "photos"), (About(made_from="clay"), "made_from")],
-    ids=["thumbnail", "strengths", "photos", "made_from"],
+     (About(photos=-1), "photos"), (About(made_from="clay"), "made_from"), (About(strengths=Strengths(1, 1, 0.5)), "strengths"),
+     (About(name="\ud800"), "surrogates"), (About(model=object()), "not JSON")],
+    ids=["thumbnail", "strengths", "photos", "made_from", "guidance", "half a character", "no text"],
 )  # fmt: skip
 def test_what_could_not_be_read_is_not_written(tmp_path, make_lidb, about, message):
     with pytest.raises(LiDBFileError, match=rf"(?s){message}.*nothing was written"):

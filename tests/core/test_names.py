@@ -5,7 +5,7 @@ from datetime import datetime
 import pytest
 
 from hdb_core.errors import LiDBFileError
-from hdb_core.files.names import checked_prefix, portable, with_dates
+from hdb_core.files.names import checked_prefix, made_portable, portable, with_dates
 
 NOW = datetime(2025, 3, 7, 4, 5, 9)
 ADDED = len("_00001_.safetensors")
@@ -62,3 +62,22 @@ def test_what_is_refused(name, reason):
     with pytest.raises(LiDBFileError, match=reason) as caught:
         checked_prefix(name, ADDED)
     assert "lidb/person" in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("anna", "anna"), ("J. R. Zoe\u0308", "J. R. Zo\u00eb"), ("a/b\\c:d", "a_b_c_d"), ("..", "_"), ("", "_"), ("a. .", "a"),
+        ("con", "_con"), ("Nul.x", "_Nul.x"), ("a\0\n\udcffb", "a___b"), ("../../etc", ".._.._etc"), ("x" * 300, "x" * 200),
+        ("ä" * 101 + ".", "ä" * 100), ('Anna / 2: the "cat".', "Anna _ 2_ the _cat_"), ("a\u200bb\ud800", "a_b_"), (" a", "a"),
+    ],
+)  # fmt: skip
+def test_any_text_becomes_a_name(name, made):
+    assert made_portable(name, 200) == made == checked_prefix(made, 0)
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "漢", "🙂"])
+def test_a_long_name_is_cut(letter):
+    name = made_portable(letter * 300, 120)
+    assert 120 - 4 < len(name.encode()) <= 120
+    assert checked_prefix(f"lidb/{name}", ADDED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from hdb_core.errors import HyperNetError
+from hdb_core.train import run as run_module
 from hdb_core.train.__main__ import given, main, parser
 from hdb_core.train.data.people import EncodedPerson
 from hdb_core.train.data.photos import Person, Photo
 from hdb_core.train.describe import markdown, purposes
-from hdb_core.train.loop import logged_step
+from hdb_core.train.loop import _append, logged_step
 from hdb_core.train.run import FIXED, Run
 from hdb_core.train.settings import PATHS, Settings, changed, flat
 from hdb_core.train.split import require_unseen, split, trained_on
@@ -48,6 +50,8 @@ def test_options_and_other_settings():
                            "train.noise": [0.05, 0.95]}  # fmt: skip
     with pytest.raises(SystemExit):
         given(parser().parse_args(["run", "--set", "prompt"]))
+    deep = "[" * 5000
+    assert given(parser().parse_args(["run", "--set", f"prompt={deep}"])) == {"prompt": deep}
 
 
 def test_settings_come_back_from_their_file(tmp_path):
@@ -66,11 +70,46 @@ def test_a_file_with_a_few_settings_is_enough(tmp_path):
     assert Run.open(tmp_path, {"rank": 2}).settings == changed(Settings(), {**NEW, "train.steps": 7, "rank": 2})
 
 
+def test_a_new_run_takes_the_cut_of_its_photos(tmp_path):
+    values = {**NEW, "photos": str(tmp_path / "photos")}
+    said = tmp_path / "photos" / "prepared.json"
+    assert Run.open(tmp_path / "run", values).settings.encoder.cut == "centre"  # photos that no one has prepared
+    said.parent.mkdir()
+    said.write_text('{"cut": "face"}')
+    run = Run.open(tmp_path / "run", values)
+    assert run.settings == changed(Settings(), {**values, "encoder.cut": "face"})
+    assert Run.open(tmp_path / "run", {**values, "encoder.cut": "centre"}).settings.encoder.cut == "centre"
+    run.write_settings()
+    said.write_text('{"cut": "centre"}')
+    assert Run.open(tmp_path / "run", values).settings.encoder.cut == "face"  # a run goes on as it began
+    for text in ("{", "[]", '{"cut": "nose"}', "{}", '{"cut": []}'):
+        said.write_text(text)
+        with pytest.raises(HyperNetError, match=r"prepared.json cannot be read .*or set encoder.cut"):
+            Run.open(tmp_path / "other", values)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"train": {"step": 1}}', '{"rank": "1"}', '{"train": 3}'])
 def test_a_broken_file_of_settings_is_an_error(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(HyperNetError, match=r"config.json cannot be read|no setting|rank: a whole number"):
         Run.open(tmp_path, NEW)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
+@pytest.mark.parametrize("name", ["config.json", "log.csv", "begin"])
+def test_pipes_in_a_run_are_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "hypernet.safetensors").touch()
+    with pytest.raises(HyperNetError, match="folder or a device"):
+        run = Run.open(tmp_path, {**NEW, "begin_with": str(tmp_path / "begin") if name == "begin" else ""})
+        run.stages()
+        run.finished("train")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"], ids=["NUL", "half a character"])
+def test_a_folder_that_cannot_have_its_name(tmp_path, name, capsys):
+    assert main([str(tmp_path / name), "--model", "model.safetensors", "--photos", "photos"]) == 1
+    assert "cannot be written: no file can have this name" in capsys.readouterr().err
 
 
 def test_a_new_run_needs_a_model_and_photos(tmp_path):
@@ -122,11 +161,10 @@ def test_stages_that_apply(tmp_path):
         ({"train.steps": 0}, ["precompute", "pretrain"]),
     ):
         assert Run.open(tmp_path / "run", {**NEW, **values}).stages() == stages
-    with pytest.raises(FileNotFoundError):
-        Run.open(tmp_path / "run", {**NEW, "begin_with": str(tmp_path / "none")}).stages()
     encoder.write_bytes(b"nothing")
-    with pytest.raises(HyperNetError, match="damaged or no safetensors file"):
-        Run.open(tmp_path / "run", {**NEW, "begin_with": str(encoder)}).stages()
+    for name, reason in (("none", "No such file"), (encoder.name, "header too small"), (".", "a folder or a device")):
+        with pytest.raises(HyperNetError, match=rf"begin_with cannot be read: .*{reason}"):
+            Run.open(tmp_path / "run", {**NEW, "begin_with": str(tmp_path / name)}).stages()
 
 
 def test_a_training_is_finished_when_its_log_and_its_file_say_so(tmp_path):
@@ -137,6 +175,29 @@ def test_a_training_is_finished_when_its_log_and_its_file_say_so(tmp_path):
     run.file.touch()
     assert run.finished("train") and not run.finished("pretrain") and not run.finished("precompute")
     assert not Run.open(tmp_path, {**NEW, "train.steps": 30}).finished("train")
+
+
+DAMAGED_LOGS = {
+    "no step": b"loss\n1\n",
+    "a text": b"step,loss\nten,1\n",
+    "a short row": b"loss,step\n1\n",
+    "a long row": b"step,loss\n10,1,2\n",
+    "NUL": b"step,loss\n1\0,1\n",
+    "no text": b"step,loss\n1,\xff\n",
+    "quotes": b'step,loss\n1,"2\n',
+    "a field": b"step,loss\n1," + b"x" * 200_000 + b"\n",
+    "a number": b"step,loss\n" + b"1" * 5000 + b",1\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_LOGS)
+def test_a_damaged_log_is_named(tmp_path, damage):
+    run = Run.open(tmp_path, {**NEW, "train.steps": 20})
+    run.log.write_bytes(DAMAGED_LOGS[damage])
+    run.file.touch()
+    for use in (lambda: run.finished("train"), lambda: _append(run.log, {"step": 30, "loss": 1.0})):
+        with pytest.raises(HyperNetError, match=r"log.csv is damaged .*Delete it"):
+            use()
 
 
 def encoded(names):
@@ -156,6 +217,9 @@ def test_people_are_split_and_recognised():
     for judged, others in ((4, people), (2, encoded("xbcdefg"))):
         with pytest.raises(HyperNetError, match=f"trained on some of the last {judged} of these 7 people"):
             require_unseen(others, judged, {"trained_on": trained_on(trained)})
+    for info in ({}, {"trained_on": ""}, {"trained_on": "many people"}, {"trained_on": "9" * 5000}):
+        with pytest.raises(HyperNetError, match="does not say whom it was trained on"):
+            require_unseen(people, 1, info)
 
 
 HOLDER = """
@@ -179,6 +243,37 @@ def test_a_second_training_in_one_folder_is_refused(tmp_path, capsys):
         other.kill()
     with Run.open(folder, NEW).locked():  # a killed one does not keep it
         pass
+
+
+COMPUTING = HOLDER.replace('"photos": "photos"', '"photos": "photos", "precomputed": sys.argv[2]').replace(
+    "locked", "computing"
+)
+
+
+def test_two_trainings_do_not_compute_in_one_folder_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "PATIENCE", 0)
+    runs = [Run.open(tmp_path / name, {**NEW, "precomputed": str(tmp_path / "shared")}) for name in "ab"]
+    with subprocess.Popen([sys.executable, "-c", COMPUTING, runs[0].folder, runs[0].shared], cwd=DOCS.parent,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:  # fmt: skip
+        assert other.stdout.readline() == b"ready\n"
+        with pytest.raises(HyperNetError, match=r"Another training is running in .*shared"), runs[1].computing():
+            pass
+        other.kill()
+    with runs[1].computing(), runs[0].locked(), runs[1].locked():  # folders of their own
+        pass
+
+
+def test_what_killed_trainings_were_writing_is_removed(tmp_path):
+    run = Run.open(tmp_path / "run", {**NEW, "precomputed": str(tmp_path / "shared")})
+    left = [folder / ".hdb-1.partial" for folder in (run.folder, run.samples, run.people, run.tokens, run.shared)]
+    for path in (*left, run.folder / "other.partial"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with run.locked():
+        assert [path.exists() for path in left] == [False, False, True, True, True]
+    with run.computing():  # the other run may be writing its own files
+        assert [path.exists() for path in left] == [False, False, False, False, True]
+    assert (run.folder / "other.partial").exists()
 
 
 def test_a_run_folder_that_is_a_file(tmp_path, capsys):

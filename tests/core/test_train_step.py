@@ -11,12 +11,13 @@ from PIL import Image
 
 from hdb_core.errors import FinetuneError, HyperNetError
 from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig
+from hdb_core.lidb import Factors
 from hdb_core.train.data.faces import PhotoPixels
 from hdb_core.train.data.people import EncodedPerson
 from hdb_core.train.data.photos import find_people
 from hdb_core.train.encoder_loss import PhotoLoss, PretrainConfig
 from hdb_core.train.evaluate import EvaluateConfig, evaluate
-from hdb_core.train.loop import backward, parts_of
+from hdb_core.train.loop import TrainingLoop, backward, parts_of
 from hdb_core.train.person_loss import PersonLoss, TrainConfig
 from hdb_core.train.predicted import FromFaces, PeopleInBase
 from hdb_core.train.settings import Settings, changed
@@ -47,7 +48,8 @@ def loss_of(toy, recipe, tmp_path):
 
 def gradients(loss_of, accelerator, accumulate):
     net = FromFaces(HyperNet.create(loss_of.base.net))
-    losses = backward(accelerator, loss_of, net, 3, parts_of(6, accumulate, accelerator))
+    parts = [((3, part), loss_of.read(3, part)) for part in parts_of(6, accumulate, accelerator)]
+    losses = backward(accelerator, loss_of, net, parts, accumulate)
     return losses, torch.cat([w.grad.flatten() for w in net.parameters() if w.grad is not None])
 
 
@@ -185,3 +187,58 @@ def test_pretraining_does_not_predict_what_masks_leave_out(loss_of, tmp_path):
     everywhere, right, nowhere = (loss(places) for places in (slice(None), slice(5, None), slice(0)))
     torch.testing.assert_close(right, nowhere)
     assert abs(everywhere - nowhere) > 1e-3
+
+
+def test_the_class_prompt_is_kept_as_the_base_answers_it(loss_of, accelerator):
+    base, config = loss_of.base, replace(loss_of.config, class_weight=2.0)
+    kept = PersonLoss(base, config, class_prompt="a face")
+    losses, slopes = gradients(kept, accelerator, 1)
+    parts, _ = gradients(kept, accelerator, 3)
+    assert 0 < float(losses["class"]) < 1
+    torch.testing.assert_close(parts["class"], losses["class"], atol=0, rtol=1e-5)
+    without, others = gradients(loss_of, accelerator, 1)
+    torch.testing.assert_close(losses["loss"], without["loss"] + 2 * losses["class"])
+    assert not torch.allclose(slopes, others)
+
+
+def test_whoever_changes_nothing_keeps_the_class_prompt(loss_of, monkeypatch):
+    base, moved = loss_of.base, []
+    find = base.moved_error
+
+    def error(factors, batch, photos, prompt):
+        moved.append(find(Factors(factors.down, torch.zeros_like(factors.up)), batch, photos, prompt))
+        moved.append(find(factors, batch, photos, prompt))
+        return moved[-1]
+
+    monkeypatch.setattr(base, "moved_error", error)
+    PersonLoss(base, replace(loss_of.config, class_weight=1.0))(FromFaces(HyperNet.create(base.net)), 0)
+    nothing, something = moved
+    assert not nothing.any() and something.any()
+
+
+def test_a_loss_reads_no_photos_by_itself(loss_of, monkeypatch):
+    kept = PersonLoss(loss_of.base, replace(loss_of.config, class_weight=1.0))
+    net = FromFaces(HyperNet.create(loss_of.base.net))
+    given, expected = kept.read(2), kept(net, 2)
+    for name in ("latents", "masks", "read_faces"):
+        monkeypatch.setattr(kept.base, name, None)
+    for name, loss in kept(net, 2, read=given).items():
+        assert torch.equal(loss, expected[name])
+
+
+def test_a_negative_class_weight_is_refused():
+    with pytest.raises(HyperNetError, match="class_weight of 0 or more"):
+        TrainConfig(class_weight=-1.0)
+
+
+def test_a_clock_ends_a_training(loss_of, accelerator, tmp_path):
+    steps = iter(range(100))
+    net = FromFaces(HyperNet.create(loss_of.base.net))
+    config = replace(loss_of.config, steps=0, warmup=1)
+    loop = TrainingLoop(
+        accelerator, net, config, tmp_path / "s", tmp_path / "log.csv", progress=lambda: next(steps) / 12
+    )
+    loop.run(loss_of, lambda: None)
+    assert 2 <= loop.step < 12 and (tmp_path / "s").exists()
+    assert config.rate(5, 0.5) == pytest.approx(config.learning_rate / 2)
+    assert config.rate(5, 1.5) == pytest.approx(0)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
+import tarfile
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +21,10 @@ from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import Factors, factors_inner, start_down
 from hdb_core.prompt import caption
 from hdb_core.train.data.faces import AUGMENTATIONS, PhotoPixels
+from hdb_core.train.data.groups import missing_groups
 from hdb_core.train.data.latents import EncodedPhotos
-from hdb_core.train.data.photos import find_people
+from hdb_core.train.data.people import read_people
+from hdb_core.train.data.photos import Person, Photo, find_people
 from hdb_core.train.fit import FitConfig, Fitter
 from hdb_core.train.regression import layer_energy, mean_predictor_loss, regression_loss, squared_distance
 
@@ -110,6 +116,91 @@ def test_people_on_disk(tmp_path):
         find_people(tmp_path)
     pixels = anna.photos[0].pixels(16)
     assert pixels.shape == (16, 16, 3) and pixels[..., 0].min() > 0.999
+
+
+def test_shards_hold_what_folders_hold(tmp_path):
+    """A tar file with the same names is the same people; a folder may hold both."""
+    folder, shards = tmp_path / "folder", tmp_path / "shards"
+    for name in ("anna/1.png", "anna/2.png", "dr.ina/1.png", "zoe.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 30), 80).convert("RGB").save(folder / name)
+    (folder / "anna" / "2.txt").write_text("smiling, at the café\n", encoding="utf-8")
+    Image.linear_gradient("L").resize((40, 30)).save(folder / "anna" / "1.mask.png")
+    shards.mkdir()
+    with tarfile.open(shards / "shard_0.tar", "w") as file:
+        for name in ("anna", "dr.ina"):
+            file.add(folder / name, name)
+        file.add(folder / "anna" / "1.png", "anna/1.json")  # of others, who keep more there
+    with tarfile.open(shards / "shard_1.tar", "w") as file:
+        file.add(folder / "zoe.png", "./zoe.png")
+    plain, stored = find_people(folder), find_people(shards)
+    assert [person.name for person in stored] == ["anna", "dr.ina", "zoe"]
+    for one, other in zip(plain, stored, strict=True):
+        assert one.name == other.name
+        assert [photo.words for photo in one.photos] == [photo.words for photo in other.photos]
+        for photo, same in zip(one.photos, other.photos, strict=True):
+            assert photo.size() == same.size()
+            assert torch.equal(photo.pixels(16), same.pixels(16))
+            assert torch.equal(photo.region(4, 4), same.region(4, 4))
+    assert stored[0].photos[1].words == "smiling, at the café"
+    Image.effect_noise((40, 30), 80).save(shards / "anna.png")
+    with pytest.raises(HyperNetError, match="two people named 'anna'"):
+        find_people(shards)
+
+
+def test_shards_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.png").write_text("not a picture")
+    with tarfile.open(tmp_path / "shard.tar", "w") as file:
+        file.add(tmp_path / "a.png", "a.png")
+    (tmp_path / "a.png").unlink()
+    (person,) = find_people(tmp_path)
+    with pytest.raises(HyperNetError, match=r"a\.png in .*shard\.tar cannot be read"):
+        person.photos[0].pixels(16)
+    with tarfile.open(tmp_path / "small.tar", "w:gz") as file:
+        file.add(tmp_path / "shard.tar", "b.png")
+    with pytest.raises(HyperNetError, match=r"small\.tar is damaged or compressed"):
+        find_people(tmp_path)
+
+
+CLAIMS = {"sparse": {"GNU.sparse.size": str(10**13), "GNU.sparse.map": "0,10"}, "negative": {"size": "-5"}}
+
+
+@pytest.mark.parametrize("claims", CLAIMS.values(), ids=CLAIMS)
+def test_a_shard_that_claims_more_than_it_holds(tmp_path, claims):
+    """To read so much would take all memory."""
+    with tarfile.open(tmp_path / "shard.tar", "w") as file:
+        header = tarfile.TarInfo("a.png")
+        header.size, header.pax_headers = 10, claims
+        file.addfile(header, io.BytesIO(bytes(10)))
+    with pytest.raises(HyperNetError, match=r"shard\.tar is damaged .*'a\.png' is not in it as a whole"):
+        find_people(tmp_path)
+
+
+def test_captions_that_cannot_be_read(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("smiling".encode("utf-8-sig"))  # as some editors write it
+    assert find_people(tmp_path)[0].photos[0].words == "smiling"
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(HyperNetError, match=r"a\.txt cannot be read: it is no text in UTF-8"):
+        find_people(tmp_path)
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "a.txt").symlink_to("nowhere")
+    with pytest.raises(HyperNetError, match=r"a\.txt cannot be read: No such file"):
+        find_people(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells whose memory it is")
+def test_latents_of_many_people_stay_on_disk(tmp_path):
+    def own_memory():
+        return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+    people = [Person(str(i), (Photo(tmp_path / f"{i}.png"),)) for i in range(64)]
+    for group in missing_groups(tmp_path / "people", people, {"fit": None}, 32):
+        group.write({"latents": torch.ones(32, 4, 512, 512).half(), "counts": torch.ones(32, dtype=torch.long)})
+    before = own_memory()
+    everybody = list(read_people(tmp_path / "people", people, BasisRecipe(), Layout("sd1", ())))
+    assert float(everybody[40].latents.float().mean()) == 1
+    assert own_memory() - before < 64  # MB, of 128 on disk
 
 
 def test_a_mask_belongs_to_its_photo(tmp_path):

@@ -10,16 +10,19 @@ from hdb_core.files.lidb import save
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import About, LiDB
 from miniature.drawing import photo
+from miniature.examples import picture
 from miniature.prompts import evaluation_photo
 
-from ..example_photos import CONTEXTS, PERSON
+from ..example_photos import SHOWN
 
 
-def test_the_photos_show_the_person_of_the_seed():
-    shown = {path.name: np.asarray(Image.open(path).convert("RGB")) for path in demo.PHOTO.parent.iterdir()}
-    assert shown.keys() == CONTEXTS.keys() and demo.PHOTO.name in shown
-    for name, context in CONTEXTS.items():
-        assert np.array_equal(shown[name], photo(PERSON, context))
+def test_the_photos_are_those_that_are_drawn():
+    files = {path.name: Image.open(path) for path in demo.PHOTO.parent.iterdir()}
+    assert files.keys() == {*SHOWN, "hdb_picture.png"}
+    for name, shown in SHOWN.items():
+        assert np.array_equal(np.asarray(files[name].convert("RGB")), photo(*shown))
+    assert np.array_equal(np.asarray(files["hdb_picture.png"]), picture())
+    assert SHOWN[demo.PHOTO.name][0].seed == demo.PERSON_SEED
 
 
 def test_scenes_contradict_the_photo():
@@ -38,7 +41,7 @@ def test_the_size_on_sd15_is_counted(tmp_path):
     size = save(LiDB(Layout("sd1", layers), BasisRecipe(), down, up, About(steps=12)), path)
     counted = demo.sizes(path)
     assert counted["lidb_bytes"] == size and counted["steps"] == 12
-    assert counted["lidb_bytes_sd15"] - size == (176 - 3) * 150 * 2 * 2  # rank 2, float16
+    assert counted["lidb_bytes_sd15"] - size == (176 - 3) * 2 * (150 * 2 + 2 * 2)  # rank 2, float16 and a scale a row
 
 
 def test_a_person_has_as_many_components_a_layer_on_sd15(tmp_path):
@@ -47,7 +50,7 @@ def test_a_person_has_as_many_components_a_layer_on_sd15(tmp_path):
     strength = torch.tensor([100.0, 1.0])[:, None, None]  # the linear layer keeps all four, the convolution two
     person = LiDB(layout, BasisRecipe(), torch.randn(2, 4, 100) * strength, torch.randn(2, 50, 4))
     size = save(person, tmp_path / "person.safetensors", rank=3)
-    assert demo.sizes(tmp_path / "person.safetensors")["lidb_bytes_sd15"] - size == (3 * 234 - 6) * 150 * 2
+    assert demo.sizes(tmp_path / "person.safetensors")["lidb_bytes_sd15"] - size == (3 * 234 - 6) * (150 * 2 + 2 * 2)
 
 
 def test_without_a_judge_there_are_no_scores():

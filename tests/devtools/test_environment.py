@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,50 @@ def test_a_comfyui_without_python_names_the_places(tmp_path):
         environment._existing(tmp_path, None)
     with pytest.raises(SetupError, match=r"nowhere.*--python"):
         environment._existing(tmp_path, tmp_path / "nowhere")
+
+
+@pytest.fixture
+def newer(tmp_path):
+    """A ComfyUI that requires more than any of today."""
+    (tmp_path / "comfy").mkdir()
+    (tmp_path / "main.py").touch()
+    required = "torch\nno-such_package==3 # one more\ntorchaudio\n\n#non essential dependencies:\nnor-this"
+    (tmp_path / "requirements.txt").write_text(required)
+    return tmp_path
+
+
+def test_packages_that_a_newer_comfyui_requires_are_named(newer):
+    torch = version("torch")
+    with pytest.raises(SetupError, match="lacks no-such_package==3") as caught:
+        environment._existing(newer, Path(sys.executable))
+    assert f'-m pip install "torch=={torch}" "no-such_package==3"' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("python", "packages", "message"),
+    [
+        ((3, 10), {"torch": "2"}, "older than Python 3.11"),
+        ((3, 11), {}, "lacks torch, no-such_package==3, torchaudio. Install .* as its README says"),
+        ((3, 11), {"torch": "2", "torchaudio": "2"}, "lacks no-such_package==3: "),
+    ],
+)
+def test_a_python_that_does_not_fit_is_refused(newer, monkeypatch, python, packages, message):
+    monkeypatch.setattr(environment, "_about", lambda _: (python, packages))
+    with pytest.raises(SetupError, match=message):
+        environment._existing(newer, Path(sys.executable))
+
+
+def test_a_comfyui_may_do_without_torchaudio(newer, monkeypatch, capsys):
+    """Most versions start without it, and not for every torch there is one."""
+    monkeypatch.setattr(environment, "_about", lambda _: ((3, 11), {"torch": "2.8", "no-such-package": "3"}))
+    assert environment._existing(newer, Path(sys.executable)).root == newer
+    assert '-m pip install "torch==2.8" "torchaudio". Some versions' in capsys.readouterr().err
+
+
+def test_a_python_that_does_not_run_is_named(newer):
+    broken = newer / "python"
+    with pytest.raises(SetupError, match=r"python does not run .*--python"):
+        environment._about(broken)
 
 
 def test_modules_run_with_a_python_that_ignores_the_current_folder(tmp_path):

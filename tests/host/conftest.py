@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from devtools.inprocess import boot
 
@@ -41,6 +43,7 @@ def host(base_directory: Path, request):
         stock=booted.nodes,
         nodes={node_id: booted.nodes[node_id] for node_id in NODE_IDS},
         module=booted.module,
+        package=booted.package,
         run=booted.run,
         extra=extra,
         extra_hypernets=extra_hypernets,
@@ -49,6 +52,8 @@ def host(base_directory: Path, request):
 
 
 NODE_IDS = (
+    "CropToFace",
+    "PasteFace",
     "LoadHyperNet",
     "PredictLiDB",
     "EmptyLiDB",
@@ -59,6 +64,9 @@ NODE_IDS = (
     "SaveLiDB",
     "LoadLiDB",
     "BlendLiDB",
+    "CompareLiDB",
+    "SimilarityToPhoto",
+    "LiDBHook",
     "SaveLiDBAsLoRA",
 )
 
@@ -73,6 +81,7 @@ OPTIONS = {
     "prior_weight",
     "class_prompt",
     "class_images",
+    "sample_every",
 }
 
 
@@ -125,6 +134,33 @@ def sdxl(host):
 
 
 @pytest.fixture(scope="session")
+def sd3_files(host, base_directory):
+    """Names of the files of a tiny SD3 with the host's own CLIP and TAESD, for Load Diffusion Model, Load CLIP, Load VAE."""
+    import comfy.clip_model
+    import comfy.ops
+    import comfy.taesd.taesd
+
+    models, checkpoints = host.load_file("random_models.py"), host.load_file("random_checkpoint.py")
+    generator = torch.Generator().manual_seed(0)
+    wide = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 64}}
+    sizes = {"adm_in_channels": 2048, "context_size": 4096, "context_embedder_config": wide}
+    unet = models.random_model("SD3", **sizes).model.diffusion_model.state_dict()
+    ops = comfy.ops.disable_weight_init
+    clip = lambda: comfy.clip_model.CLIPTextModel(checkpoints.CLIP_L, torch.float16, "meta", ops)
+    vae = checkpoints.state_dict_of(lambda: comfy.taesd.taesd.TAESD(latent_channels=16), generator)
+    files = {
+        "diffusion_models/sd3.safetensors": {name: tensor.clone() for name, tensor in unet.items()},
+        "text_encoders/clip_l.safetensors": checkpoints.state_dict_of(clip, generator),
+        "vae/tiny.safetensors": {**vae, "vae_scale": torch.tensor(1.0).half(), "vae_shift": torch.tensor(0.0).half()},
+    }
+    for name, weights in files.items():
+        path = base_directory / "models" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(weights, path)
+    return SimpleNamespace(model="sd3.safetensors", clip="clip_l.safetensors", vae="tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
 def photo() -> torch.Tensor:
     """IMAGE (1, 128, 128, 3) in 0..1: a smooth random picture."""
     generator = torch.Generator().manual_seed(1)
@@ -134,7 +170,7 @@ def photo() -> torch.Tensor:
 
 def load_file(path: Path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # a dataclass looks itself up there
     spec.loader.exec_module(module)
     return module
 
@@ -143,6 +179,16 @@ def load_file(path: Path):
 def run(host):
     """Run a node of the pack by id, with its widgets' defaults, as the executor does; returns its outputs."""
     return host.run
+
+
+@pytest.fixture
+def said(host, monkeypatch):
+    """What nodes write below themselves, in order."""
+    texts = []
+    for name, module in list(sys.modules.items()):
+        if name.startswith(host.package) and hasattr(module, "send_text"):
+            monkeypatch.setattr(module, "send_text", lambda text, node_id: texts.append(text))
+    return texts
 
 
 @pytest.fixture
@@ -259,15 +305,17 @@ def fingerprint(loaded, sample):
 
 @pytest.fixture
 def newer_patchers(monkeypatch):
-    """A function that lets patchers clone as those of newer hosts: an ordinary clone is of a model that is read anew."""
+    """A function that lets patchers clone as those of newer hosts on a GPU: a clone is of a model that is read anew."""
 
     def execute() -> None:
         patchers = sys.modules["comfy.model_patcher"].ModelPatcher
         clone_of_the_same = patchers.clone
 
         def clone(self, disable_dynamic=False):
+            if disable_dynamic and "force_deepcopy" in inspect.signature(clone_of_the_same).parameters:
+                return clone_of_the_same(self, force_deepcopy=True)
             made = clone_of_the_same(self)
-            if disable_dynamic:
+            if disable_dynamic:  # older hosts do not know how
                 made.model, made.backup, made.object_patches_backup = copy.deepcopy(self.model), {}, {}
                 made.model.model_loaded_weight_memory, made.model.current_weight_patches_uuid = 0, None
             return made

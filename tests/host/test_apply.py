@@ -72,7 +72,9 @@ def test_patch_equals_the_training_path(apply, host, person, loaded, monkeypatch
             torch.no_grad(),
         ):
             conditioning = denoiser.encode_prompts(["a [v] face", "a face"])
-            return conditioning.text, denoiser.denoise(noisy.clone(), sigma.clone(), conditioning)
+            return torch.cat([p.text for p in conditioning.prompts]), denoiser.denoise(
+                noisy.clone(), sigma.clone(), conditioning
+            )
 
     base_text, base = predict(loaded.model, loaded.clip, {})
     hook_text, hooked = predict(loaded.model, loaded.clip, expand(lidb))
@@ -171,6 +173,27 @@ def test_two_people_do_not_clobber_each_other(apply, person, sample):
     assert difference(one, two) > 1e-3
     assert torch.equal(one, sample(*first))
     assert torch.equal(two, sample(*second))
+
+
+def test_two_people_in_a_row_are_said_to_be_a_mixture(apply, run, loaded, person, said, caplog):
+    """With what to do instead; and by name where all answer to the same word."""
+    first, second = person(1), person(2)
+    other = replace(second, about=replace(second.about, token="[w]"))
+    numbers = "strength_model 1, strength_clip 1, person_guidance 1"
+    instead = "For two people in one picture use LiDB Hook, as the template 'two saved people side by side' does."
+    model, clip = apply(first)
+    assert said[-1] == numbers and not caplog.text
+    two, _ = apply(second, model, clip)
+    assert said[-1] == f"The faces become a mixture of 2 people, all of them called [v]. {instead}\n{numbers}"
+    assert "mixture" in caplog.text
+    apply(other, model, clip)
+    assert said[-1] == f"The faces become a mixture of 2 people. {instead}\n{numbers}"
+    apply(first, two, clip)
+    assert said[-1].startswith("The faces become a mixture of 3 people, all of them called [v].")
+    none, _ = run("ApplyLiDBToModel", model=loaded.model, clip=loaded.clip, lidb=first, strength=0.0)
+    for plain in (loaded.model, none):  # the base model knows of nobody, whatever was made of it
+        apply(second, plain)
+        assert said[-1] == numbers
 
 
 @pytest.fixture

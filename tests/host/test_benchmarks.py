@@ -15,6 +15,8 @@ from benchmarks.common.settings import COMPLETE, LORA, NOISE, NodeConfig, resolv
 from benchmarks.common.studio import HYPERNET, Sampling, Studio
 from benchmarks.common.subjects import Subject
 from benchmarks.common.textual_inversion import TextualInversionConfig, embeddings, textual_inversion, token_ids
+from benchmarks.gpu import training
+from benchmarks.gpu.part import Part
 from hdb_core.recommended import AS_LORA
 from miniature.people import SPLITS
 
@@ -122,7 +124,7 @@ def test_settings_reach_the_training(studio, subject, monkeypatch, host):
     monkeypatch.setattr(node, "finetune_in_host", lambda *given: seen.append(given) or finetune(*given))
     settings = {**LORA, "steps": 1, "batch_size": 1, "basis": {"down_dim": 40, "up_dim": 40}, "seed": 7}
     studio.finetune(subject.photos(1), class_pictures=subject.renders[:1], **settings)
-    ((*_, config, _, convolutions, _),) = seen
+    ((*_, config, _, convolutions, _, _),) = seen
     expected = resolved({name: value for name, value in settings.items() if name != "convolutions"})
     assert {**vars(config), "noise": vars(config.noise), "basis": config.basis.fields()} == expected
     assert not convolutions and set(vars(config.noise)) == NOISE
@@ -190,3 +192,15 @@ def test_textual_inversion_learns_the_rare_token_alone(studio, subject, fingerpr
     run.close()
     assert fingerprint() == before
     np.testing.assert_array_equal(one_picture(studio), plain)
+
+
+def test_the_rates_of_a_training(host, tmp_path):
+    part = Part(tmp_path / "rates.json", "cpu", 600, toy=True)
+    with torch.inference_mode(False):
+        seen = training.trained(part, host, "mini", tmp_path, people=2, steps=4)
+    assert (seen.photos, seen.fitted, seen.fit_steps) == (9, 8, 4)  # and the one that the plan of a run encodes
+    assert seen.flops["train"] > seen.flops["pretrain"] > 0
+    training.report(part, "mini", seen, people=2, most=1e12)
+    rows = {row["what"]: row for row in part.rows}
+    assert rows["mini, train"]["share_of_peak"] > 0
+    assert rows["mini, all"]["with_fitted_people"] > rows["mini, all"]["hours_for_15000"] > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -86,21 +88,11 @@ def test_checkpoint_without_clip(run, train, host, loaded, person, node_id):
         train(**inputs) if node_id == "FastFinetune" else run(node_id, **inputs)
 
 
-def test_unknown_model(run, host, loaded, person):
-    import comfy.model_base
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    errors = host.module("hdb_core.errors")
-    flux = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 8}
-    flux |= {"hidden_size": 32, "mlp_ratio": 1.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1}
-    flux |= {"axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False}
-    config = comfy.supported_models.Flux(flux)
-    config.unet_config["dtype"] = torch.float32
-    config.set_inference_dtype(torch.float32, None)
-    model = comfy.model_patcher.ModelPatcher(comfy.model_base.Flux(config), torch.device("cpu"), torch.device("cpu"))
-    with pytest.raises(errors.LayoutError, match=r"SD 1\.x, SD 2\.x and SDXL, but the connected MODEL is Flux"):
-        run("ApplyLiDBToModel", model=model, clip=loaded.clip, lidb=person(1))
+def test_model_of_a_family_without_a_unet(run, host, loaded, person):
+    errors, models = host.module("hdb_core.errors"), host.load_file("random_models.py")
+    flux = models.random_model("Flux.1")
+    with pytest.raises(errors.LayoutError, match=r"SD 1\.x, 32 UNet \+ 8 text layers.*Flux, \d+ layers.*40 of its 40"):
+        run("ApplyLiDBToModel", model=flux, clip=loaded.clip, lidb=person(1))
 
 
 def test_lidb_of_a_larger_model_of_the_same_family(run, host, loaded, person):
@@ -129,3 +121,44 @@ def test_vae_of_another_family(train, host, loaded, monkeypatch):
     other = comfy.taesd.taesd.TAESD(latent_channels=16)
     with pytest.raises(errors.FinetuneError, match=r"4 channels.*VAE that belongs"):
         train(vae=comfy.sd.VAE(sd=other.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["SVD_img2vid", "SD_X4Upscaler"])
+def test_models_with_the_text_width_of_sd2_are_none(host, name):
+    import comfy.supported_models
+
+    described = getattr(comfy.supported_models, name)
+    config = described(dict(described.unet_config))
+    model = SimpleNamespace(model=SimpleNamespace(model_config=config, latent_format=config.latent_format))
+    assert host.module("nodes.host.targets").family_of(model) == name
+
+
+SOCKETS = {
+    "SaveLiDB": "lidb", "SaveLiDBAsLoRA": "lidb", "BlendLiDB": "lidb_b", "PredictLiDB": "hypernet", "FastFinetune": "vae",
+    "ApplyLiDBToModel": "options", "LiDBHook": "options", "CropToFace": "mask",
+}  # fmt: skip
+
+
+JSON = [
+    (node_id, value) for node_id, name in SOCKETS.items() for value in ("x", 3, True, {}, None)
+    if value is not None or name not in ("options", "mask")  # null stands for an optional input that is not connected
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("node_id", "value"), JSON)
+def test_json_in_place_of_a_wire(run, host, person, node_id, value):
+    """As a prompt over HTTP can hold it."""
+    inputs = {
+        "image": image(),
+        "lidb": person(1),
+        "lidb_a": person(1),
+        "model": object(),
+        "clip": object(),
+        SOCKETS[node_id]: value,
+    }
+    schema = host.nodes[node_id].GET_SCHEMA()
+    own = {i.id: inputs[i.id] for i in schema.inputs if i.id in inputs}
+    got = "null" if value is None else repr(value)
+    with pytest.raises(host.module("hdb_core.errors").HDBError) as caught:
+        run(node_id, **own)
+    assert str(caught.value).startswith(f"{schema.display_name} got {got} for {SOCKETS[node_id]}. Connect an output of")

@@ -6,8 +6,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 
@@ -40,7 +42,7 @@ def test_rank_of_the_file(run, host, person, rank, expected):
 
 
 def test_files_are_numbered_and_listed_at_once(run, host, person):
-    paths = [Path(run("SaveLiDB", lidb=person(1), filename_prefix="lidb/numbered")[0]) for _ in range(2)]
+    paths = [Path(run("SaveLiDB", lidb=person(seed), filename_prefix="lidb/numbered")[0]) for seed in (1, 2)]
     assert [path.name for path in paths] == ["numbered_00001_.safetensors", "numbered_00002_.safetensors"]
     options = next(i for i in host.nodes["LoadLiDB"].GET_SCHEMA().inputs if i.id == "lidb_name")
     assert "COMBO" in options.get_io_type()
@@ -74,6 +76,70 @@ def test_two_servers_on_one_output_folder_do_not_overwrite_each_other(run, host,
     first, second = (Path(run(node_id, lidb=person(seed), filename_prefix=prefix)[0]) for seed in (1, 2))
     assert (first.name, second.name) == (f"{node_id}_00001_.safetensors", f"{node_id}_00002_.safetensors")
     assert first.read_bytes() != second.read_bytes() and len(list(folder.glob(f"{node_id}*"))) == 2
+
+
+@pytest.mark.parametrize("node_id", ["SaveLiDB", "SaveLiDBAsLoRA"])
+def test_the_same_person_is_not_saved_twice(run, host, person, said, node_id):
+    folder = Path(host.folder_paths.get_output_directory(), "twice")
+    of = lambda seed, **inputs: Path(
+        run(node_id, lidb=person(seed, rank=4), filename_prefix=f"twice/{node_id}", **inputs)[0]
+    )
+    first, other, again = of(1), of(2), of(1)
+    assert first == again != other and len(list(folder.glob(f"{node_id}*"))) == 2
+    assert said[0].startswith(f"saved twice/{first.name}") and said[2].startswith(
+        f"already saved as twice/{first.name}"
+    )
+    if node_id == "SaveLiDB":  # other settings are another file, and so is another name
+        assert of(1, rank=1) != first != of(1, name="Anna")
+        assert of(1, name="Anna").name == "Anna_00001_.safetensors"
+
+
+def test_of_two_equal_files_the_first_stays(run, host, person):
+    """Also where another server writes the same at the same time: neither may delete the other's."""
+    save_once = host.module("nodes.host.output").save_once
+    folder = Path(host.folder_paths.get_output_directory(), "same")
+    write = lambda path: path.write_bytes(b"the same")
+    path, new = save_once("same/person", write)
+    assert new and path.name == "person_00001_.safetensors"
+
+    def also_by_another(own):
+        write(own)
+        (folder / "person_00009_.safetensors").write_bytes(b"the same")
+
+    path.unlink()
+    assert save_once("same/person", also_by_another) == (path, True)
+    (folder / "person_x_00000_.safetensors").write_bytes(b"the same")  # of another prefix
+    assert save_once("same/person_x_y", write)[1]
+    assert save_once("same/person", write) == (path, False)
+
+
+def test_a_person_is_saved_with_a_name_and_a_picture_and_shown(run, host, person, photo, said):
+    about = replace(person(1).about, steps=57, model="SD15")
+    lidb = replace(person(1), about=about)
+    (path,) = run("SaveLiDB", lidb=lidb, name="Anna / 2", thumbnail=photo)
+    assert Path(path).name == "Anna _ 2_00001_.safetensors" and Path(path).parent.name == "lidb"
+    assert said[-1].endswith("with name and picture")
+    node = host.nodes["LoadLiDB"].PREPARE_CLASS_CLONE({})
+    output = node.execute(lidb_name=load_name(host, path))
+    loaded = output.args[0]
+    assert loaded.about.name == "Anna / 2"
+    made = "learned from one photo in 57 steps"
+    expected = f"Anna / 2\n{made}\nfor SD 1.x (SD15), rank 2\nprompt: a [v] face"
+    assert output.ui["text"] == (expected,) and said[-1] == expected
+    (shown,) = output.ui["images"]
+    with Image.open(Path(host.folder_paths.get_temp_directory(), shown["filename"])) as file:
+        thumbnail = torch.from_numpy(np.asarray(file.convert("RGB")).astype(np.float32) / 255)
+    small = torch.nn.functional.interpolate(thumbnail.movedim(-1, 0)[None], 128, mode="area")[0].movedim(0, -1)
+    assert (small - photo[0]).abs().mean() < 0.02
+    (other,) = run("SaveLiDB", lidb=person(2), filename_prefix="lidb/plain")
+    assert "with" not in said[-1]
+    assert "images" not in node.execute(lidb_name=load_name(host, other)).ui
+
+
+def test_a_grey_and_a_transparent_thumbnail(run, host, person, photo):
+    for picture in (photo[..., :1], torch.cat([photo, photo[..., :1]], -1)):
+        (path,) = run("SaveLiDB", lidb=person(1), name="any picture", thumbnail=picture)
+        assert run("LoadLiDB", lidb_name=load_name(host, path))[0].about.thumbnail
 
 
 def test_other_files_are_not_listed(host):
@@ -184,3 +250,4 @@ def test_a_person_keeps_what_it_says_about_itself_in_files(run, host, person):
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert metadata["lidb_token"] == "sks" and metadata["lidb_made_from"] == "several photos"
+    assert metadata["modelspec.trigger_phrase"] == "sks" and metadata["modelspec.title"] == "person"

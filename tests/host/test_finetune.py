@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -158,7 +160,7 @@ def test_host_is_unchanged_afterwards(train, fingerprint):
     assert fingerprint() == before
 
 
-def test_cancel_stops_and_restores(train, fingerprint):
+def test_cancel_stops_restores_and_keeps_the_person_so_far(run, train, host, fingerprint, said):
     import comfy.model_management
     import comfy.utils
 
@@ -178,6 +180,43 @@ def test_cancel_stops_and_restores(train, fingerprint):
         comfy.utils.set_progress_bar_global_hook(None)
     assert [value for value, _, _ in seen] == [1, 2]
     assert fingerprint() == before
+    words = r"cancelled after step (\d); the person is kept as lidb/(unfinished_\d+_\.safetensors)$"
+    steps, name = re.match(words, said[-1]).groups()
+    assert int(steps) in (2, 3)  # the host asks in every attention, too
+    kept = run("LoadLiDB", lidb_name=name)[0]
+    expected = train(steps=int(steps))
+    assert (kept.about, kept.rank) == (expected.about, expected.rank)
+    torch.testing.assert_close(kept.up @ kept.down, expected.up @ expected.down, rtol=0, atol=1e-3)
+    onwards = train(lidb=kept, steps=1, learning_rate=1e-6)
+    assert onwards.about.steps == int(steps) + 1
+    assert host.module("hdb_core.lidb").cosine(onwards, expected) > 0.999
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_cancel_where_nothing_can_be_kept(train, host, said, monkeypatch, steps):
+    import comfy.model_management as management
+
+    def full(name, write):
+        raise host.module("hdb_core.errors").LiDBFileError("the disk is full")
+
+    display = host.module("nodes.host.progress").FinetuneDisplay
+    monkeypatch.setattr(host.module("nodes.host.kept"), "save_to_output", full)
+    after, called = display.__call__, []
+
+    def cancelled(self, progress):
+        called.append(progress)
+        if len(called) > steps:
+            raise management.InterruptProcessingException
+        after(self, progress)
+
+    monkeypatch.setattr(display, "__call__", cancelled)
+    with pytest.raises(management.InterruptProcessingException):
+        train(steps=5)
+    words = [
+        "cancelled before the first step",
+        "cancelled after step 1; the person could not be kept: the disk is full",
+    ]
+    assert said[-1] == words[steps]
 
 
 @pytest.mark.parametrize("part", ["unet", "text", "vae"])
@@ -204,7 +243,7 @@ def test_error_restores(train, loaded, fingerprint, part):
     assert fingerprint() == before
 
 
-def test_divergence_keeps_the_last_good_state(train, host, run, loaded, fingerprint):
+def test_divergence_keeps_the_last_good_state(train, host, run, loaded, fingerprint, said):
     finetuning = host.module("hdb_core.finetuning")
     before = fingerprint()
     calls = []
@@ -215,25 +254,27 @@ def test_divergence_keeps_the_last_good_state(train, host, run, loaded, fingerpr
 
     handle = loaded.model.model.diffusion_model.out.register_forward_hook(turn_to_nan)
     try:
-        with pytest.raises(finetuning.FinetuneDiverged, match=r"step 3 .* diverged_0\d+_\.safetensors") as caught:
+        with pytest.raises(finetuning.FinetuneDiverged, match=r"step 3 .* lidb/diverged_\d+_\.safetensors") as caught:
             train(steps=5)
     finally:
         handle.remove()
     assert fingerprint() == before
-    name = str(caught.value).split("is kept in ")[1].split(";")[0]
+    assert said[-1] == "stopped by an error after 2 steps"
+    name = str(caught.value).split("is kept as lidb/")[1].removesuffix(".")
     kept = run("LoadLiDB", lidb_name=name)[0]
     assert kept.up.abs().sum() > 0
 
 
 def test_divergence_is_told_where_nothing_can_be_kept(host, monkeypatch):
     node, errors = host.module("nodes.finetune"), host.module("hdb_core.errors")
+    keeping = host.module("nodes.host.kept")
 
     def full(name, write):
         raise errors.LiDBFileError("the disk is full")
 
-    monkeypatch.setattr(node, "save_to_output", full)
+    monkeypatch.setattr(keeping, "save_to_output", full)
     lost = host.module("hdb_core.finetuning").FinetuneDiverged("It diverged.", None, (0.5,), 3)
-    assert str(node.kept(lost)) == "It diverged. The state before that step could not be kept: the disk is full"
+    assert str(node.with_place(lost)) == "It diverged. The state before that step could not be kept: the disk is full."
 
 
 def test_progress_and_preview(train):
@@ -252,21 +293,178 @@ def test_progress_and_preview(train):
     assert (kind, image.size) == ("PNG", (512, 320))
 
 
-def test_a_step_takes_as_many_samples_at_once_as_there_is_memory_for(train, host, loaded, monkeypatch):
-    import comfy.model_management as management
+def test_sample_pictures_while_training(train, said):
+    """Beside the plot, of the person as they are, and without an effect on the training."""
+    import comfy.utils
 
+    seen = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: seen.append(preview))
+    try:
+        shown = train(steps=5, learning_rate=0.1, sample_every=2)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    sizes = [None if preview is None else preview[1].size for preview in seen]
+    assert sizes[1] == sizes[3] == sizes[4] == (512 + 320, 320)  # after steps 2, 4 and the last one
+    pictures = [np.asarray(seen[i][1].crop((512, 0, 832, 320)), np.float32) for i in (1, 3, 4)]
+    assert all(picture.std() > 1 for picture in pictures)
+    assert np.abs(pictures[0] - pictures[1]).mean() > 0.5
+    assert torch.equal(shown.up, train(steps=5, learning_rate=0.1).up)
+
+
+def test_no_sample_picture_where_the_vae_does_not_fit(train, host, loaded, monkeypatch):
+    import comfy.model_management as management
+    import comfy.utils
+
+    seen = []
+    monkeypatch.setattr(loaded.vae, "decode", None)  # is not reached
+    pictures = host.module("nodes.host.pictures")
+    monkeypatch.setattr(pictures, "free_memory", lambda device: management.minimum_inference_memory())
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: seen.append(preview))
+    try:
+        train(steps=2, sample_every=1)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    assert seen[-1][1].size == (512, 320)
+
+
+def test_the_node_says_what_was_learned(train, said):
+    train(steps=14, batch_size=4)
+    train(steps=2, batch_size=4)
+    assert said[0] == "getting ready"
+    long, short = (text for text in said if not text.startswith(("step ", "getting ready")))
+    assert re.fullmatch(
+        r"14 steps: likeness gained -?\d+ %, other prompts moved \d+ %\. Describe in photo_words .*\.", long
+    )
+    assert short == "2 steps, too few to measure what was learned."
+
+
+def test_a_line_of_progress(host):
+    progress, of = host.module("hdb_core.finetuning").FinetuneProgress, host.module("nodes.host.progress").progress_text
+    assert of(progress(5, 20, 0.125, 10.0)) == "step 5 of 20, loss 0.1250, 30 s left"
+    automatic = progress(5, 20, 0.125, 10.0, None, 0.4)
+    assert of(automatic) == "step 5 of at most 20, loss 0.1250, at most 30 s left"
+    looked = of(automatic._replace(gained=0.311))
+    assert looked == "step 5 of at most 20, loss 0.1250, likeness 31 % of 40 %, at most 30 s left"
+    ended = of(automatic._replace(total=5, gained=0.42))
+    assert ended == "step 5 of 5, loss 0.1250, likeness 42 % of 40 %, 0 s left"
+
+
+@pytest.fixture
+def watched(host, monkeypatch):
+    """The number of samples of every pass through the UNet, and whether its blocks are then computed twice."""
     denoiser, seen = host.module("nodes.host.denoiser").HostDenoiser, []
     denoise = denoiser.denoise
 
-    def watched(self, noisy, *others):
-        seen.append(len(noisy))
+    def execute(self, noisy, *others):
+        twice = sum("forward" in module.__dict__ for module in self._model.diffusion_model.modules())
+        seen.append((len(noisy), twice))
         return denoise(self, noisy, *others)
 
-    monkeypatch.setattr(denoiser, "denoise", watched)
+    monkeypatch.setattr(denoiser, "denoise", execute)
+    return seen
+
+
+def test_a_step_is_done_in_the_memory_that_there_is(train, host, loaded, monkeypatch, watched):
+    import comfy.model_management as management
+
+    memory = host.module("nodes.host.memory")
     whole = train(batch_size=3)
-    a_sample = host.module("nodes.host.memory").memory_of(loaded.model, 16 * 16)
-    for free in (2.5 * a_sample, 0):
+    watched.clear()
+    latents = torch.zeros(1, 4, 16, 16)
+    kind = whole.layout, whole.basis, whole.rank, True, latents.shape[1:-2]
+    cost = memory._MEASURED[loaded.model.model][kind]
+    assert len(cost.blocks) == 12
+    for samples, passes in ((2.5, [(2, 0), (1, 0)]), (0.9, [(1, 12)] * 3)):
+        free = cost.bytes(1, latents) + (samples - 1) * (cost.bytes(2, latents) - cost.bytes(1, latents))
         monkeypatch.setattr(management, "get_free_memory", lambda device, free=free: free)
         parts = train(batch_size=3)
         assert (parts.up - whole.up).norm() < 0.1 * whole.up.norm()  # rounding in bfloat16
-    assert seen == [3, 3, 2, 1, 2, 1, *[1] * 6]
+        assert watched == passes * 2
+        watched.clear()
+
+
+def test_out_of_memory_on_the_host(train, host, loaded, fingerprint, monkeypatch):
+    """A UNet that never fits: said in one sentence with a resolution that would fit, and nothing is left behind."""
+    train()
+    before = fingerprint()
+    denoiser = host.module("nodes.host.denoiser").HostDenoiser
+
+    def full(self, noisy, *others):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(denoiser, "denoise", full)
+    error = host.module("hdb_core.errors").FinetuneError
+    with pytest.raises(error, match=r"single noise level.* GB were free: a resolution of \d+ would fit"):
+        train(batch_size=3)
+    monkeypatch.undo()
+    assert fingerprint() == before
+
+
+def test_the_cost_is_measured_once_a_model_and_scales(host, loaded, train, monkeypatch, watched):
+    train()
+    watched.clear()
+    train(seed=1)
+    assert len(watched) == 2
+    train(rank=7)
+    assert len(watched) > 4
+
+
+def test_a_list_of_photos_and_texts_is_one_person(train, host):
+    batch, words = picture(128, 128, batch=2), ["smiling\n", "at the\nbeach"]
+    of_batch = train(image=batch, photo_words="smiling\nat the beach", batch_size=2)
+    of_list = train(image=[batch[:1], batch[1:]], photo_words=words, batch_size=2)
+    assert of_list.about.photos == 2 and torch.equal(of_batch.up, of_list.up)
+    assert not torch.equal(train(image=batch, batch_size=2).up, of_list.up)  # the words count
+    sizes = train(image=[batch[:1], picture(200, 90)], mask=[face_mask(), torch.ones(1, 200, 90)])
+    assert sizes.about.photos == 2
+    with pytest.raises(host.module("hdb_core.errors").FinetuneError, match="steps came as a list of 2"):
+        train(steps=[1, 2])
+
+
+def test_a_photo_is_trained_at_the_size_that_the_model_was_made_for(host, loaded, sd2, sdxl):
+    photos = host.module("nodes.host.photos")
+    assert photos.native_resolution(loaded.model, "sd1") == 128  # two levels where SD 1.x has four
+    config = loaded.model.model.model_config.unet_config
+    assert len(config["channel_mult"]) == 2
+    height, width = photos.photo_size(400, 800, 0, 128, 8)
+    assert (height, width) == (88, 184)
+    made = photos.Photos([picture(400, 800)[0].movedim(-1, 0)]).prepare(128, 8)
+    assert made[0].shape == (1, 3, 88, 184) and made[1] is None
+
+
+def test_photos_of_several_sizes_get_one(host):
+    common_size = host.module("nodes.host.photos").common_size
+    of = lambda *sizes: [torch.zeros(3, *size) for size in sizes]
+    assert common_size(of((100, 80), (200, 160), (300, 240))) == (200, 160)
+    assert common_size(of((100, 100), (200, 50), (90, 90))) == (100, 100)
+
+
+def test_a_mask_that_leaves_out_the_middle_is_said_while_training(host, run, loaded, photo, said):
+    finetune = host.module("nodes.host.finetune")
+    photos = host.module("nodes.host.photos").Photos.of([photo], [1 - face_mask()], None, 0)
+    config = host.module("hdb_core.finetuning").FinetuneConfig(steps=1, batch_size=1)
+    finetune.finetune_in_host(loaded.model, loaded.clip, loaded.vae, photos, config, None, False, "1")
+    assert (
+        said[0].startswith("getting ready")
+        and said[1].startswith("step 1 of 1")
+        and said[-1].startswith("1 step, too few")
+    )
+    assert all("the mask leaves out the middle of the photo" in text for text in said)
+    right = host.module("nodes.host.photos").Photos.of([photo], [face_mask()], None, 0)
+    assert not any("mask" in line for line in right.notes())
+
+
+def test_a_model_is_let_go_of_after_a_training_and_a_picture(host, run, checkpoint, photo, sample):
+    import gc
+    import weakref
+
+    import comfy.model_management as management
+
+    model, clip, vae = host.stock["CheckpointLoaderSimple"]().load_checkpoint(checkpoint)
+    gone = weakref.ref(model.model)
+    (lidb, _) = run("FastFinetune", model=model, clip=clip, vae=vae, image=photo, steps=1)
+    sample(*run("ApplyLiDBToModel", model=model, clip=clip, lidb=lidb))
+    del model, clip, vae
+    management.unload_all_models()
+    gc.collect()
+    assert gone() is None

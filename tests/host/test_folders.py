@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from aiohttp import web
 from safetensors.torch import save_file
 
 # category, node, input
@@ -38,13 +39,7 @@ def honest(host, category, tmp_path) -> bytes:
     from devtools import fuzz
 
     path = tmp_path / "honest.safetensors"
-    if category == "lidb_basis":
-        basis, layout = host.module("hdb_core.files.basis"), fuzz.small_layout()
-        sides = lambda i, o: (torch.eye(i)[:12], torch.eye(o)[:, :8])
-        bases = {layer.name: sides(layer.in_features, layer.out_features) for layer in layout.layers}
-        basis.save(layout, bases, (12, 8), path, {})
-    else:
-        fuzz.TARGETS["lidb" if category == "lidb" else "hypernet"].make(path)
+    fuzz.TARGETS[{"lidb": "lidb", "hyperdreambooth": "hypernet", "lidb_basis": "basis"}[category]].make(path)
     return path.read_bytes()
 
 
@@ -63,6 +58,48 @@ def test_a_folder_that_is_deleted_while_the_server_runs(shelf, honest):
 
 
 @EVERY
+def test_the_hosts_own_route_lists_the_same(host, shelf, honest, category, monkeypatch):
+    """As the host builds its routes; without ours, a folder that is gone is an error there."""
+    import server
+    from aiohttp.test_utils import TestClient, TestServer
+
+    folder, listed = shelf
+    instance = type("Server", (), {"routes": web.RouteTableDef()})()
+    monkeypatch.setattr(server.PromptServer, "instance", instance, raising=False)
+    monkeypatch.setattr(host.folder_paths, "filename_list_cache", {})  # of the folders before this test's
+
+    @instance.routes.get("/models/{folder}")
+    async def hosts_own(request):
+        return web.json_response(host.folder_paths.get_filename_list(request.match_info["folder"]))
+
+    only = host.folder_paths.folder_names_and_paths[category]
+    host.module("nodes.host.folders").register_folders()
+    monkeypatch.setitem(host.folder_paths.folder_names_and_paths, category, only)  # without the output folder's
+
+    async def answers():
+        app = web.Application()
+        app.add_routes(instance.routes)
+        async with TestClient(TestServer(app)) as client:
+            for _ in range(2):
+                response = await client.get(f"/models/{category}")
+                assert response.status == 200 and await response.json() == listed()
+                shutil.rmtree(folder, ignore_errors=True)
+
+    (folder / "one.safetensors").write_bytes(honest)
+    assert host.folder_paths.get_filename_list(category) == ["one.safetensors"]
+    asyncio.run(answers())
+
+
+@EVERY
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode")
+def test_names_that_are_no_text_are_not_listed(shelf, honest):
+    """JSON cannot carry them to the browser and back."""
+    folder, listed = shelf
+    (folder / os.fsdecode(b"\xff.safetensors")).write_bytes(honest)
+    assert listed() == []
+
+
+@EVERY
 def test_links(run, host, shelf, honest, category, tmp_path):
     folder, listed = shelf
     elsewhere = tmp_path / "elsewhere"
@@ -77,6 +114,17 @@ def test_links(run, host, shelf, honest, category, tmp_path):
         os.mkfifo(folder / "pipe.safetensors")  # reading it would wait for ever
     assert listed() == ["file.safetensors", "linked/one.safetensors"]
     assert all(run(SHELVES[category][0], **{SHELVES[category][1]: name}) for name in listed())
+
+
+@EVERY
+def test_links_across(shelf, honest, category):
+    """Each way leads once into every folder, not some forty times in turn."""
+    folder, listed = shelf
+    for name, other in (("a", "b"), ("b", "a")):
+        (folder / name).mkdir()
+        (folder / name / "link").symlink_to(folder / other)
+    (folder / "a" / "one.safetensors").write_bytes(honest)
+    assert listed() == ["a/one.safetensors", "b/link/one.safetensors"]
 
 
 @EVERY

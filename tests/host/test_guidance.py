@@ -75,16 +75,21 @@ def test_two_people_each_with_their_own_guidance(apply, person, passes):
     assert torch.equal(both.positive, passes(apply(second, 1.0, apply(first, 1.0))).positive)
 
 
-def test_without_cfg_it_is_a_lora(apply, host, person, loaded):
-    """At a cfg of 1 the host leaves the negative pass out."""
+def test_without_a_negative_pass_the_person_counts_as_much(apply, host, person, loaded):
+    """At a cfg of 1 the host leaves the negative pass out; strength · guidance is then the strength."""
     encode, sampler = host.stock["CLIPTextEncode"]().encode, host.stock["KSampler"]()
     positive, negative = encode(loaded.clip, "a [v] face")[0], encode(loaded.clip, "")[0]
     latent = host.stock["EmptyLatentImage"]().generate(64, 64, 1)[0]
-    pictures = [
-        sampler.sample(apply(person(1), g), 3, 2, 1.0, "euler", "normal", positive, negative, latent)[0]["samples"]
-        for g in (1.0, 2.0)
-    ]
-    assert torch.equal(*pictures)
+    guided, strong, weak = (
+        sampler.sample(model, 3, 2, 1.0, "euler", "normal", positive, negative, latent)[0]["samples"]
+        for model in (
+            apply(person(1), 2.5, strength=0.2),
+            apply(person(1), 1.0, strength=0.5),
+            apply(person(1), 1.0, strength=0.2),
+        )
+    )
+    close(strong, guided)
+    far(strong, weak)
 
 
 def test_pictures_cut_into_tiles(apply, host, person, passes):
@@ -156,3 +161,140 @@ def test_a_compiled_model(apply, host, person, passes, loaded):
     compiled = passes(guided)
     close(expected.positive, compiled.positive)
     close(expected.negative, compiled.negative)
+
+
+@pytest.fixture
+def seen(host, loaded):
+    """What every call for a batch of passes gave in the first step of a guider: lists of predictions."""
+    import comfy.samplers
+    from comfy.patcher_extension import WrappersMP
+
+    def execute(model, guider, *cfg, conds=3):
+        calls = []
+
+        def watch(executor, *given):
+            calls.append(executor(*given))
+            return calls[-1]
+
+        encode = host.stock["CLIPTextEncode"]().encode
+        clone = model.clone()
+        clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "watch", watch)
+        made = guider(clone)
+        made.set_conds(*(encode(loaded.clip, text)[0] for text in ("a [v] face", "a hat", "")[:conds]))
+        made.set_cfg(*cfg)
+        latent = torch.zeros(1, 4, 8, 8)
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+        sampler = comfy.samplers.sampler_object("euler")
+        made.sample(noise, latent, sampler, torch.tensor([14.0, 13.0]))
+        return calls
+
+    return execute
+
+
+def guider(name):
+    from comfy_extras import nodes_custom_sampler, nodes_perpneg
+
+    return getattr(nodes_perpneg, name, None) or getattr(nodes_custom_sampler, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg", "guidance", "positive"),
+    [
+        ("Guider_PerpNeg", (CFG, 1.0), 2.5, 0),
+        ("Guider_PerpNeg", (CFG, 0.0), 2.5, 0),
+        ("Guider_DualCFG", (CFG, 2.0), 2.5, 2),
+        ("Guider_DualCFG", (2.0, 2.0, True), 2.5, 2),
+    ],
+)
+def test_guiders_of_three_passes(apply, person, seen, name, cfg, guidance, positive):
+    """All that the positive prompt is led away from lacks the same part of the person, wherever it stands."""
+    lidb, guider_of = person(1), guider(name)
+    plain, part, guided = (apply(lidb, g, strength=s) for g, s in ((1.0, 1.0), (1.0, 0.5), (guidance, 1.0)))
+    (plain,), (part,), (guided,) = (seen(model, guider_of, *cfg) for model in (plain, part, guided))
+    for index, (all_of_them, half, own) in enumerate(zip(plain, part, guided, strict=True)):
+        if index == positive:
+            assert torch.equal(own, all_of_them)
+        elif own.any():  # a pass that does not count is left out
+            close(half, own)
+            far(all_of_them, own)
+
+
+def test_a_negative_pass_by_itself_is_a_negative_pass(apply, person, seen):
+    """Self-attention guidance evaluates it once more, alone."""
+    import comfy.samplers
+    from comfy_extras.nodes_sag import SelfAttentionGuidance
+
+    def with_sag(model):
+        patched = SelfAttentionGuidance.execute(model, 0.5, 2.0)
+        calls = seen(getattr(patched, "args", patched)[0], comfy.samplers.CFGGuider, CFG, conds=2)
+        (positive, negative), (alone,) = calls
+        return SimpleNamespace(positive=positive, negative=negative, alone=alone)
+
+    lidb = person(1)
+    guided, half = with_sag(apply(lidb, 2.5)), with_sag(apply(lidb, 1.0, strength=0.5))
+    close(half.negative, guided.negative)
+    close(half.alone, guided.alone)
+
+
+def test_a_prompt_with_an_area_has_a_negative_pass_of_its_own(apply, host, loaded, person, seen):
+    """The host makes it up from the positive one."""
+    import comfy.samplers
+
+    class InAnArea(comfy.samplers.CFGGuider):
+        def set_conds(self, positive, negative):
+            area = host.stock["ConditioningSetArea"]().append(positive, 64, 32, 0, 0, 1.0)[0]
+            super().set_conds(positive + area, negative)
+
+    plain, part, guided = (apply(person(1), g, strength=s) for g, s in ((1.0, 1.0), (1.0, 0.5), (2.5, 1.0)))
+    (plain,), (part,), (guided,) = (seen(model, InAnArea, CFG, conds=2) for model in (plain, part, guided))
+    assert torch.equal(guided[0], plain[0])
+    close(part[1], guided[1])
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_merged_model_has_as_much_guidance_as_it_has_of_the_person(apply, person, passes, loaded, ratio):
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    (merged,) = ModelMergeSimple().merge(apply(person(1), 2.5), loaded.model, ratio)
+    own, base = passes(merged), passes(loaded.model)
+    close(passes(apply(person(1), 1.0, strength=ratio)).positive, own.positive)
+    close(passes(apply(person(1), 1.0, strength=ratio / 2)).negative, own.negative)
+    if ratio:
+        far(base.positive, own.positive)
+
+
+def test_what_a_saved_checkpoint_lacks_is_said(apply, person, passes, caplog):
+    import comfy.model_management
+
+    guided = apply(person(1), 2.5)
+    passes(guided)
+    assert not caplog.records
+    comfy.model_management.load_models_gpu([guided], force_patch_weights=True)
+    assert "without their person_guidance" in caplog.text
+    caplog.clear()
+    comfy.model_management.load_models_gpu([apply(person(1), 1.0)], force_patch_weights=True)
+    assert not caplog.records
+
+
+def test_the_layers_that_read_the_same_share_its_product(apply, host, person, passes, monkeypatch):
+    """to_q, to_k and to_v of self-attention; to_k and to_v of all cross-attention, which read the same text."""
+    rows = host.module("hdb_core.rows")
+    found, down = [], rows.RowChange._down
+    monkeypatch.setattr(rows.RowChange, "_down", lambda *given: (found.append(given[1]), down(*given))[1])
+    lidb = person(1)
+    passes(apply(lidb, 2.5))
+    first = found[: sum(not layer.is_text for layer in lidb.layout.layers)]
+    assert {len(names) for names in first} == {1}  # the first pass sees who reads what
+    (text,) = {names for names in found if len(names) > 3}
+    assert all(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in text)
+    assert {tuple(name.split(".")[-2] for name in names) for names in found if len(names) == 3} == {
+        ("to_q", "to_k", "to_v")
+    }
+
+
+def test_its_memory_goes_with_the_sampling(apply, host, person, passes):
+    guided = apply(person(1), 2.5)
+    (wrapper,) = guided.get_wrappers("outer_sample", "hyperdreambooth")
+    passes(guided)
+    change = wrapper.__self__._change
+    assert not (change.factors or change._ups or change._downs or change._products)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,10 +46,11 @@ def test_grey_and_transparent_photos(run, photo, name):
     (hypernet,) = run("LoadHyperNet", hypernet_name=name)
     grey, rgb, rgba = (
         run("PredictLiDB", hypernet=hypernet, image=image)[0].up
-        for image in (photo[..., :1], photo[..., :1].expand(-1, -1, -1, 3), photo[..., [0, 0, 0, 1]])
+        for image in (photo[..., :1], photo[..., :1].expand(-1, -1, -1, 3), torch.cat([photo, 0 * photo[..., :1]], -1))
     )
     torch.testing.assert_close(grey, rgb)
-    torch.testing.assert_close(grey, rgba)
+    white = run("PredictLiDB", hypernet=hypernet, image=torch.ones_like(photo))[0].up
+    torch.testing.assert_close(rgba, white)  # what is transparent is white, whatever lies under it
 
 
 def test_takes_less_than_a_second(run, photo, name):
@@ -143,3 +145,62 @@ def test_unusable_photos(run, host, name, image):
     (hypernet,) = run("LoadHyperNet", hypernet_name=name)
     with pytest.raises(host.module("hdb_core.errors").HyperNetError):
         run("PredictLiDB", hypernet=hypernet, image=image)
+
+
+def test_a_list_of_photos_is_one_person(run, host, photo, name):
+    (hypernet,) = run("LoadHyperNet", hypernet_name=name)
+    batch = torch.cat([photo, 1 - photo])
+    of_batch, of_list = (run("PredictLiDB", hypernet=hypernet, image=image)[0] for image in (batch, [photo, 1 - photo]))
+    torch.testing.assert_close(of_batch.up, of_list.up)
+    assert of_list.about.photos == 2
+    sizes = run("PredictLiDB", hypernet=hypernet, image=[photo, photo[:, :100], batch])[0]
+    assert sizes.about.photos == 4
+    with pytest.raises(host.module("hdb_core.errors").HyperNetError, match="hypernet came as a list of 2"):
+        run("PredictLiDB", hypernet=[hypernet, hypernet], image=photo)
+
+
+def test_photos_unlike_those_of_the_training_are_named(run, host, base_directory, hypernet_config, photo, name, said):
+    (hypernet,) = run("LoadHyperNet", hypernet_name=name)
+    run("PredictLiDB", hypernet=hypernet, image=photo)
+    assert "unlike" not in said[-1]  # this file does not know
+    net = host.module("hdb_core.hypernet").HyperNet.create(hypernet_config)
+    noise = torch.randn(400, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    net.set_seen(net.look(noise))
+    host.module("hdb_core.files.hypernet").save(
+        net, base_directory / "models" / "hyperdreambooth" / "seen.safetensors", {}
+    )
+    (hypernet,) = run("LoadHyperNet", hypernet_name="seen.safetensors")
+    run("PredictLiDB", hypernet=hypernet, image=[photo, photo])
+    assert "of these photos, 1, 2 are unlike those that this hypernetwork was trained on" in said[-1]
+    run("PredictLiDB", hypernet=hypernet, image=photo)
+    assert said[-1].startswith("predicted from one photo\nthis photo is unlike")
+
+
+@pytest.mark.parametrize(
+    ("cut", "box", "size", "uncut"),
+    [
+        ("face", (50, 48, 75, 100), (175, 175), True),  # of half the picture
+        ("face", (22, 19, 71, 95), (128, 128), False),  # as Crop to Face makes it
+        ("face", (22, 19, 71, 95), (128, 160), True),
+        ("face", None, (128, 128), False),
+        ("face", None, (128, 160), True),
+        ("face", "no detector", (128, 160), True),
+        ("face", "no detector", (128, 128), False),
+        ("centre", (50, 48, 75, 100), (175, 175), False),
+        ("centre", "no detector", (128, 160), False),
+    ],
+)  # fmt: skip
+def test_a_photo_that_was_not_cut_as_in_training_is_named(
+    run, host, write_hypernet, hypernet_config, said, monkeypatch, cut, box, size, uncut
+):
+    config = replace(hypernet_config, encoder=replace(hypernet_config.encoder, cut=cut))
+    (hypernet,) = run("LoadHyperNet", hypernet_name=write_hypernet(config, f"{cut}.safetensors"))
+    faces = host.module("nodes.host.faces")
+    found = [] if box is None else [host.module("hdb_core.faces").Box(*box)] if box != "no detector" else None
+    monkeypatch.setattr(faces, "detector", lambda: None if found is None else ("a detector", lambda picture: found))
+    picture = torch.rand(1, *size, 3, generator=torch.Generator().manual_seed(0))
+    run("PredictLiDB", hypernet=hypernet, image=picture)
+    assert (
+        "trained on photos that were cut by Crop to Face, and this one is not: put Crop to Face" in said[-1]
+    ) == uncut
+    assert said[-1].startswith("predicted from one photo")

@@ -95,7 +95,7 @@ def test_letter_case_does_not_end_the_search_for_a_number(run, host, person, out
     """As on a system that takes both for one name."""
     counted = (str(output), "Case", 1, "", "Case")
     monkeypatch.setattr(host.module("nodes.host.output").folder_paths, "get_save_image_path", lambda *_: counted)
-    paths = [Path(run(node_id, lidb=person(1), filename_prefix="Case")[0]) for _ in range(3)]
+    paths = [Path(run(node_id, lidb=person(seed), filename_prefix="Case")[0]) for seed in range(3)]
     assert len(set(paths)) == 3
     for path in paths:
         path.unlink()
@@ -134,3 +134,13 @@ def test_a_folder_that_takes_no_files(run, host, person, output, node_id, troubl
     with pytest.raises(host.module("hdb_core.errors").LiDBFileError, match="Cannot write") as caught:
         run(node_id, lidb=person(1), filename_prefix=prefix)
     assert files_below(output) == before and ".partial" not in str(caught.value) and "person" in str(caught.value)
+
+
+def test_what_a_kill_left_yesterday_goes_with_the_next_person(run, host, person):
+    (path,) = run("SaveLiDB", lidb=person(1), filename_prefix="swept/person")
+    old = Path(path).with_name(".hdb-old.partial")
+    old.touch()
+    yesterday = time.time() - 100_000
+    os.utime(old, (yesterday, yesterday))
+    run("SaveLiDB", lidb=person(2), filename_prefix="swept/person")
+    assert not old.exists()

@@ -32,6 +32,19 @@ def test_every_node_has_a_help_page_that_names_its_inputs(host):
         assert sorted(named) == sorted(slot.id for slot in node.GET_SCHEMA().inputs), node_id
 
 
+BY_NAME = "person", "face", "photo", "portrait", "dreambooth", "hyperdreambooth", "lora", "train", "people"
+BY_ALIAS = "identity", "likeness", "faceid"
+
+
+def test_a_search_finds_nodes_by_what_they_are_for(host):
+    """Older front ends search names alone, newer ones aliases, too."""
+    names = " ".join(node.GET_SCHEMA().display_name for node in host.nodes.values()).lower()
+    assert [word for word in BY_NAME if word not in names] == []
+    found = [getattr(node.GET_SCHEMA(), "search_aliases", None) or () for node in host.nodes.values()]
+    aliases = " ".join(alias for own in found for alias in own).lower()
+    assert not aliases or [word for word in BY_ALIAS if word not in aliases] == []
+
+
 def test_widget_limits_are_those_of_the_settings(host):
     nodes = (host.nodes["FastFinetune"], host.nodes["FastFinetuneOptions"])
     widgets = {slot.id: slot for node in nodes for slot in node.GET_SCHEMA().inputs}
@@ -46,23 +59,28 @@ def test_widget_limits_are_those_of_the_settings(host):
 MADE_FROM = {
     "photo to person with HyperNet": "a prediction",
     "photo to person": "one photo",
+    "photo to person with Z-Image": "one photo",
     "several photos to person": "several photos",
 }
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
 def test_example_workflows_have_the_defaults_of_the_nodes(host, path):
-    """A fresh node does what the workflow does; only the captions say what the photos of the workflow show."""
+    """A fresh node does what the workflow does; only captions say what its photos show, and hooks have the sampler's cfg."""
     nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
-    shown = [photo_words(CONTEXTS[node["widgets_values"][0]]) for node in nodes if node["type"] == "LoadImage"]
+    shown = [node["widgets_values"][0] for node in nodes if node["type"] == "LoadImage"]
+    (sampler,) = (node["widgets_values"] for node in nodes if node["type"] == "KSampler")
     saved = [node for node in nodes if node["type"] in host.nodes]
     assert saved and not {"FastFinetuneOptions", "ApplyOptions"} & {node["type"] for node in saved}
     for node in saved:
-        widgets = [i for i in host.nodes[node["type"]].GET_SCHEMA().inputs if getattr(i, "default", None) is not None]
+        inputs = [i for i in host.nodes[node["type"]].GET_SCHEMA().inputs if not getattr(i, "force_input", None)]
+        widgets = [i for i in inputs if getattr(i, "default", None) is not None]
         if widgets:  # the name of a file has no default
             expected = {widget.id: widget.default for widget in widgets}
             if node["type"] == "FastFinetune":
-                expected["photo_words"] = "\n".join(shown)
+                expected["photo_words"] = "\n".join(photo_words(CONTEXTS[name]) for name in shown)
+            if node["type"] == "LiDBHook":
+                expected["cfg"] = sampler[3]
             assert node["widgets_values"] == list(expected.values())
 
 
@@ -81,10 +99,10 @@ def test_example_workflows_are_recommended_for_what_they_make_persons_from(host,
 def test_the_recommendations(host):
     recommended = host.module("hdb_core.recommended")
     assert recommended.RECOMMENDED == {
-        "a prediction": (12, (0.7, 0.5, 2.5)),
-        "one photo": (56, (0.35, 0.5, 4.5)),
-        "several photos": (100, (0.7, 0.5, 2.5)),
-        "photos in a learned basis": (8, (0.7, 0.5, 2.5)),
+        "a prediction": (12, (0.7, 0.5, 2.5), 0.3),
+        "one photo": (56, (0.35, 0.5, 4.5), 0.4),
+        "several photos": (100, (0.7, 0.5, 2.5), 0.33),
+        "photos in a learned basis": (8, (0.7, 0.5, 2.5), None),
     }
 
 

@@ -6,16 +6,28 @@ import pytest
 import torch
 
 SD2_UNET = {"context_dim": 1024, "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True}
-OPEN_CLIP_LAYER = {
-    "ln_1.weight": (1024,), "ln_1.bias": (1024,), "attn.in_proj_weight": (3072, 1024), "attn.in_proj_bias": (3072,),
-    "attn.out_proj.weight": (1024, 1024), "attn.out_proj.bias": (1024,), "ln_2.weight": (1024,), "ln_2.bias": (1024,),
-    "mlp.c_fc.weight": (4096, 1024), "mlp.c_fc.bias": (4096,), "mlp.c_proj.weight": (1024, 4096), "mlp.c_proj.bias": (1024,),
+SDXL_UNET = {
+    **SD2_UNET, "context_dim": 2048, "channel_mult": (1, 2, 4), "num_res_blocks": [2, 2, 2], "num_classes": "sequential",
+    "adm_in_channels": 2816, "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10,
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
 }  # fmt: skip
-OPEN_CLIP = {
-    "positional_embedding": (77, 1024), "token_embedding.weight": (49408, 1024), "ln_final.weight": (1024,),
-    "ln_final.bias": (1024,), "text_projection": (1024, 1024),
-    **{f"transformer.resblocks.{i}.{name}": shape for i in range(24) for name, shape in OPEN_CLIP_LAYER.items()},
-}  # fmt: skip
+UNETS = {"sd1": {}, "sd2": SD2_UNET, "sdxl": SDXL_UNET}
+
+
+def open_clip(width, layers):
+    """OpenCLIP's names and shapes."""
+    layer = {
+        "ln_1.weight": (width,), "ln_1.bias": (width,), "attn.in_proj_weight": (3 * width, width),
+        "attn.in_proj_bias": (3 * width,), "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
+        "ln_2.weight": (width,), "ln_2.bias": (width,), "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
+        "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,),
+    }  # fmt: skip
+    shapes = {
+        "positional_embedding": (77, width), "token_embedding.weight": (49408, width), "ln_final.weight": (width,),
+        "ln_final.bias": (width,), "text_projection": (width, width),
+        **{f"transformer.resblocks.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()},
+    }  # fmt: skip
+    return {name: torch.empty(shape) for name, shape in shapes.items()}
 
 
 def checkpoint(host, family):
@@ -27,31 +39,41 @@ def checkpoint(host, family):
 
     builder, ops = host.load_file("random_checkpoint.py"), comfy.ops.disable_weight_init
     with torch.device("meta"):
-        unet = UNetModel(**{**builder.FULL_UNET, **(SD2_UNET if family == "sd2" else {})}, operations=ops)
+        unet = UNetModel(**{**builder.FULL_UNET, **UNETS[family]}, operations=ops)
         vae = AutoencoderKL(ddconfig=builder.KL_VAE, embed_dim=4)
         clip_l = comfy.clip_model.CLIPTextModel(builder.CLIP_L, torch.float16, "meta", ops).state_dict()
-        open_clip = {name: torch.empty(shape) for name, shape in OPEN_CLIP.items()}
-    text = ("cond_stage_model.model.", open_clip) if family == "sd2" else ("cond_stage_model.transformer.", clip_l)
-    parts = [("model.diffusion_model.", unet.state_dict()), text, ("first_stage_model.", vae.state_dict())]
-    return {prefix + name: tensor for prefix, part in parts for name, tensor in part.items()}
+        texts = {
+            "sd1": {"cond_stage_model.transformer.": clip_l},
+            "sd2": {"cond_stage_model.model.": open_clip(1024, 24)},
+            "sdxl": {"conditioner.embedders.0.transformer.": clip_l, "conditioner.embedders.1.model.": open_clip(1280, 32)},
+        }  # fmt: skip
+    parts = {"model.diffusion_model.": unet.state_dict(), **texts[family], "first_stage_model.": vae.state_dict()}
+    return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
 
 
-@pytest.mark.parametrize(("family", "text_layers"), [("sd1", 12), ("sd2", 23)])
+@pytest.mark.parametrize(("family", "text_layers"), [("sd1", 12), ("sd2", 23), ("sdxl", 12)])
 def test_full_size_checkpoints(host, family, text_layers):
     single_file, layout = host.module("hdb_core.train.base.single_file"), host.module("hdb_core.layout")
     with torch.inference_mode(False):
         tensors = checkpoint(host, family)
         unet, text, vae = (getattr(single_file, f"{part}_of")(tensors) for part in ("unet", "text_encoder", "vae"))
     targets = layout.find_targets(dict(unet.named_modules()), {}, family)
-    assert len(targets) == 128
+    assert len(targets) == (560 if family == "sdxl" else 128)
     heads = {module.heads for name, module in unet.named_modules() if name.endswith("attn1")}
-    assert heads == ({8} if family == "sd1" else {5, 10, 20})
-    assert unet.config.cross_attention_dim == text.config.hidden_size
+    assert heads == {"sd1": {8}, "sd2": {5, 10, 20}, "sdxl": {10, 20}}[family]
+    if family == "sdxl":
+        second = single_file.second_text_encoder_of(tensors)
+        assert (second.config.num_hidden_layers, second.config.num_attention_heads) == (32, 20)
+        assert second.config.hidden_act == "gelu" and second.text_projection.out_features == 1280
+        assert unet.config.cross_attention_dim == text.config.hidden_size + second.config.hidden_size
+        assert unet.config.projection_class_embeddings_input_dim == second.config.projection_dim + 6 * 256
+    else:
+        assert unet.config.cross_attention_dim == text.config.hidden_size
     assert (text.config.num_hidden_layers, text.config.num_attention_heads) == (
         text_layers,
         text.config.hidden_size // 64,
     )
-    assert text.config.hidden_act == ("quick_gelu" if family == "sd1" else "gelu")
+    assert text.config.hidden_act == ("gelu" if family == "sd2" else "quick_gelu")
     assert vae.config.block_out_channels == [128, 256, 512, 512]
     assert vae.config.layers_per_block == 2
 
@@ -62,6 +84,15 @@ def test_inpainting_is_refused(host):
     tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.empty(320, 9, 3, 3, device="meta")
     with pytest.raises(host.module("hdb_core.errors").LayoutError, match=r"takes 9 channels.*--model"):
         single_file.unet_of(tensors)
+
+
+def test_other_schedules_are_refused(host, tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "edm.safetensors"
+    save_file({"edm_mean": torch.zeros(4)}, path)
+    with pytest.raises(host.module("hdb_core.errors").LayoutError, match=r"edm_mean says that it is EDM's.*--model"):
+        host.module("hdb_core.train.base.single_file").read_single_file(path, torch.float32)
 
 
 def test_sd2_does_not_say_what_it_predicts(host, tmp_path):

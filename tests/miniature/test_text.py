@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from miniature.checkpoint import TOKEN_ROWS
+from miniature.make import WEIGHTS
+from miniature.packing import read_packed
 from miniature.pictures import subject, training_picture
-from miniature.text import LABELS, named, reading_batch
+from miniature.text import LABELS, load_tokenizer, named, reading_batch, vocabulary
 
 
 def test_labels_are_what_the_caption_says():
@@ -41,3 +44,8 @@ def test_batches_are_labelled_and_repeatable():
     nothing_said = [not caption or caption in ("a face",) for caption in captions]
     assert all(row.sum() == 0 for row, nothing in zip(truth, nothing_said, strict=True) if nothing)
     assert truth.sum(1).max() > 8
+
+
+def test_few_captions_tell_the_vocabulary():
+    packed, _ = read_packed(WEIGHTS / "miniature_base.safetensors")
+    assert vocabulary(load_tokenizer()).tolist() == packed[TOKEN_ROWS].tolist()

@@ -5,30 +5,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import LayoutError
-from ...layout import FAMILY_BY_CONTEXT, find_targets, layout_of
-from .single_file import Parts, load_tokenizer, read_single_file
+from ...layout import FAMILIES, FAMILY_BY_CONTEXT, find_targets, layout_of
+from .single_file import Parts, TextEncoder, load_tokenizer, read_single_file
 
 # Of a schedule that ends in noise alone, whose last sigma would be infinite; sigma is 4519 there. ComfyUI has the same.
 _LEAST_SIGNAL = 4.8973451890853435e-08
-_FAMILIES = ("sd1", "sd2")
 _PARTS = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
+_SECOND_PARTS = ("text_encoder_2", "tokenizer_2")  # of SDXL
+# By the name that `find_targets` has for each text encoder. That of a diffusers folder of SD 2.x lacks the layer that
+# nothing reads, that of SDXL has it.
+_TEXT_ENCODERS = {"sd1": ("clip_l",), "sd2": ("text_encoder",), "sdxl": ("clip_l", "clip_g")}
+_PIXELS = 8  # side of what a latent stands for
+
+
+class Conditioning(NamedTuple):
+    """What a UNet reads of B prompts: text states (B, 77, D), and of SDXL the pooled text (B, P)."""
+
+    text: Tensor
+    pooled: Tensor | None = None
 
 
 class DiffusersDenoiser:
-    """`hdb_core.diffusion.Denoiser` over the modules of a diffusers folder.
+    """`model.BatchDenoiser` over the modules of a diffusers folder.
 
     Unlike the host's, it encodes every prompt for its own sample, since people differ.
 
     Args:
         unet: UNet2DConditionModel.
-        text_encoder: CLIPTextModel.
-        tokenizer: CLIP's.
+        texts: its text encoders, one, or the two of SDXL.
         alphas_cumprod: (T,) signal shares of the schedule.
         prediction_type: "epsilon" or "v_prediction".
         convolutions: adapt those of the UNet's residual blocks, too.
@@ -40,39 +50,49 @@ class DiffusersDenoiser:
     def __init__(
         self,
         unet: Any,
-        text_encoder: Any,
-        tokenizer: Any,
+        texts: Sequence[TextEncoder],
         alphas_cumprod: Tensor,
         prediction_type: str,
         convolutions: bool = False,
     ) -> None:
         family = FAMILY_BY_CONTEXT.get(unet.config.cross_attention_dim)
-        if family not in _FAMILIES or prediction_type not in ("epsilon", "v_prediction"):
+        if family is None or prediction_type not in ("epsilon", "v_prediction"):
             raise LayoutError(
-                f"Training knows SD 1.x and SD 2.x that predict epsilon or v, but this model reads text of width "
-                f"{unet.config.cross_attention_dim} and predicts {prediction_type!r}. Give it another --model."
+                f"Training knows {', '.join(FAMILIES.values())} that predict epsilon or v, but this model reads text of "
+                f"width {unet.config.cross_attention_dim} and predicts {prediction_type!r}. Give it another --model."
             )
-        for part in (unet, text_encoder):
+        names = _TEXT_ENCODERS[family]
+        if len(texts) != len(names):
+            raise LayoutError(
+                f"{FAMILIES[family]} has {len(names)} text encoder(s), but this model has {len(texts)}. Give --model a "
+                "whole checkpoint or diffusers folder."
+            )
+        for part in (unet, *(text.model for text in texts)):
             part.eval().requires_grad_(False)
-        self.unet, self.text_encoder, self.tokenizer = unet, text_encoder, tokenizer
+        self.unet, self.texts, self.family = unet, texts, family
         self.predicts_v = prediction_type == "v_prediction"
         self.device, self.dtype = unet.device, unet.dtype
         share = alphas_cumprod.double().clamp(min=_LEAST_SIGNAL)
         self._sigmas = ((1 - share) / share).sqrt().float().to(self.device)
-        text_modules = {"text_encoder": dict(text_encoder.named_modules())}
+        text_modules = {name: dict(text.model.named_modules()) for name, text in zip(names, texts, strict=True)}
         self.modules = find_targets(dict(unet.named_modules()), text_modules, family, convolutions)
         self.layout = layout_of(self.modules, family)
         self._tokens: dict[str, Tensor] = {}
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Text states (B, 77, D) for B prompts, each through its own sample's adapters."""
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """What B prompts say, each through its own sample's adapters: text states (B, 77, D)."""
         for prompt in set(prompts) - self._tokens.keys():
-            tokens = self.tokenizer(
-                prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-            ).input_ids
-            self._tokens[prompt] = tokens[0]
-        tokens = torch.stack([self._tokens[prompt] for prompt in prompts])
-        return self.text_encoder(tokens.to(self.device)).last_hidden_state
+            self._tokens[prompt] = torch.cat([_tokens(text.tokenizer, prompt) for text in self.texts])
+        tokens = torch.stack([self._tokens[prompt] for prompt in prompts], 1).to(self.device)
+        if self.family != "sdxl":
+            return Conditioning(self.texts[0].model(tokens[0]).last_hidden_state)
+        seen = [text.model(own, output_hidden_states=True) for text, own in zip(self.texts, tokens, strict=True)]
+        # Of both the last layer but one, without the norm behind the last; pooled is the second one's.
+        return Conditioning(torch.cat([own.hidden_states[-2] for own in seen], -1), seen[1].text_embeds)
+
+    def summaries(self, prompts: Sequence[str]) -> Tensor:
+        """The text states (B, D) of the last token of each prompt, which has seen the whole of it."""
+        return self.encode_prompts(prompts).text[:, -1]
 
     def sigmas(self) -> Tensor:
         """The noise levels (T,) of the schedule, ascending."""
@@ -82,22 +102,41 @@ class DiffusersDenoiser:
         """Noisy latents (B, C, h, w) = latents + sigma · noise, as ComfyUI writes them."""
         return latents + noise * sigma.view(-1, 1, 1, 1)
 
-    def denoise(self, noisy: Tensor, sigma: Tensor, conditioning: Tensor) -> Tensor:
+    def denoise(self, noisy: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Predicted clean latents (B, C, h, w), float32."""
         timesteps = torch.searchsorted(self._sigmas, sigma).clamp(max=len(self._sigmas) - 1)
         s = sigma.view(-1, 1, 1, 1)
         scale = (s**2 + 1).rsqrt()
-        output = self.unet((noisy * scale).to(self.dtype), timesteps, conditioning.to(self.dtype)).sample.float()
+        given = (noisy * scale).to(self.dtype), timesteps, conditioning.text.to(self.dtype)
+        output = self.unet(*given, added_cond_kwargs=self._added(noisy, conditioning)).sample.float()
         return noisy * scale**2 - output * s * scale if self.predicts_v else noisy - s * output
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
         """(B,): turns the squared error of clean latents into that of ε or v."""
         return (sigma**2 + 1) / sigma**2 if self.predicts_v else sigma**-2
 
+    def noise_ratio(self, sigma: Tensor) -> Tensor:
+        """(B,): σ itself, as `add_noise` adds it."""
+        return sigma
+
+    def _added(self, noisy: Tensor, conditioning: Conditioning) -> dict[str, Tensor] | None:
+        """Pooled text and sizes: of a picture that was neither scaled nor cropped, as ComfyUI has it by default."""
+        if conditioning.pooled is None:
+            return None
+        height, width = (_PIXELS * side for side in noisy.shape[-2:])
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=self.device).expand(len(noisy), -1)
+        return {"text_embeds": conditioning.pooled.to(self.dtype), "time_ids": sizes}
+
+
+def _tokens(tokenizer: Any, prompt: str) -> Tensor:
+    """(1, 77)."""
+    given = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+    return tokenizer(prompt, **given).input_ids
+
 
 @dataclass(frozen=True)
-class BaseModel:
-    """A loaded base model: its denoiser and its VAE."""
+class DiffusersModel:
+    """`model.BaseModel` over the modules of a diffusers folder."""
 
     denoiser: DiffusersDenoiser
     vae: Any  # AutoencoderKL or AutoencoderTiny
@@ -126,14 +165,14 @@ def load_base_model(
     tokenizer: Path | None = None,
     prediction_type: str | None = None,
     convolutions: bool = False,
-) -> BaseModel:
+) -> DiffusersModel:
     """Load a diffusers folder or a single-file checkpoint from the local disk; nothing is downloaded.
 
     Args:
         model: the folder, or the ``.safetensors`` file.
         device: for everything.
-        dtype: of UNet and text encoder.
-        tokenizer: folder of CLIP's vocabulary; None is the model's own, or what `single_file.find_tokenizer` finds.
+        dtype: of UNet and text encoders.
+        tokenizer: folder of CLIP's vocabulary, which all text encoders share; None is the model's own, or what `single_file.find_tokenizer` finds.
         prediction_type: "epsilon" or "v_prediction"; None is what the model says.
         convolutions: adapt those of the UNet's residual blocks, too.
 
@@ -147,33 +186,41 @@ def load_base_model(
         parts = _read_folder(model, dtype, tokenizer)
     denoiser = DiffusersDenoiser(
         parts.unet.to(device, memory_format=torch.channels_last),
-        parts.text_encoder.to(device),
-        parts.tokenizer,
+        [TextEncoder(text.model.to(device), text.tokenizer) for text in parts.texts],
         parts.scheduler.alphas_cumprod,
         prediction_type or parts.scheduler.config.prediction_type,
         convolutions,
     )
     vae = parts.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return BaseModel(denoiser, vae)
+    return DiffusersModel(denoiser, vae)
 
 
 def _read_folder(folder: Path, dtype: torch.dtype, tokenizer: Path | None) -> Parts:
     from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    paths = {part: folder / part for part in _PARTS} | ({"tokenizer": tokenizer} if tokenizer else {})
+    local: Any = {"local_files_only": True}
+    second = (folder / "text_encoder_2").is_dir()
+    paths = {part: folder / part for part in (*_PARTS, *(_SECOND_PARTS if second else ()))}
+    if tokenizer is not None and not second:
+        paths["tokenizer"] = tokenizer
     if missing := [part for part, path in paths.items() if not path.is_dir()]:
         raise FileNotFoundError(
             f"{folder} is no diffusers model: it lacks {', '.join(missing)}. Give --model a folder with "
-            f"{', '.join(_PARTS)}, or a .safetensors checkpoint."
+            f"{', '.join(_PARTS)} (SDXL: and {', '.join(_SECOND_PARTS)}), or a .safetensors checkpoint."
         )
-    local: Any = {"local_files_only": True}
-    text_encoder: Any = CLIPTextModel
+    kinds: list[tuple[Any, str]] = [(CLIPTextModel, ""), (CLIPTextModelWithProjection, "_2")]
+    texts = [
+        TextEncoder(
+            kind.from_pretrained(paths[f"text_encoder{end}"], dtype=dtype, **local),
+            load_tokenizer(paths[f"tokenizer{end}"]),
+        )
+        for kind, end in kinds[: 1 + second]
+    ]
     tiny = AutoencoderTiny.load_config(paths["vae"], **local)["_class_name"] == "AutoencoderTiny"
     return Parts(
         UNet2DConditionModel.from_pretrained(paths["unet"], torch_dtype=dtype, **local),
-        text_encoder.from_pretrained(paths["text_encoder"], dtype=dtype, **local),
-        load_tokenizer(paths["tokenizer"]),
+        tuple(texts),
         # A full VAE overflows in float16.
         (AutoencoderTiny if tiny else AutoencoderKL).from_pretrained(paths["vae"], **local),
         DDPMScheduler.from_pretrained(paths["scheduler"], **local),

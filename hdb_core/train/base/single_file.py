@@ -1,4 +1,4 @@
-"""A single-file SD 1.x or SD 2.x checkpoint as diffusers modules; nothing is downloaded.
+"""A single-file SD 1.x, SD 2.x or SDXL checkpoint as diffusers modules; nothing is downloaded.
 
 Names are translated by diffusers' own converters. Their callers in diffusers fetch the sizes from the internet; here the
 sizes are read off the tensors, so that smaller models of the same make load as well.
@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import LayoutError
+from ...files.reading import GARBLED, reason, regular
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
-_LATENT_FACTOR = 0.18215
+_CLIP_XL, _OPEN_CLIP_XL = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+_SIZES = "label_emb.0.0.weight"  # of SDXL's UNet, which reads pooled text and sizes
+_LATENT_FACTOR, _LATENT_FACTOR_XL = 0.18215, 0.13025
+_SIZE_WIDTH = 256  # that SDXL encodes each size in
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_HEAD_WIDTH = 64  # of CLIP and of SD 2.x; SD 1.x has 8 heads of any width
+_HEAD_WIDTH = 64  # of CLIP, SD 2.x and SDXL; SD 1.x has 8 heads of any width
 _TOKENIZERS = ("tokenizer", "comfy/sd1_tokenizer", ".comfyui/ComfyUI/comfy/sd1_tokenizer")
 _GIVE_TOKENIZER = (
     "Add --set tokenizer=FOLDER, a folder with CLIP's vocab.json and merges.txt: comfy/sd1_tokenizer of a ComfyUI, or "
@@ -33,12 +35,18 @@ _GIVE_TOKENIZER = (
 Tensors = Mapping[str, Tensor]
 
 
+class TextEncoder(NamedTuple):
+    """A text encoder with its tokenizer."""
+
+    model: Any  # CLIPTextModel or CLIPTextModelWithProjection
+    tokenizer: Any  # CLIPTokenizer
+
+
 class Parts(NamedTuple):
     """What diffusers has of a base model."""
 
     unet: Any  # UNet2DConditionModel
-    text_encoder: Any  # CLIPTextModel
-    tokenizer: Any  # CLIPTokenizer
+    texts: tuple[TextEncoder, ...]
     vae: Any  # AutoencoderKL or AutoencoderTiny
     scheduler: Any  # DDPMScheduler
 
@@ -50,13 +58,14 @@ def read_single_file(
 
     Args:
         path: of the file.
-        dtype: of UNet and text encoder; the VAE is float32, because a full one overflows in float16.
+        dtype: of UNet and text encoders; the VAE is float32, because a full one overflows in float16.
         tokenizer: folder of CLIP's vocabulary; None looks for it, see `find_tokenizer`.
-        prediction_type: "epsilon" or "v_prediction"; None is epsilon for SD 1.x. Files of SD 2.x do not say it.
+        prediction_type: "epsilon" or "v_prediction"; None is what the file says, epsilon if nothing. Those of SD
+            2.x cannot say it.
 
     Raises:
         FileNotFoundError: if no tokenizer is found.
-        LayoutError: if the file is no SD 1.x or SD 2.x checkpoint, or it is not known what it predicts.
+        LayoutError: if the file is no SD 1.x, SD 2.x or SDXL checkpoint, or it is not known what it predicts.
     """
     from diffusers import DDPMScheduler
 
@@ -67,11 +76,21 @@ def read_single_file(
             f"{path} is an SD 2.x checkpoint, and such a file does not say what it predicts. Add --prediction-type "
             "epsilon (the 512 px base models) or --prediction-type v_prediction (the 768 px models)."
         )
-    words = load_tokenizer(tokenizer or find_tokenizer(path))
+    if strange := [name for name in ("edm_mean", "edm_vpred.sigma_max") if name in checkpoint]:
+        raise _unknown("noise schedule", f"{strange[0]} says that it is EDM's")
+    if prediction_type is None and "v_pred" in checkpoint:
+        prediction_type = "v_prediction"
+    scheduler = DDPMScheduler(
+        **_SCHEDULE, prediction_type=prediction_type or "epsilon", rescale_betas_zero_snr="ztsnr" in checkpoint
+    )
+    vocabulary = tokenizer or find_tokenizer(path)
+    texts = [TextEncoder(text_encoder_of(checkpoint), load_tokenizer(vocabulary))]
     if is_open_clip:
-        words.pad_token = "!"  # token 0, as OpenCLIP pads
-    scheduler = DDPMScheduler(**_SCHEDULE, prediction_type=prediction_type or "epsilon")
-    return Parts(unet_of(checkpoint), text_encoder_of(checkpoint), words, vae_of(checkpoint), scheduler)
+        texts[0].tokenizer.pad_token = "!"  # token 0, as OpenCLIP pads
+    elif _is_xl(checkpoint):
+        texts.append(TextEncoder(second_text_encoder_of(checkpoint), load_tokenizer(vocabulary)))
+        texts[1].tokenizer.pad_token = "!"
+    return Parts(unet_of(checkpoint), tuple(texts), vae_of(checkpoint), scheduler)
 
 
 def find_tokenizer(path: Path) -> Path:
@@ -122,29 +141,52 @@ def unet_of(checkpoint: Tensors) -> Any:
 
 
 def text_encoder_of(checkpoint: Tensors) -> Any:
-    """The CLIPTextModel of a checkpoint; of SD 2.x without its last layer, which is not read there.
+    """The CLIPTextModel of a checkpoint, of SDXL the first; of SD 2.x without its last layer, which is not read there.
 
     Raises:
         LayoutError: if there is none of the known form.
     """
-    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    own, is_open_clip = _below(checkpoint, _CLIP), False
-    if not own:
-        own, is_open_clip = _below(checkpoint, _OPEN_CLIP), True
+    for prefix in (_CLIP, _CLIP_XL):
+        if _below(checkpoint, prefix):
+            return _text_encoder(CLIPTextModel, checkpoint, prefix)
+    return _text_encoder(CLIPTextModel, checkpoint, _OPEN_CLIP, unread=1)
+
+
+def second_text_encoder_of(checkpoint: Tensors) -> Any:
+    """The CLIPTextModelWithProjection of an SDXL checkpoint, OpenCLIP-G.
+
+    Raises:
+        LayoutError: if there is none of the known form.
+    """
+    from transformers import CLIPTextModelWithProjection
+
+    return _text_encoder(CLIPTextModelWithProjection, checkpoint, _OPEN_CLIP_XL)
+
+
+def _text_encoder(kind: Any, checkpoint: Tensors, prefix: str, unread: int = 0) -> Any:
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
+    from transformers import CLIPTextConfig
+
+    is_open_clip = prefix in (_OPEN_CLIP, _OPEN_CLIP_XL)
     try:
-        sizes = _text_sizes(own)
+        sizes = _text_sizes(_below(checkpoint, prefix))
     except StopIteration as error:
-        raise _unknown("text encoder", "CLIP-L or OpenCLIP-H is not there") from error
+        wanted = "OpenCLIP-G" if prefix == _OPEN_CLIP_XL else "CLIP-L or OpenCLIP-H"
+        raise _unknown("text encoder", f"{wanted} is not there") from error
     if is_open_clip:
-        sizes |= {"num_hidden_layers": sizes["num_hidden_layers"] - 1, "hidden_act": "gelu"}
+        sizes |= {"num_hidden_layers": sizes["num_hidden_layers"] - unread, "hidden_act": "gelu"}
     with _no_weights():
-        model = CLIPTextModel(CLIPTextConfig(**sizes))
-    convert = partial(convert_open_clip_checkpoint, model) if is_open_clip else convert_ldm_clip_checkpoint
-    # Older versions of transformers have one more level of names.
-    prefix = "text_model." if hasattr(model, "text_model") else ""
-    state = {prefix + name.removeprefix("text_model."): tensor for name, tensor in convert(checkpoint).items()}
+        model = kind(CLIPTextConfig(**sizes))
+    if is_open_clip:
+        state = convert_open_clip_checkpoint(model, checkpoint, prefix)
+    else:
+        state = convert_ldm_clip_checkpoint(checkpoint)
+    # Newer versions of transformers have one level of names less, in some models.
+    nested = any(name.startswith("text_model.") for name in model.state_dict())
+    if not nested:
+        state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
     return _filled(model, state, "text encoder")
 
 
@@ -154,14 +196,14 @@ def vae_of(checkpoint: Tensors) -> Any:
     Raises:
         LayoutError: if there is none of the known form.
     """
-    own = _below(checkpoint, _VAE)
+    own, factor = _below(checkpoint, _VAE), _LATENT_FACTOR_XL if _is_xl(checkpoint) else _LATENT_FACTOR
     try:
-        return _tiny_vae(own) if "taesd_encoder.0.weight" in own else _kl_vae(own, checkpoint)
+        return _tiny_vae(own, factor) if "taesd_encoder.0.weight" in own else _kl_vae(own, checkpoint, factor)
     except KeyError as error:
         raise _unknown("VAE", f"{error} is not there") from error
 
 
-def _tiny_vae(own: Tensors) -> Any:
+def _tiny_vae(own: Tensors, factor: float) -> Any:
     from diffusers import AutoencoderTiny
 
     if float(own.get("vae_shift", 0)):
@@ -172,11 +214,11 @@ def _tiny_vae(own: Tensors) -> Any:
             # The decoder counts a clamp as its first layer, which diffusers does not.
             state[f"{match[1]}.layers.{int(match[2]) - (match[1] == 'decoder')}.{match[3]}"] = tensor
     with _no_weights():
-        vae = AutoencoderTiny(scaling_factor=_LATENT_FACTOR / float(own.get("vae_scale", 1)))
+        vae = AutoencoderTiny(scaling_factor=factor / float(own.get("vae_scale", 1)))
     return _filled(vae, state, "VAE")
 
 
-def _kl_vae(own: Tensors, checkpoint: Tensors) -> Any:
+def _kl_vae(own: Tensors, checkpoint: Tensors, factor: float) -> Any:
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
@@ -187,7 +229,7 @@ def _kl_vae(own: Tensors, checkpoint: Tensors) -> Any:
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "layers_per_block": _count(own, r"encoder\.down\.0\.block\.(\d+)\."),
         "latent_channels": own["decoder.conv_in.weight"].shape[1],
-        "scaling_factor": _LATENT_FACTOR,
+        "scaling_factor": factor,
     }
     with _no_weights():
         vae = AutoencoderKL(**config)
@@ -204,7 +246,15 @@ def _unet_config(own: Tensors) -> dict[str, Any]:
     channels = [len(own[f"input_blocks.{i}.0.in_layers.2.weight"]) for i in firsts]
     attends = [f"input_blocks.{i}.1.proj_in.weight" in own for i in firsts]
     middle = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-    is_linear = own["middle_block.1.proj_in.weight"].ndim == 2  # of SD 2.x
+    is_linear = own["middle_block.1.proj_in.weight"].ndim == 2  # of SD 2.x and SDXL
+    depths = [_count(own, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") for i in firsts]
+    added = {}
+    if _SIZES in own:
+        added = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": _SIZE_WIDTH,
+            "projection_class_embeddings_input_dim": own[_SIZES].shape[1],
+        }
     return {
         "block_out_channels": channels,
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
@@ -215,6 +265,8 @@ def _unet_config(own: Tensors) -> dict[str, Any]:
         "cross_attention_dim": own[middle].shape[1],
         "attention_head_dim": [width // _HEAD_WIDTH for width in channels] if is_linear else 8,  # diffusers: heads
         "use_linear_projection": is_linear,
+        "transformer_layers_per_block": [max(1, depth) for depth in depths],
+        **added,
     }
 
 
@@ -224,6 +276,7 @@ def _text_sizes(own: Tensors) -> dict[str, Any]:
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
+        "projection_dim": width,
         "intermediate_size": next(len(w) for n, w in own.items() if n.endswith(("fc1.weight", "c_fc.weight"))),
         "num_hidden_layers": _count(own, r".*(?:layers|resblocks)\.(\d+)\."),
         "num_attention_heads": width // _HEAD_WIDTH,
@@ -232,11 +285,15 @@ def _text_sizes(own: Tensors) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return load_file(regular(path))
+    except (OSError, *GARBLED) as error:
         raise LayoutError(
-            f"{path} cannot be read as a .safetensors checkpoint ({error}). Give --model such a file, or a diffusers folder."
+            f"{path} cannot be read as a .safetensors checkpoint ({reason(error)}). Give --model such a file, or a diffusers folder."
         ) from error
+
+
+def _is_xl(checkpoint: Tensors) -> bool:
+    return _UNET + _SIZES in checkpoint
 
 
 def _is_tokenizer(folder: Path) -> bool:
@@ -271,6 +328,6 @@ def _filled(module: Any, state: Tensors, part: str) -> Any:
 
 def _unknown(part: str, reason: str) -> LayoutError:
     return LayoutError(
-        f"Training knows SD 1.x and SD 2.x checkpoints; the {part} of this one is of another form ({reason}). "
+        f"Training knows SD 1.x, SD 2.x and SDXL checkpoints; the {part} of this one is of another form ({reason}). "
         "Give --model a checkpoint of these, or a diffusers folder."
     )

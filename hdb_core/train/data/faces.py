@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,9 @@ AUGMENTATIONS: Mapping[str, Callable[[Any, int], Callable[[Tensor], Tensor]]] = 
     "flip": lambda v2, size: v2.RandomHorizontalFlip(),
     "color": lambda v2, size: v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.03),
 }
+
+
+_ONE_AT_A_TIME = Lock()  # augmentations draw from the global generator
 
 
 class Faces(Protocol):
@@ -60,7 +64,7 @@ class PhotoPixels:
 
     def _augmented(self, pixels: Tensor, seed: int) -> Tensor:
         picture = pixels.movedim(-1, 0)
-        with torch.random.fork_rng(devices=[]):
+        with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             for transform in self._transforms:
                 picture = transform(picture)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from ...errors import HyperNetError
-from ...files.atomic import replacing
+from ...errors import HDBError, HyperNetError
+from ...files.atomic import write_bytes
+from ...files.reading import GARBLED, reason, regular
 from .photos import Person
 
 
@@ -37,8 +39,7 @@ class Group:
         """Write the file atomically."""
         names = [person.name for person in self.people]
         header = {"settings": json.dumps(self.settings, sort_keys=True), "names": json.dumps(names)}
-        with replacing(self.path) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, header)
+        write_bytes(self.path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, header))
 
     def check(self) -> None:
         """Compare the file that is there with what would be written.
@@ -101,12 +102,27 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[str]]:
     Raises:
         HyperNetError: if it is no such file.
     """
+    with opened(path) as file:
+        header = file.metadata()
+        return dict(json.loads(header["settings"])), list(json.loads(header["names"]))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A finished file as `safe_open` gives it.
+
+    Raises:
+        HyperNetError: if it cannot be read, or holds something else than what is asked of it.
+    """
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata()
-        return json.loads(header["settings"]), json.loads(header["names"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise HyperNetError(f"{path} cannot be read ({error}). Delete it: the next run makes it again.") from error
+        with safe_open(regular(path), "pt") as file:
+            yield file
+    except HDBError:
+        raise
+    except (OSError, *GARBLED) as error:
+        raise HyperNetError(
+            f"{path} cannot be read ({reason(error)}). Delete it: the next run makes it again."
+        ) from error
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..base.denoiser import BaseModel
+from ..base.model import BaseModel
 from .photos import Person
 
 

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...basis import BasisRecipe
 from ...errors import HyperNetError
 from ...layout import Layout
 from ...lidb import Factors
-from ..base.denoiser import BaseModel
+from ..base.model import BaseModel
 from ..fit import Fitter
-from .groups import group_paths, missing_groups, read_header
+from .groups import group_paths, missing_groups, opened, read_header
 from .latents import encode
 from .photos import Person
 
@@ -87,14 +86,23 @@ def read_people(folder: Path, people: Sequence[Person], basis: BasisRecipe, layo
         raise HyperNetError(f"{folder} holds no latents. Run the stage precompute first.")
     for path in paths:
         settings, names = read_header(path)
-        latents, counts, up = _tensors(path)
-        fit = settings["fit"] or {}
-        if (fit.get("basis"), fit.get("layout")) != (json.loads(json.dumps(basis.fields())), layout.hash):
-            up = None  # what was fitted in other coordinates says nothing here
-        for index, (name, own) in enumerate(zip(names, latents.split(counts.tolist()), strict=True)):
-            if name not in known or len(known[name].photos) != len(own):
-                raise HyperNetError(f"The photos of {name!r} have changed since precompute. Start a new run folder.")
-            yield EncodedPerson(known[name], own, None if up is None else up[index])
+        with opened(path) as file:
+            fit = settings["fit"] or {}
+            # What was fitted in other coordinates says nothing here.
+            fits = (fit.get("basis"), fit.get("layout")) == (json.loads(json.dumps(basis.fields())), layout.hash)
+            up: Any = file.get_tensor("up") if fits else [None] * len(names)
+            if fits and (up.ndim, *up.shape[1:3]) != (4, len(layout.layers), basis.up_dim):
+                raise ValueError("fitted people of another shape")
+            encoded = file.get_tensor("latents")
+            if encoded.ndim not in (4, 5) or encoded.dtype != torch.float16:  # 5 of a video model
+                raise ValueError("latents of another shape or type")
+            latents = encoded.split(file.get_tensor("counts").tolist())
+            for name, own, fitted in zip(names, latents, up, strict=True):
+                if name not in known or len(known[name].photos) != len(own):
+                    raise HyperNetError(
+                        f"The photos of {name!r} have changed since precompute. Start a new run folder."
+                    )
+                yield EncodedPerson(known[name], own, fitted)
 
 
 def are_fitted(people: Sequence[EncodedPerson]) -> bool:
@@ -106,13 +114,3 @@ def stacked(people: Sequence[EncodedPerson], down: Tensor) -> Factors:
     """The fitted factors of B people, with the shared down side (L, R, a); all of them must be fitted."""
     up = torch.stack([person.up for person in people if person.up is not None])
     return Factors(down.expand(len(people), -1, -1, -1), up.to(down))
-
-
-def _tensors(path: Path) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Latents, counts and up sides, if there are any, of a file."""
-    try:
-        with safe_open(path, "pt") as file:
-            up = file.get_tensor("up") if "up" in file.keys() else None  # noqa: SIM118 - it is no mapping
-            return file.get_tensor("latents"), file.get_tensor("counts"), up
-    except (SafetensorError, OSError) as error:
-        raise HyperNetError(f"{path} is damaged ({error}). Delete it: the next run makes it again.") from error

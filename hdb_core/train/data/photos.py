@@ -3,17 +3,22 @@
 A text file of the same name beside a photo holds words that are true of that photo and not of the person
 ("smiling, at the beach"); they follow the prompt when that photo is denoised. A picture "1.mask.png" beside "1.jpg" is
 white where that photo shows the person: this part is learned, and the rest counts little.
+
+A file "….tar" in the folder is a shard: it holds the same, under the same names, uncompressed, as webdataset writes it. Its
+photos stay in it, and are read at their places.
 """
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,21 +26,51 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from ...errors import HyperNetError
+from ...files.reading import GARBLED, reason, regular
 from ...images import resize_to_cover
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-MASK = ".mask.png"
+MASK, WORDS, SHARD = ".mask.png", ".txt", ".tar"
+PREPARED = "prepared.json"  # of a folder that `prepare` has made: how its photos are cut, {"cut": "face"}
 Item = TypeVar("Item")
 Read = TypeVar("Read")
 
 
-@dataclass(frozen=True)
+class Entry(NamedTuple):
+    """A file within a shard."""
+
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.shard}"
+
+
+Place = Path | Entry
+
+
+def read_bytes(place: Place) -> bytes:
+    """The contents of a file, or of one within a shard.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    if isinstance(place, Path):
+        return regular(place).read_bytes()
+    with place.shard.open("rb") as file:
+        file.seek(place.offset)
+        return file.read(place.size)
+
+
+@dataclass(frozen=True, slots=True)
 class Photo:
     """A photo, its own words and its mask."""
 
-    path: Path
+    path: Place
     words: str = ""
-    mask: Path | None = None
+    mask: Place | None = None
 
     def pixels(self, size: int) -> Tensor:
         """The central square, float32 (size, size, 3) in 0..1, cut and resized as the nodes do.
@@ -76,23 +111,27 @@ class Photo:
             return (file.height, file.width) if turned else file.size
 
     def whole(self) -> Tensor:
-        """The picture upright and uncut, float32 (3, H, W) in 0..1, as Load Image reads it.
+        """The picture upright and uncut, float32 (3, H, W) in 0..1, as Load Image reads it; a transparent one on white.
 
         Raises:
             HyperNetError: if the file is no picture.
         """
         with self._opened() as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            image = ImageOps.exif_transpose(file)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
         return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).movedim(-1, 0)
 
     @contextmanager
     def _opened(self) -> Iterator[Image.Image]:
         try:
-            with Image.open(self.path) as file:
+            with Image.open(io.BytesIO(read_bytes(self.path))) as file:
                 yield file
-        except OSError as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError, *GARBLED) as error:
             raise HyperNetError(
-                f"{self.path} cannot be read as a picture ({error}). Remove it or save it again."
+                f"{self.path} cannot be read as a picture ({reason(error)}). Remove it or save it again."
             ) from error
 
 
@@ -102,7 +141,7 @@ def in_threads(read: Callable[[Item], Read], items: Sequence[Item]) -> list[Read
         return list(pool.map(read, items))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Person:
     """A person with one photo or several."""
 
@@ -111,32 +150,74 @@ class Person:
 
 
 def find_people(folder: Path) -> list[Person]:
-    """All people of a folder, by name.
+    """All people of a folder, by name; those of a shard stand side by side.
 
     Raises:
-        HyperNetError: if there is none, or two have one name.
+        HyperNetError: if there is none, two have one name, or a shard cannot be read.
     """
     if not folder.is_dir():
         raise HyperNetError(f"There is no folder {folder}. Give --photos a folder with a sub-folder for each person.")
     people: dict[str, Person] = {}
-    for entry in sorted(folder.iterdir()):
-        files = sorted(entry.iterdir()) if entry.is_dir() else [entry]
-        pictures = (file for file in files if file.suffix.lower() in SUFFIXES and not file.name.endswith(MASK))
-        photos = tuple(_photo(file) for file in pictures)
-        if not photos:
-            continue
-        name = entry.name if entry.is_dir() else entry.stem
-        if name in people:
-            raise HyperNetError(
-                f"{folder} holds two people named {name!r}. Rename one, or put all photos into its folder."
-            )
-        people[name] = Person(name, photos)
+    entries = sorted(folder.iterdir())
+    single = {entry.name: entry for entry in entries if not entry.is_dir()}
+    for entry in entries:
+        for person in _people_of(entry, single):
+            if person.name in people:
+                raise HyperNetError(
+                    f"{folder} holds two people named {person.name!r}. Rename one, or put all photos into its folder, or "
+                    "into one shard."
+                )
+            people[person.name] = person
     if not people:
-        raise HyperNetError(f"{folder} holds no photos ({', '.join(sorted(SUFFIXES))}) .")
+        raise HyperNetError(f"{folder} holds no photos ({', '.join(sorted(SUFFIXES))}) and no shards ({SHARD}).")
     return list(people.values())
 
 
-def _photo(path: Path) -> Photo:
-    words, mask = path.with_suffix(".txt"), path.with_suffix(MASK)
-    said = words.read_text(encoding="utf-8").strip() if words.is_file() else ""
-    return Photo(path, said, mask if mask.is_file() else None)
+def _people_of(entry: Path, single: dict[str, Path]) -> list[Person]:
+    """The people of an entry of the folder of photos; what belongs to a single photo is among ``single`` files."""
+    if entry.is_dir():
+        return _grouped({f"{entry.name}/{file.name}": file for file in entry.iterdir() if not file.is_dir()})
+    if entry.suffix.lower() == SHARD:
+        return _grouped(_files_of(entry))
+    names = [entry.name, *(entry.with_suffix(end).name for end in (WORDS, MASK))]
+    return _grouped({name: single[name] for name in names if name in single}) if _is_photo(entry.name) else []
+
+
+def _grouped(files: Mapping[str, Place]) -> list[Person]:
+    """People from files by name: "anna/1.jpg" is of anna, "ben.jpg" of ben."""
+    photos: dict[str, list[Photo]] = {}
+    for name in sorted(files):
+        if _is_photo(name):
+            path = PurePosixPath(name)
+            words = files.get(str(path.with_suffix(WORDS)))
+            own = Photo(files[name], "" if words is None else _text(words), files.get(str(path.with_suffix(MASK))))
+            photos.setdefault(str(path.parent) if path.parent.name else path.stem, []).append(own)
+    return [Person(name, tuple(own)) for name, own in photos.items()]
+
+
+def _text(words: Place) -> str:
+    try:
+        return read_bytes(words).decode("utf-8-sig").strip()
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise HyperNetError(f"{words} cannot be read: {why}. Save it again in UTF-8, or remove it.") from error
+
+
+def _is_photo(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES and not name.endswith(MASK)
+
+
+def _files_of(shard: Path) -> dict[str, Place]:
+    """Name → place of the files of a shard."""
+    try:
+        size = regular(shard).stat().st_size
+        with tarfile.open(shard, "r:") as file:
+            members = [member for member in file if member.isfile()]
+        if odd := next((m for m in members if m.issparse() or not 0 <= m.size <= size - m.offset_data), None):
+            raise ValueError(f"{odd.name!r:.100} is not in it as a whole")
+    except (tarfile.TarError, OSError, *GARBLED) as error:
+        raise HyperNetError(
+            f"{shard} is damaged or compressed ({reason(error)}). Write it again as a plain .tar."
+        ) from error
+    names = (member.name.removeprefix("./") for member in members)
+    return {name: Entry(shard, name, m.offset_data, m.size) for name, m in zip(names, members, strict=True)}

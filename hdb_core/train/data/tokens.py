@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ...errors import HyperNetError
 from ...hypernet import EncoderConfig
 from ..base.vision import VisionEncoder
-from .groups import group_paths, missing_groups, read_header
+from .groups import group_paths, missing_groups, opened, read_header
 from .photos import Person, Photo
 
 BATCH = 32  # photos encoded at once
@@ -64,16 +63,17 @@ class PhotoTokens:
     """
 
     def __init__(self, folder: Path, people: Sequence[Person], encoder: EncoderConfig) -> None:
+        self._shape = encoder.num_tokens, encoder.token_width
         self._places: dict[str, tuple[Path, int]] = {}
         counts: dict[str, int] = {}
         for path in group_paths(folder):
             settings, names = read_header(path)
-            with safe_open(path, "pt") as file:
+            with opened(path) as file:
                 photos = file.get_tensor("counts").tolist()
-            _require_encoder(path, settings["encoder"], encoder)
-            counts |= dict(zip(names, photos, strict=True))
-            starts = accumulate(photos[:-1], initial=0)
-            self._places |= {name: (path, start) for name, start in zip(names, starts, strict=True)}
+                _require_encoder(path, settings["encoder"], encoder)
+                counts |= dict(zip(names, photos, strict=True))
+                starts = accumulate(photos[:-1], initial=0)
+                self._places |= {name: (path, start) for name, start in zip(names, starts, strict=True)}
         for person in people:
             if counts.get(person.name) != len(person.photos):
                 raise HyperNetError(
@@ -93,9 +93,12 @@ class PhotoTokens:
         found = []
         for person, number in photos:
             path, start = self._places[person.name]
-            with safe_open(path, "pt") as file:
-                found.append(file.get_slice("tokens")[start + number])
-        return torch.stack(found).float()
+            with opened(path) as file:
+                own = file.get_slice("tokens")[start + number].float()
+                if own.shape != self._shape or not own.isfinite().all():
+                    raise ValueError("tokens of another shape, or NaN")
+                found.append(own)
+        return torch.stack(found)
 
 
 def _encoded(encoder: VisionEncoder, photos: Sequence[Photo]) -> Tensor:

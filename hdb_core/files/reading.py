@@ -1,0 +1,73 @@
+"""What is asked of every file before it is opened."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import zlib
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+# What the bytes of a stranger make readers raise.
+GARBLED = (
+    LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, MemoryError, RuntimeError, zlib.error,
+    SafetensorError,
+)  # fmt: skip
+_MOST_HOLLOW = 1 << 20
+
+
+def regular(path: Path) -> Path:
+    """The same path, if there is a file that can be read to its end.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        OSError: if it is a folder, a pipe or a device, or most of it is not on the disk; if no file can have its name.
+    """
+    status = nameable(path).stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        raise _invalid(path, "it is a folder or a device and not a file")
+    if status.st_size > _MOST_HOLLOW and _bytes_on_disk(path, status.st_size // 2) < status.st_size // 2:
+        raise _invalid(path, "most of it is not there, as in a download that has not ended")
+    return path
+
+
+def nameable(path: Path) -> Path:
+    """The same path, if a file can have its name.
+
+    Raises:
+        OSError: if not.
+    """
+    try:
+        if b"\0" not in os.fsencode(path):
+            return path
+    except UnicodeError:
+        pass
+    raise _invalid(path, "no file can have this name")
+
+
+def reason(error: BaseException) -> str:
+    """Why something cannot be read or written, without numbers and paths of the system's."""
+    return (getattr(error, "strerror", None) or str(error))[:200]
+
+
+def _bytes_on_disk(path: Path, enough: int) -> int:
+    """How much of a file is no hole; counted until it is enough."""
+    if not hasattr(os, "SEEK_DATA"):  # on Windows
+        return enough
+    found = end = 0
+    with path.open("rb") as file:
+        try:
+            while found < enough:
+                start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+                end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+                found += end - start
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # the rest is a hole
+                return enough  # a file system that does not know
+    return found
+
+
+def _invalid(path: Path, reason: str) -> OSError:
+    return OSError(errno.EINVAL, reason, str(path))

@@ -1,0 +1,108 @@
+"""A model as ComfyUI loads it, from one file or several, for the training of a hypernetwork."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from torch import Tensor
+from utils.extra_config import load_extra_path_config
+
+from ...hdb_core.errors import HyperNetError
+from ...hdb_core.train.base.model import BaseModel, BatchDenoiser
+from ...hdb_core.train.settings import Settings
+from .batches import ManyDenoiser
+from .differentiable import differentiable
+from .photos import encode
+
+
+class HostModel:
+    """`BaseModel` over the host's MODEL and VAE."""
+
+    def __init__(self, denoiser: BatchDenoiser, model: Any, vae: Any) -> None:
+        self.denoiser, self.model, self.vae = denoiser, model, vae
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Model-space latents (N, C, h, w) float32 of pixels (N, 3, H, W) in 0..1."""
+        return encode(self.model, self.vae, pixels).to(self.denoiser.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) float32 in 0..1 of model-space latents (N, C, h, w)."""
+        return self.vae.decode(self.model.model.process_latent_out(latents)).movedim(-1, 1).float()
+
+
+@contextmanager
+def opened(model: Any, clip: Any, vae: Any, convolutions: bool) -> Iterator[BaseModel]:
+    """MODEL, CLIP and VAE as the base model of a training, valid within the context."""
+    with differentiable(model, clip, convolutions=convolutions, prompts=None) as denoiser:
+        yield HostModel(ManyDenoiser(denoiser), model, vae)
+
+
+@contextmanager
+def loaded(settings: Settings) -> Iterator[BaseModel]:
+    """The base model of a training, valid within the context.
+
+    Raises:
+        HyperNetError: a file is missing or of another kind, or a setting is of diffusers alone.
+    """
+    if settings.prediction_type or settings.tokenizer:
+        raise HyperNetError(
+            "ComfyUI knows what a checkpoint predicts and reads. Leave prediction_type and tokenizer out."
+        )
+    extra = Path(folder_paths.base_path, "extra_model_paths.yaml")
+    if extra.is_file():
+        load_extra_path_config(str(extra))
+    with torch.inference_mode():
+        parts = _of_three(settings) if settings.text_encoders or settings.vae else _of_checkpoint(settings)
+    with opened(*parts, settings.convolutions) as base:
+        yield base
+
+
+def _of_checkpoint(settings: Settings) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE of *Load Checkpoint*."""
+    path = _file("checkpoints", settings.model, "model")
+    model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(path))
+    if model is None or clip is None or vae is None:
+        raise HyperNetError(
+            f"{path} is no whole checkpoint, with MODEL, CLIP and VAE. Give the others by text_encoders, clip_type and vae."
+        )
+    return model, clip, vae
+
+
+def _of_three(settings: Settings) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE of *Load Diffusion Model*, *Load CLIP* and *Load VAE*."""
+    diffusion = _file("diffusion_models", settings.model, "model")
+    texts = [_file("text_encoders", name, "text_encoders") for name in settings.text_encoders]
+    pixels = _file("vae", settings.vae, "vae")
+    types = {kind.name.lower(): kind for kind in comfy.sd.CLIPType}
+    if settings.clip_type not in types or not texts:
+        raise HyperNetError(
+            f"Expected text_encoders, and as clip_type one of {', '.join(types)}; got {settings.clip_type!r}. Set them as in "
+            "Load CLIP."
+        )
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    clip = comfy.sd.load_clip([str(path) for path in texts], embeddings, types[settings.clip_type])
+    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(pixels)))
+    vae.throw_exception_if_invalid()
+    return comfy.sd.load_diffusion_model(str(diffusion)), clip, vae
+
+
+def _file(folder: str, name: str, setting: str) -> Path:
+    """A file by its path, or by its name in one of ComfyUI's folders.
+
+    Raises:
+        HyperNetError: there is none.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    if path := folder_paths.get_full_path(folder, name):
+        return Path(path)
+    raise HyperNetError(f"There is no {name!r} in models/{folder}. Give {setting} a name there, or a path.")

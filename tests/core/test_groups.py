@@ -1,0 +1,75 @@
+"""Damaged files of computed people and tokens: one sentence, and the next run makes them again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from devtools.fuzz import nested, small_layout, split
+from hdb_core.basis import BasisRecipe
+from hdb_core.errors import HyperNetError
+from hdb_core.hypernet import EncoderConfig
+from hdb_core.train.data.groups import Group, group_paths
+from hdb_core.train.data.people import read_people
+from hdb_core.train.data.photos import Person, Photo
+from hdb_core.train.data.tokens import PhotoTokens
+
+BASIS, LAYOUT, ENCODER = BasisRecipe(3, 12, 8), small_layout(), EncoderConfig("clip_vision", 16, 8, num_tokens=3)
+PEOPLE = [Person(name, (Photo(Path("1.png")), Photo(Path("2.png")))) for name in ("anna", "ben")]
+COUNTS = torch.tensor([2, 2])
+WRITTEN = {
+    "latents": (
+        {"latents": torch.zeros(4, 4, 2, 2).half(), "counts": COUNTS, "up": torch.zeros(2, 4, 8, 1)},
+        {"fit": {"basis": BASIS.fields(), "layout": LAYOUT.hash}},
+    ),
+    "tokens": ({"tokens": torch.zeros(4, 3, 8).half(), "counts": COUNTS}, {"encoder": ENCODER.sizes}),
+}  # fmt: skip
+
+
+def read(folder, kind):
+    if kind == "latents":
+        return list(read_people(folder, PEOPLE, BASIS, LAYOUT))
+    return PhotoTokens(folder, PEOPLE, ENCODER).read([(person, i) for person in PEOPLE for i in range(2)])
+
+
+DAMAGE = {
+    "a dimension less": lambda tensors, meta, kind: tensors.update({kind: tensors[kind].flatten(-2)}),
+    "a photo less": lambda tensors, meta, kind: tensors.update({kind: tensors[kind][:3].clone()}),
+    "no numbers": lambda tensors, meta, kind: tensors.pop(kind),
+    "counts below 0": lambda tensors, meta, kind: tensors.update(counts=torch.tensor([5, -1])),
+    "no counts": lambda tensors, meta, kind: tensors.pop("counts"),
+    "no names": lambda tensors, meta, kind: meta.pop("names"),
+    "names of another type": lambda tensors, meta, kind: meta.update(names="3"),
+    "a name less": lambda tensors, meta, kind: meta.update(names='["anna"]'),
+    "deep settings": lambda tensors, meta, kind: meta.update(settings=nested(100_000).decode()),
+    "no settings": lambda tensors, meta, kind: meta.update(settings=json.dumps({})),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_a_damaged_file_is_one_sentence(tmp_path, kind, damage):
+    Group(0, PEOPLE, tmp_path / "group_00000.safetensors", WRITTEN[kind][1]).write(WRITTEN[kind][0])
+    assert len(read(tmp_path, kind)) in (2, 4)
+    (path,) = group_paths(tmp_path)
+    data = path.read_bytes()
+    tensors, meta = load(data), split(data)[0]["__metadata__"]
+    DAMAGE[damage](tensors, meta, kind)
+    path.write_bytes(save(tensors, meta))
+    with pytest.raises(HyperNetError, match=r"cannot be read|have changed since|holds tokens of"):
+        read(tmp_path, kind)
+
+
+def test_fitted_people_of_another_model_and_broken_tokens(tmp_path):
+    for kind, name, value in (
+        ("latents", "up", torch.zeros(2, 3, 8, 1)),
+        ("tokens", "tokens", torch.full((4, 3, 8), torch.nan)),
+    ):
+        tensors, settings = WRITTEN[kind]
+        Group(0, PEOPLE, tmp_path / "group_00000.safetensors", settings).write({**tensors, name: value})
+        with pytest.raises(HyperNetError, match=r"cannot be read .*another shape"):
+            read(tmp_path, kind)

@@ -1,0 +1,120 @@
+"""What is asked of every file before it is opened, and how a message quotes one."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from devtools import fuzz
+from hdb_core.basis import BasisRecipe
+from hdb_core.errors import MOST_SHOWN, HDBError
+from hdb_core.files import basis, container, hypernet, lidb, lora
+from hdb_core.files.reading import regular
+from hdb_core.hypernet import HyperNet, HyperNetConfig
+from hdb_core.layout import Layer, Layout
+from hdb_core.lidb import LiDB
+
+KINDS = sorted(set(fuzz.TARGETS) - {"config"})
+UNNAMEABLE = pytest.mark.parametrize("name", ["a\0b", "\ud800"], ids=["NUL", "half a character"])
+
+
+@pytest.fixture
+def honest(tmp_path):
+    def make(kind):
+        fuzz.TARGETS[kind].make(tmp_path / "honest.safetensors")
+        return tmp_path / "honest.safetensors"
+
+    return make
+
+
+def test_a_message_is_one_printable_line_that_ends_as_it_was_written():
+    text = str(HDBError("Got '\x1b[2J\n\ud800\u202e" + "x" * 5000 + "'. Load another file."))
+    assert (
+        text.isprintable() and text.startswith(r"Got '\x1b[2J\n\ud800\u202exxx") and text.endswith("Load another file.")
+    )
+    assert len(text) <= MOST_SHOWN and str(HDBError(text)) == text and str(HDBError("Zoë → 'é'")) == "Zoë → 'é'"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipe_or_a_folder_is_refused_and_not_waited_for(tmp_path, kind):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(HDBError, match="folder or a device"):
+            fuzz.TARGETS[kind].load(tmp_path / name)
+
+
+@UNNAMEABLE
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_that_no_file_can_have(tmp_path, kind, name, honest):
+    target = fuzz.TARGETS[kind]
+    with pytest.raises(HDBError, match="no file can have this name"):
+        target.load(tmp_path / name)
+    with pytest.raises(HDBError, match="no file can have this name"):
+        target.save(target.load(honest(kind)), tmp_path / name)
+    with pytest.raises(OSError, match="no file can have this name"):
+        lora.save(fuzz.small_lidb(), tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_mostly_a_hole_costs_nothing(kind, honest):
+    path = honest(kind)
+    header, rest = fuzz.split(path.read_bytes())
+    header["large"] = {"dtype": "U8", "shape": [10**11], "data_offsets": [len(rest), len(rest) + 10**11]}
+    path.write_bytes(fuzz.joined(header, rest))
+    try:
+        os.truncate(path, path.stat().st_size + 10**11)
+    except OSError:
+        pytest.skip("no such files on this disk")
+    start = time.process_time()
+    with pytest.raises(HDBError, match="most of it is not there"):
+        fuzz.TARGETS[kind].load(path)
+    assert time.process_time() - start < 1
+
+
+def test_a_file_that_is_whole_or_small_is_no_hollow_one(tmp_path):
+    (tmp_path / "whole").write_bytes(bytes(3_000_000))
+    (tmp_path / "small").touch()
+    os.truncate(tmp_path / "small", 100_000)
+    assert all(regular(path) == path for path in (tmp_path / "whole", tmp_path / "small"))
+
+
+def test_a_person_is_not_larger_than_its_components(honest):
+    path = honest("lidb")
+    header, rest = fuzz.split(path.read_bytes())
+    header["more"] = {"dtype": "U8", "shape": [3_000_000], "data_offsets": [len(rest), len(rest) + 3_000_000]}
+    path.write_bytes(fuzz.joined(header, rest + bytes(3_000_000)))
+    with pytest.raises(HDBError, match="larger than its header says"):
+        lidb.read_header(path)
+
+
+BEYOND = {
+    "dims": (Layout("sd1", (Layer("unet.a", 2000, 2000),)), (1025, 8)),
+    "features": (Layout("sd1", (Layer("unet.a", 65_537, 8),)), (4, 4)),
+    "no features": (Layout("sd1", (Layer("unet.a", 0, 8),)), (4, 4)),
+    "name": (Layout("sd1", (Layer("unet." + "a" * 252, 8, 8),)), (4, 4)),
+    "family": (Layout("s" * 257, (Layer("unet.a", 8, 8),)), (4, 4)),
+    "kernel": (Layout("sd1", (Layer("unet.conv1", 10, 8),)), (4, 4)),
+    "layers": (Layout("sd1", tuple(Layer(f"unet.a{i}", 1, 1) for i in range(4097))), (1, 1)),
+    "twice": (Layout("sd1", (Layer("unet.a", 8, 8),) * 2), (4, 4)),
+}
+
+
+@pytest.mark.parametrize("beyond", BEYOND)
+@pytest.mark.parametrize("kind", ["lidb", "hypernet", "basis"])
+def test_what_could_not_be_read_is_not_written(tmp_path, monkeypatch, kind, beyond):
+    layout, (a, b) = BEYOND[beyond]
+    monkeypatch.setattr(container, "probe", lambda *_: [])  # of no use here, and slow
+    recipe, count = BasisRecipe(0, a, b), len(layout.layers)
+    with pytest.raises(HDBError, match=r"could not be read again .*; nothing was written"):
+        if kind == "lidb":
+            lidb.save(LiDB(layout, recipe, torch.ones(count, 1, a), torch.ones(count, b, 1)), tmp_path / "file")
+        elif kind == "hypernet":
+            encoder = fuzz.small_hypernet().config.encoder
+            made = HyperNet.create(HyperNetConfig(layout, recipe, encoder, width=8, depth=1, heads=2, code=3))
+            hypernet.save(made, tmp_path / "file", {})
+        else:
+            basis.save(layout, {}, (a, b), tmp_path / "file", {})
+    assert not list(tmp_path.iterdir())
