@@ -23,9 +23,13 @@ from hdb_core.basis import BasisRecipe
 from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig
 from hdb_core.hypernet.encoder import PhotoEncoder
 from hdb_core.layout import Layout, find_targets, layout_of
+from hdb_core.train.ahead import AHEAD
 from hdb_core.train.base.vision import HOST_ENCODERS
 from hdb_core.train.data.photos import Person, Photo
 from hdb_core.train.person_loss import TrainConfig
+from hdb_core.train.predicted import CHUNK
+from hdb_core.train.settings import NetSettings
+from hdb_core.train.turns import RUN, RUNS
 
 from .common.bench import RESULTS
 from .common.files import write_json, write_text
@@ -47,10 +51,7 @@ GPUS = (Gpu("A100", 312e12, 19.5e12), Gpu("RTX 4090", 165.2e12, 82.6e12), Gpu("H
 NUM_GPUS = (1, 8)
 MANY_PHOTOS = 10_000_000
 GROUP = 32  # people a file: the default of hdb_core.train
-SHARD_BYTES = 1e9
-SHUFFLE_BUFFER = 4096  # people
 BLOCK_BYTES = 4096  # the least that a file takes in common file systems
-SEEK_SECONDS = 60 / 7200 / 2 + 0.008  # half a turn of a disk of 7,200 turns a minute, and its arm
 DECODE_SECONDS = 0.04  # measured on one core: a JPEG of 1024 × 1024, decoded and made as small as an encoder takes it
 ENCODER_SIZE = 224  # pixels, of ViT-H
 FACE_CODE = 96  # numbers: the default of hdb_core.train
@@ -190,12 +191,9 @@ def many_photos(counted: Counted, work: Workload, photos: int, gpu: Gpu, utilisa
     return {
         "photos": photos, "group files": 2 * math.ceil(photos / GROUP), "text blocks": photos * BLOCK_BYTES,
         "object bytes": photos * object_bytes(), "people in memory": disk["latents"] + disk["fitted people"],
-        "tokens": disk["tokens of ViT-H"], "all ups": disk["fitted people"], "held out": round(work.held_out * photos),
-        "samples a second": rate, "lean": lean, "full": full, "shards lean": math.ceil(photos * lean / SHARD_BYTES),
-        "shards full": math.ceil(photos * full / SHARD_BYTES), "photos a shard": SHARD_BYTES // full,
-        "photos a lean shard": SHARD_BYTES // lean, "read": rate * full, "read lean": rate * lean,
-        "disks": rate * SEEK_SECONDS, "buffer": SHUFFLE_BUFFER * full, "buffer state": SHUFFLE_BUFFER * 2 * 4, "held out now": round(work.held_out * work.people), "encode share": counted.vision / sample, "statistics": counted.core * SINGLE,
-        "fit days": fits.hours(gpu, node, utilisation) / 24, "fit days of a tenth": fits.hours(gpu, node, utilisation) / 240,
+        "held out": round(work.held_out * photos), "held out now": round(work.held_out * work.people),
+        "samples a second": rate, "full": full, "read": rate * full, "read lean": rate * lean, "buffer": RUN * RUNS * full,
+        "encode share": counted.vision / sample, "fit days": fits.hours(gpu, node, utilisation) / 24,
     }  # fmt: skip
 
 
@@ -241,7 +239,7 @@ def count(width: int, depth: int) -> Counted:
         learn_to_see=counted_flops(lambda: vit(seen).sum().backward()),
         latents=latents.numel(),
         tokens=tokens.numel(),
-        person=len(layout.layers) * net.config.num_outputs,
+        person=len(layout.layers) * basis.up_dim,
         core=len(layout.layers) * basis.up_dim * basis.down_dim,
         hypernet=sum(p.numel() for p in net.parameters()),
     )
@@ -287,7 +285,16 @@ def _vision() -> nn.Module:
 
 def _hypernet(layout: Layout, width: int, depth: int) -> HyperNet:
     encoder = EncoderConfig("clip_vision", ENCODER_SIZE, 1280, num_tokens=257, name="CLIP ViT-H/14")
-    config = HyperNetConfig(layout, BasisRecipe(), encoder, width=width, depth=depth, heads=width // 64, code=FACE_CODE)
+    config = HyperNetConfig(
+        layout,
+        BasisRecipe(),
+        encoder,
+        width,
+        depth,
+        heads=width // 64,
+        code=FACE_CODE,
+        predict_down=NetSettings.predict_down,
+    )
     return HyperNet.create(config).to("meta")
 
 
@@ -385,8 +392,7 @@ def text_of(result: Mapping[str, Any]) -> str:
         f"at {1000 * DECODE_SECONDS:.0f} ms for a JPEG of 1024 × 1024, {decoding}. Smaller photos make it less; the tokens of "
         "a frozen encoder are computed once."),
         markdown(["on disk", "", "a person"], disk_rows),
-        (f"`read_people` holds latents and people in memory, {size(disk['latents'] + disk['fitted people'])} in every "
-        "process; tokens stay on disk."),
+        "Latents and fitted people are mapped from their files, and read as steps need them.",
         prose(result["many photos"], result["utilisation"]),
     ]) + "\n"  # fmt: skip
 
@@ -396,43 +402,32 @@ def prose(m: Mapping[str, float], utilisation: float) -> str:
     node = f"{NUM_GPUS[-1]} {GPUS[0].name}"
     return f"""## {m["photos"]:,.0f} photos, one a person
 
+What holds so many, in `hdb_core.train`:
+
+- **Shards.** A photo, and a text beside it, would be {2 * m["photos"]:,.0f} files; the texts alone would take \
+{size(m["text blocks"])} in blocks of {BLOCK_BYTES} bytes. `hdb_core.train.photos --shards 1000` writes tar files in the form \
+of webdataset instead. They are listed at every start, by their headers, and photos are read at their places.
+- **Latents stay on disk.** The {size(m["people in memory"])} of latents and fitted people are mapped and not held; what is \
+computed of everybody, such as the energy of a layer, takes {CHUNK} people at a time.
+- **Turns.** Everybody has a turn before anyone has another. Runs of {RUN} people who stand side by side in files are shuffled, \
+and then the people of {RUNS} runs, which with tokens hold {size(m["buffer"])}: a disk reads what lies together. Who has a turn \
+follows from the seed and the step, so that a run resumes from its weights and its step number alone, on any number of \
+processes, of which each reads its own part.
+- **Reading ahead.** What the next {AHEAD} parts of steps need is read while the present one is computed.
+
 What breaks, in the order in which it is met:
 
-- **Files in a folder.** A photo, and a text beside it, are {2 * m["photos"]:,.0f} files below one folder, which \
-`find_people` lists and sorts at every start of every process; the texts alone take {size(m["text blocks"])} in blocks of \
-{BLOCK_BYTES} bytes. The names as Python objects: {size(m["object bytes"])} in every process.
+- **The list of people.** Names, words and places as Python objects take {size(m["object bytes"])} in every process.
 - **{GROUP} people a file.** {m["group files"]:,.0f} files of people and tokens in two folders, each opened at every start \
-to compare its settings, and again to learn who is in it.
-- **Everybody in memory.** `read_people` would hold {size(m["people in memory"])} in every process, \
-{size(NUM_GPUS[-1] * m["people in memory"])} on a node of {NUM_GPUS[-1]}. `PeopleInBase` puts the up sides of everybody onto \
-the GPU at once to measure their energy: {size(m["all ups"])}. `evaluate` keeps the predictions of all {m["held out"]:,.0f} \
-people who were kept from training (of {m["held out now"]:,.0f} in the table above).
-- **Random access.** People are drawn evenly from all. On {node} at {utilisation:.0%}, `train` takes \
-{m["samples a second"]:,.0f} samples a second: as many reads at random places of {size(m["tokens"])} of tokens, \
-{size(m["read"])}/s with latents and fits. No page cache holds that, and at {1000 * SEEK_SECONDS:.0f} ms a seek it keeps the heads of \
-{m["disks"]:.1f} disks busy with seeking alone.
-- **Fitting everybody.** {m["fit days"]:,.0f} days on {node}. The regression is a warm start: fitting a tenth takes \
-{m["fit days of a tenth"]:,.1f} days, and the diffusion loss alone needs no fits.
-
-The data layer that holds it:
-
-- **Shards.** Tar files of about {size(SHARD_BYTES)} in the form of webdataset, all entries of a person side by side and \
-those of a photo under one key: `anna/0.latents.npy` and `anna/0.tokens.npy` at float16, `anna/0.txt`. Fits counted in, they take with tokens \
-{size(m["full"])} a photo, {m["photos a shard"]:,.0f} photos a shard, {m["shards full"]:,.0f} shards; with \
-the photo, cut to {ENCODER_SIZE} pixels and not even compressed, in place of its tokens {size(m["lean"])}, {m["photos a lean shard"]:,.0f} photos, {m["shards lean"]:,.0f} shards. An index with a line a shard \
-(name, people, hash) replaces every listing.
-- **Tokens or not.** Storing them costs {size(m["tokens"])} and {size(m["read"])}/s; computing them anew from the photo \
-costs {m["encode share"]:.0%} more operations a sample, at {size(m["read lean"])}/s.
-- **Fits** are shards of their own at float16, with the numbers of the photo shards: a shard is the unit of work of \
-`precompute`, a missing file is work left, and who has no fit gets no regression.
-- **Shuffling.** The order of shards is a permutation drawn from (seed, epoch), dealt out to the processes; each reads \
-its shards from front to back through a buffer of {SHUFFLE_BUFFER:,} people ({size(m["buffer"])}), from which the batch is \
-drawn. Reads are long and in order, which any disk or object store serves.
-- **Resuming.** State is (epoch, number in the order of shards, entry in the shard) for each process, and the \
-places of the people in the buffer ({size(m["buffer state"])}), beside weights and step. Who, which photo and which noise stay functions \
-of the seed and the step, as now; the number of processes becomes part of the state.
-- **Statistics** in one pass: the energy of each layer and the mean change are sums, {size(m["statistics"])} whatever the \
-number of people."""
+to compare its settings, and again to learn who is in it; Linux maps 65,530 of them in a process unless it is told otherwise \
+(`vm.max_map_count`). `--set group=1024` makes them fewer.
+- **Bandwidth.** On {node} at {utilisation:.0%}, `train` takes {m["samples a second"]:,.0f} samples a second: {size(m["read"])}/s of \
+tokens, latents and fits. Computing tokens anew from photos of {ENCODER_SIZE} pixels would cost \
+{m["encode share"]:.0%} more operations a sample, at {size(m["read lean"])}/s; this is not built.
+- **Fitting everybody.** {m["fit days"]:,.0f} days on {node}. The regression is a warm start, and the diffusion loss alone \
+needs no fits.
+- **Judging.** `evaluate` keeps the predictions of all {m["held out"]:,.0f} people who were kept from training (of \
+{m["held out now"]:,.0f} in the table above); lower `held_out`."""
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ from .people import BASIS
 
 MASKED = "MASKED"  # stands for the folder of the same photos with masks of the faces
 LEARNED = "LEARNED"  # stands for the file of the learned basis
+NARROW = ("basis.down_dim=25", "basis.up_dim=12")  # as narrow as the usual basis is on SD 1.5's layers
 # Settings of hdb_core.train.
 VARIANTS: Mapping[str, Sequence[str]] = {
     "diffusion": (),
@@ -47,6 +48,9 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "diffusion, one photo seen": ("train.max_photos=1",),
     "diffusion, k = 1": ("train.max_iterations=1",),
     "diffusion, rank 4": ("rank=4",),
+    "diffusion, predicted down side": ("net.predict_down=true",),
+    "diffusion, narrow basis": NARROW,
+    "diffusion, narrow basis, predicted down side": (*NARROW, "net.predict_down=true"),
     "diffusion, learned basis": (f"basis.file={LEARNED}",),
 }
 COLUMNS = (
@@ -165,7 +169,7 @@ def main() -> None:
         *("--model", str(args.model.resolve()), "--photos", str(args.photos.resolve()), "--image-size", "128"),
         *(("--cpu",) if args.device == "cpu" else ()),
         *("--no-convolutions", "--set", f"precomputed={args.folder.resolve()}", f"begin_with={encoder}"),
-        *("held_out=0.1", "net.depth=2", "train.warmup=20", "train.max_photos=2"),
+        *("held_out=0.1", "net.depth=2", "net.predict_down=false", "train.warmup=20", "train.max_photos=2"),
         *("train.noise=[0.05,0.95]", "evaluate.noise=[0.05,0.95]", "samples.every=0"),
     ]
     rows: list[Mapping[str, Any]] = []

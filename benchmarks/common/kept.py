@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
+from hdb_core.files.atomic import OLD, sweep
+
 from .files import rounded, write_text
 
 
@@ -62,6 +64,7 @@ class KeptScores:
         """Writes the file, with the lines that another process has written since."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_name(f"{self.path.name}.lock")):  # or two could read before either writes
+            sweep(self.path.parent, older_than=OLD)
             self._lines = self._read() | self._lines
             lines = (
                 json.dumps({**place._asdict(), **self._lines[place]}, separators=(",", ":"))

@@ -171,7 +171,7 @@ class FastFinetuning:
     Attributes:
         name: of the row; the last is "<name>_saved".
         settings: fields of NodeConfig that are not at their default, noise levels by their own names; a basis as a dict.
-            Automatic steps are those recommended.
+            Automatic steps end as the node's do.
         start: what it goes on from, which brings its basis; None is a random one.
         described: the photos are captioned with what they show besides the person.
         strengths: that the person is applied with, each a row; see `applied_rows`.
@@ -189,11 +189,13 @@ class FastFinetuning:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Every setting but the captions: `described` says whether there are any."""
+        """Every setting but the captions: `described` says whether there are any. Automatic steps as what ends them."""
         config = resolved(self.settings)
         del config["photo_words"]
         source = made_from(self.photos, isinstance(self.start, Predicted), isinstance(self.start, LearnedBasis))
-        return config | {"steps": config["steps"] or RECOMMENDED[source].steps}
+        automatic = RECOMMENDED[source]
+        until = {"enough": automatic.enough, "most": automatic.most_steps}
+        return config | {"steps": config["steps"] or (automatic.steps if automatic.enough is None else until)}
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
@@ -214,7 +216,7 @@ class FastFinetuning:
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb, seconds, flops = self.made(bench, subject)
         loaded, size = self._through_file(bench, subject, lidb)
-        facts = {"steps": self.config["steps"], "seconds": seconds, "bytes": size, "flops": flops}
+        facts = {"steps": lidb.about.steps, "seconds": seconds, "bytes": size, "flops": flops}
         for row, settings in self.rows.items():
             if row in wanted:
                 person = loaded if "file" in settings else lidb
@@ -229,10 +231,10 @@ class FastFinetuning:
         photos, contexts = subject.photos(self.photos), subject.contexts(self.photos)
         masks = np.stack([head_mask(subject.person, c) for c in contexts]) if self.masked else None
         words = "\n".join(map(photo_words, contexts)) if self.described else ""
-        settings = {"seed": subject.seed, "photo_words": words, **self.settings, "steps": self.config["steps"]}
+        settings = {"seed": subject.seed, "photo_words": words, **self.settings}
         lidb, seconds = bench.studio.finetune(photos, **inputs, masks=masks, **settings)
         step = bench.studio.finetune_step_flops(photos, self.settings, **inputs)
-        made = Made(lidb, seconds, self.config["steps"] * step)
+        made = Made(lidb, seconds, lidb.about.steps * step)
         return Made(lidb, made.seconds + start.seconds, made.flops + start.flops) if start else made
 
     def person(self, bench: Bench, subject: Subject) -> LiDB:
@@ -283,7 +285,7 @@ class LoRA(FastFinetuning):
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb, seconds, flops = self.made(bench, subject)
         size = bench.studio.lora_size(lidb, f"bench{os.getpid()}")
-        facts = {"steps": self.config["steps"], "seconds": seconds, "bytes": size, "flops": flops}
+        facts = {"steps": lidb.about.steps, "seconds": seconds, "bytes": size, "flops": flops}
         yield self.name, sampled(bench, applied(bench, lidb, self.rows[self.name]), subject, **facts)
 
 

@@ -116,8 +116,13 @@ class Studio:
     @torch.inference_mode()
     def pictures(self, models: Models, prompt: str, seed: int, count: int, width: int = SIZE) -> np.ndarray:
         """Samples a prompt as one batch, which a seed makes the same for every model: uint8 (count, 128, width, 3)."""
+        positive = self.host.run("CLIPTextEncode", clip=models.clip, text=prompt)[0]
+        return self.sampled(models, positive, seed, count, width)
+
+    @torch.inference_mode()
+    def sampled(self, models: Models, positive: Any, seed: int, count: int, width: int = SIZE) -> np.ndarray:
+        """The same of a positive conditioning."""
         run, sampling = self.host.run, self.sampling
-        positive = run("CLIPTextEncode", clip=models.clip, text=prompt)[0]
         negative = models.negative or self.negative(models.clip)
         latents = run("EmptyLatentImage", width=width, height=SIZE, batch_size=count)[0]
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=sampling.bf16):
@@ -227,6 +232,22 @@ class Studio:
         inputs = {"model": self.base.model, "clip": self.base.clip, "lidb": lidb}
         model, clip = self.host.run("ApplyLiDBToModel", **inputs, options=strengths)
         return Models(model, clip, self.base.vae, None if strengths == AS_LORA else self.negative(self.base.clip))
+
+    @torch.inference_mode()
+    def hooked(self, lidb: LiDB) -> Any:
+        """The base's CLIP with a person as a hook, for a part of a picture; the MODEL stays the base's."""
+        from comfy_extras.nodes_hooks import SetClipHooks
+
+        inputs = {"model": self.base.model, "clip": self.base.clip, "lidb": lidb, "cfg": self.sampling.cfg}
+        (hooks,) = self.host.run("LiDBHook", **inputs)
+        return SetClipHooks().apply_hooks(self.base.clip, False, True, hooks)[0]
+
+    @torch.inference_mode()
+    def masked(self, clip: Any, text: str, mask: torch.Tensor) -> list[Any]:
+        """The conditioning of a prompt for a part of the picture: MASK (1, H, W), 1 where it counts."""
+        conditioning = self.host.run("CLIPTextEncode", clip=clip, text=text)[0]
+        where = {"mask": mask, "set_cond_area": "default", "strength": 1.0}
+        return self.host.run("ConditioningSetMask", conditioning=conditioning, **where)[0]
 
     @torch.inference_mode()
     def saved(self, lidb: LiDB, name: str) -> tuple[LiDB, Path]:

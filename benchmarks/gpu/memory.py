@@ -6,7 +6,6 @@ and the desktop take some more.
 
 from __future__ import annotations
 
-import argparse
 import gc
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from devtools.environment import ROOT
 from devtools.inprocess import InProcessHost
 
-from .models import Models, opened, planned_bytes, random_models, watched_plan
+from .models import Models, opened, random_models, watched_plan
 from .part import Part
 
 GB = 2**30
@@ -57,8 +56,8 @@ def measured(part: Part, host: InProcessHost, models: Models, pixels: int, batch
                 resolution=pixels, options=host.run("FastFinetuneOptions", batch_size=batch)[0],
             )
         )  # fmt: skip
-    at_once = min(batch, plan["samples_at_once"])
-    found = {"at_once": at_once, "seconds": seconds, "planned_gb": at_once * planned_bytes(host, models, pixels) / GB}
+    found = {name: plan[name] for name in ("at_once", "recompute")}
+    found |= {"seconds": seconds, "planned_gb": plan["bytes"] / GB}
     if cuda:
         peak = torch.cuda.max_memory_allocated() / GB
         found |= {
@@ -85,8 +84,10 @@ def clean() -> None:
 
 
 def main() -> None:
-    gigabytes = _cap_option()
-    part = Part.from_arguments(__doc__)
+    part, options = Part.from_arguments(
+        __doc__, lambda parser: parser.add_argument("--cap-gb", type=float, default=0.0, help="as small a card as that")
+    )
+    gigabytes = options.cap_gb
     if gigabytes and part.device != "cpu":
         cap(gigabytes)
     host = opened(ROOT / ".runs" / "gpu_memory", part.device)
@@ -103,17 +104,6 @@ def main() -> None:
                 clean()
         del models
         clean()
-
-
-def _cap_option() -> float:
-    """``--cap-gb``, taken off the command line; the part reads the others."""
-    import sys
-
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--cap-gb", type=float, default=0.0)
-    known, rest = parser.parse_known_args()
-    sys.argv[1:] = rest
-    return known.cap_gb
 
 
 if __name__ == "__main__":

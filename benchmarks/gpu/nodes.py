@@ -122,7 +122,7 @@ def repeated(studio: Studio, subject: Subject) -> dict[str, Any]:
 
 
 def main() -> None:
-    part = Part.from_arguments(__doc__)
+    part, _ = Part.from_arguments(__doc__)
     kept = KeptScores(RESULTS / KEPT, judge_keys(ROOT / "weights"))
     folder = ROOT / ".runs" / "gpu_nodes"
     sampling = Sampling(steps=1, bf16=False) if part.toy else Sampling()

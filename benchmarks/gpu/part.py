@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
 from typing import Any
 
 from devtools.device import add_option, made_on, synchronize
@@ -33,15 +33,19 @@ class Part:
         self._write()
 
     @classmethod
-    def from_arguments(cls, description: str | None, *more: Callable[[argparse.ArgumentParser], Any]) -> Part:
-        """The part that this process's command line asks for."""
+    def from_arguments(
+        cls, description: str | None, *more: Callable[[argparse.ArgumentParser], Any]
+    ) -> tuple[Part, argparse.Namespace]:
+        """The part that this process's command line asks for, and its other options, which `more` adds."""
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument("--json", type=Path, required=True, help="file of the results")
         parser.add_argument("--seconds", type=float, default=60.0, help="in which it should be done")
         parser.add_argument("--toy", action="store_true", help="the smallest sizes, for a rehearsal on a CPU")
         add_option(parser)
+        for add in more:
+            add(parser)
         args = parser.parse_args()
-        return cls(args.json, args.device, args.seconds, args.toy)
+        return cls(args.json, args.device, args.seconds, args.toy), args
 
     @property
     def left(self) -> float:
@@ -81,18 +85,18 @@ class Part:
         write_json(self.path, {"made_on": made_on(self.device), "rows": self.rows})
 
 
-def interleaved(part: Part, works: Mapping[str, Callable[[], float]], rounds: int, until: float) -> None:
+def interleaved(part: Part, works: Mapping[str, Callable[[], list[float]]], rounds: int, until: float) -> None:
     """Measures all works once a round, so that a slow moment of the machine hits all of them; every value is a result
     at once.
 
-    A first value is without warming up, and counts only until there is another. A work that fails is left out.
+    A first round is without warming up, and counts only until there is another. A work that fails is left out.
 
     Args:
-        works: name → what gives a number of seconds.
+        works: name → what gives numbers of seconds.
         rounds: at most.
         until: seconds that must be left for another round.
     """
-    found: dict[str, list[float]] = {name: [] for name in works}
+    found: dict[str, list[list[float]]] = {name: [] for name in works}
     for _ in range(rounds):
         before = part.left
         for name in list(found):
@@ -102,11 +106,12 @@ def interleaved(part: Part, works: Mapping[str, Callable[[], float]], rounds: in
                 part.failed(name, error)
                 del found[name]
                 continue
-            part.add(name, unit="s", **middle(found[name][1:] or found[name]))
+            part.add(name, unit="s", **middle([value for values in found[name][1:] or found[name] for value in values]))
         if part.left - (before - part.left) < until:
             break
 
 
-def middle(values: list[float]) -> dict[str, float]:
-    """Median, the least and the most, and how many."""
-    return {"median": median(values), "least": min(values), "most": max(values), "times": len(values)}
+def middle(values: Sequence[float]) -> dict[str, float]:
+    """Median, the quartiles around it, and how many."""
+    lower, median, upper = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": median, "lower": lower, "upper": upper, "times": len(values)}

@@ -18,13 +18,12 @@ from devtools.environment import ROOT
 from hdb_core.hypernet import EncoderConfig
 from hdb_core.train.encoder_loss import PhotoPredictor
 from miniature.base import Base, alphas_cumprod, diffusion_loss
-from miniature.latents import encode
 from miniature.people import sample_person
 from miniature.photos import photo_context
 from miniature.pictures import training_picture
 from miniature.text import MAX_TOKENS, WIDTH, load_tokenizer, tokenize
-from miniature.training import Trainer
-from miniature.vae import build_vae
+from miniature.training import Length, Trainer
+from miniature.vae import build_vae, encode, face_weights
 
 from .part import Part
 
@@ -91,11 +90,12 @@ def encoding(part: Part, batch: int) -> Callable[[], None]:
 def unet_training(part: Part, batch: int, folder: Path) -> Callable[[], None]:
     """A step of the base's training on the same latents and tokens."""
     base = Base(torch.arange(TOKENS), part.device)
-    trainer = Trainer(base, folder, steps=10**6, rate=1e-4, muon=True, adam_scale=0.3)
-    generator, signal = torch.Generator().manual_seed(0), alphas_cumprod().to(part.device)
+    trainer = Trainer(base, folder, length=Length(steps=10**6), rate=1e-4, muon=True, adam_scale=0.3)
+    generator, signal = torch.Generator(part.device).manual_seed(0), alphas_cumprod().to(part.device)
+    weight = face_weights(16).to(part.device)
     latents = torch.randn(batch, 4, 16, 16, device=part.device)
     tokens = torch.randint(TOKENS, (batch, MAX_TOKENS), device=part.device)
-    return lambda: trainer.step(diffusion_loss(base, latents, tokens, generator, signal))
+    return lambda: trainer.step(diffusion_loss(base, latents, tokens, generator, signal, weight, trainer.dtype))
 
 
 def encoder_training(part: Part, batch: int) -> Callable[[], None]:
@@ -125,7 +125,7 @@ def trainings(part: Part, folder: Path) -> Iterator[tuple[str, int, Callable[[],
 
 
 def main() -> None:
-    part = Part.from_arguments(__doc__)
+    part, _ = Part.from_arguments(__doc__)
     whole = 0.5 if part.toy else 20.0
     os.chdir(ROOT)
     with part.attempt("drawing"):

@@ -24,7 +24,15 @@ from benchmarks.common.studio import Sampling
 from benchmarks.common.subjects import Subject
 from benchmarks.common.textual_inversion import TextualInversionConfig
 from hdb_core.finetuning import FinetuneConfig
-from hdb_core.recommended import AS_LORA, Strengths
+from hdb_core.recommended import (
+    AS_LORA,
+    FROM_PHOTO,
+    FROM_PHOTOS,
+    FROM_PREDICTION,
+    IN_LEARNED_BASIS,
+    RECOMMENDED,
+    Strengths,
+)
 from miniature.people import SPLITS
 
 DEV = SPLITS["dev"].start
@@ -140,9 +148,14 @@ def test_noise_levels_are_set_by_their_own_names(bench):
 
 
 def test_automatic_steps_are_those_recommended(tmp_path):
-    start = Predicted("hyper", tmp_path / "net.safetensors")
-    chosen = (FastFinetuning("x"), FastFinetuning("x", photos=3), FastFinetuning("x", start=start))
-    assert [method.config["steps"] for method in chosen] == [56, 100, 12]
+    """What ends them decides a row's key; a number of steps stays a number."""
+    starts = (Predicted("hyper", tmp_path / "net.safetensors"), LearnedBasis(tmp_path / "basis.safetensors"))
+    chosen = (FastFinetuning("x"), FastFinetuning("x", photos=3), *(FastFinetuning("x", start=s) for s in starts))
+    for method, source in zip(chosen, (FROM_PHOTO, FROM_PHOTOS, FROM_PREDICTION, IN_LEARNED_BASIS), strict=True):
+        advised = RECOMMENDED[source]
+        until = {"enough": advised.enough, "most": advised.most_steps}
+        assert method.config["steps"] == (advised.steps if advised.enough is None else until)
+    assert FastFinetuning("x", {"steps": 56}).config["steps"] == 56
 
 
 def test_a_checkpoint_does_not_depend_on_the_others(bench):
