@@ -11,6 +11,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,10 +27,12 @@ from ..common.studio import counted_flops
 from ..common.watch import Watch
 from .models import SIZES, Models, bare_steps, fitted_people, opened, random_models, size_of, watched_plan
 from .part import Part, interleaved
+from .peers import diffusers_step
 
 ROUNDS = 4
 ROWS = ("step", "sampling", "batch", "person", "flat")
 RANK = 4
+PEERS = {"diffusers + peft, attention": RANK, "full DreamBooth": None}  # with diffusers; rank of the LoRA
 GUIDANCE = 2.5
 
 
@@ -143,6 +146,12 @@ class Measured:
             steps[index]()
             return [self.clock.of(steps[index]) for _ in range(self.count - 1)]
 
+    def peer(self, rank: int | None) -> list[float]:
+        """Of a step of one of `PEERS`."""
+        with diffusers_step(self.host, self.models, self.pixels, self.batch, rank) as step:
+            step()
+            return [self.clock.of(step) for _ in range(self.count - 1)]
+
     def trainings(self) -> dict[str, Callable[[int], Any]]:
         """Name → a training of so many steps."""
         return {
@@ -159,10 +168,11 @@ class Measured:
             "floor": partial(self.bare, 1, self.batch),
             "forward": partial(self.bare, 0, self.batch),
         }
-        return bare | {
+        own = {
             name: lambda train=train: self.reported(partial(train, self.count))[1:]
             for name, train in self.trainings().items()
         }
+        return bare | own | {name: partial(self.peer, rank) for name, rank in PEERS.items()}
 
     def sampling(self) -> dict[str, Callable[[], list[float]]]:
         """Name → what measures seconds of sampling steps; loading and the first step do not count."""
@@ -222,6 +232,12 @@ class Measured:
                     found[name]["gflop"] = counted_flops(work) / 1e9
             for name, train in self.trainings().items():
                 note(f"step, {name}", partial(train, 1), partial(train, 2))
+            for name, rank in PEERS.items():
+                with (
+                    suppress(MemoryError),
+                    diffusers_step(self.host, self.models, self.pixels, self.batch, rank) as step,
+                ):
+                    note(f"step, {name}", lambda: None, step)
         if "sampling" in rows:
             for name, model in self.applied_models().items():
                 self.sample(model, 1)

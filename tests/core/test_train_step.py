@@ -195,7 +195,7 @@ def test_the_class_prompt_is_kept_as_the_base_answers_it(loss_of, accelerator):
     losses, slopes = gradients(kept, accelerator, 1)
     parts, _ = gradients(kept, accelerator, 3)
     assert 0 < float(losses["class"]) < 1
-    torch.testing.assert_close(parts["class"], losses["class"], atol=0, rtol=1e-5)
+    torch.testing.assert_close(parts["class"], losses["class"], atol=0, rtol=1e-4)
     without, others = gradients(loss_of, accelerator, 1)
     torch.testing.assert_close(losses["loss"], without["loss"] + 2 * losses["class"])
     assert not torch.allclose(slopes, others)
