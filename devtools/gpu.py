@@ -63,6 +63,16 @@ CHECKS = {
     ),
     "person": Check("benchmarks.gpu.person", ("miniature_base.safetensors", "miniature_vae.safetensors")),
     "memory_and_speed": Check("benchmarks.gpu.memory_and_speed", ()),
+    "tables": Check(
+        "benchmarks.gpu.tables",
+        (
+            "miniature_base.safetensors",
+            "miniature_vae.safetensors",
+            "miniature_hypernet.safetensors",
+            "judge_a.safetensors",
+            "judge_b.safetensors",
+        ),
+    ),
     "training_rates": Check("benchmarks.gpu.training_rates", ()),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -60,19 +60,24 @@ class Table:
         """
         scorer, rows = Scorer(judge), {name: Row(name) for name in self.rows}
         for subject in self.subjects:
-            base = self._scored(scorer, self.place("base", subject, key), subject, None)
-            before = readings_of(base["class_readings"]) if base else None
-            for name, row in rows.items():
-                values = base
-                if name != "base":
-                    values = self._scored(scorer, self.place(name, subject, key), subject, before)
-                if values is not None:
-                    row.add(subject.seed, values["scores"], values["kinds"], values["facts"])
+            for name, values in self.scored(key, scorer, subject):
+                rows[name].add(subject.seed, values["scores"], values["kinds"], values["facts"])
         found = [row for row in rows.values() if row.people]
         return [
             *found,
             *(best for name in references(row.name for row in found) if (best := best_checkpoint(found, name))),
         ]
+
+    def scored(self, key: str, scorer: Scorer, subject: Subject) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """The rows of a person that have a cell or scores, with these."""
+        base = self._scored(scorer, self.place("base", subject, key), subject, None)
+        before = readings_of(base["class_readings"]) if base else None
+        for name in self.rows:
+            values = base
+            if name != "base":
+                values = self._scored(scorer, self.place(name, subject, key), subject, before)
+            if values is not None:
+                yield name, values
 
     def _scored(
         self, scorer: Scorer, place: Place, subject: Subject, before: Readings | None
@@ -199,7 +204,8 @@ def report(made: Table, args: argparse.Namespace) -> None:
 
 
 def make_and_report(args: argparse.Namespace, made: Table, reference_people: int, keep: bool = True) -> None:
-    """Fills in what is missing, person by person, and reports; with --share its part of the people, and no report.
+    """Fills in what is missing, person by person, judges and keeps it, and reports; with --share its part of the people,
+    and no report.
 
     Args:
         made: names rows, methods and people.
@@ -209,10 +215,17 @@ def make_and_report(args: argparse.Namespace, made: Table, reference_people: int
     if missing := [row for row, settings in made.settings.items() if made.bench.misses_file(settings)]:
         print(f"Not made, as a file is not on this machine, and reported as far as kept: {', '.join(missing)}.")
     part, parts = args.share
+    keys = made.bench.kept.judges
+    scorers = {keys[name]: Scorer(judge) for name, judge in load_judges(args.weights).items()}
     for i, subject in enumerate(() if args.report_only else made.subjects):
         if i % parts == part:
             own = [m for m in made.methods if i < reference_people or not isinstance(m, (Reference, LoRA))]
             fill(made.bench, own, made.rows, subject, lambda line: print(line, flush=True))
+            for key, scorer in scorers.items():
+                for _ in made.scored(key, scorer, subject):
+                    pass
+            if keep:
+                made.bench.kept.save()
     if parts == 1:
         report(made, args)
         if keep:

@@ -172,6 +172,19 @@ def test_rows_that_cannot_be_made_are_named(table, tmp_path, monkeypatch, capsys
     assert "Not made, as a file is not on this machine, and reported as far as kept: hyper." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("part", "rows"), [(0, {"base", "lidb_40"}), (1, set())])
+def test_a_share_judges_and_keeps_its_own_people_and_reports_nothing(table, tmp_path, monkeypatch, part, rows):
+    monkeypatch.setattr("benchmarks.common.results.load_judges", lambda _: {"a": Judge()})
+    made = table()
+    for row in made.rows:
+        write(made, row, 3)
+    args = Namespace(weights=tmp_path, results=tmp_path, name="hypernet", share=(part, 2), report_only=False)
+    make_and_report(args, made, 0)
+    (subject,), kept = made.subjects, table().bench.kept
+    assert {row for row in made.rows if kept.has(row, made.bench.key(row, made.settings[row]), subject.seed)} == rows
+    assert not list(tmp_path.glob("hypernet.*"))
+
+
 def test_a_grid_stays_where_its_pictures_are_not(table, tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.common.results.load_judges", lambda _: {"a": Judge()})
     args = Namespace(weights=tmp_path, results=tmp_path, name="hypernet", share=(0, 1), report_only=True, grid_people=1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.gpu import base, check, first_contact, memory_and_speed, person, process
+from benchmarks.gpu import base, check, first_contact, memory_and_speed, person, process, tables, training_rates
 from benchmarks.gpu.check import Context, Stage, Visit, seconds_of
 from devtools import parcel
 from devtools.parcel import unpack
@@ -105,7 +105,7 @@ def test_time_is_shared_out_and_what_is_saved_goes_to_the_later_ones():
     assert seconds_of(stages[1:], 30) == 30 and seconds_of(stages[2:], -5) == 0
 
 
-@pytest.mark.parametrize("module", [base, person, first_contact, memory_and_speed])
+@pytest.mark.parametrize("module", [base, person, first_contact, memory_and_speed, tables, training_rates])
 @pytest.mark.parametrize("toy", [True, False])
 @pytest.mark.parametrize(("attempt", "go_on"), [(0, False), (1, False), (0, True)])
 def test_commands_are_understood(module, toy, attempt, go_on, tmp_path, monkeypatch):
