@@ -38,10 +38,12 @@ def strengths_of(lidb: LiDB, strength: float, options: Strengths | None) -> Stre
     return (lidb.about.strengths if options is None else options).scaled(strength)
 
 
-def in_words(strengths: Strengths) -> str:
-    """The strengths as the inputs of Apply Options are called: "strength_model 0.35, …"."""
+def in_words(strengths: Strengths, strength: float, options: Strengths | None) -> str:
+    """What a person is applied with, as the inputs of Apply Options are called, and where it comes from."""
     model, clip, guidance = strengths
-    return f"strength_model {model:.3g}, strength_clip {clip:.3g}, person_guidance {guidance:.3g}"
+    source = "what suits this person" if options is None else "those of Apply Options"
+    times = "" if strength == 1 else f", times a strength of {strength:g}"
+    return f"strength_model {model:.3g}, strength_clip {clip:.3g}, person_guidance {guidance:.3g}: {source}{times}"
 
 
 class ApplyLiDBToModel(io.ComfyNode):
@@ -80,7 +82,7 @@ class ApplyLiDBToModel(io.ComfyNode):
         strengths = strengths_of(lidb, strength, options)
         if warning := mixture(model, lidb):
             log.warning("Apply LiDB to Model: %s", warning)
-        send_text("\n".join(filter(None, (warning, in_words(strengths)))), cls.hidden.unique_id)
+        send_text("\n".join(filter(None, (warning, in_words(strengths, strength, options)))), cls.hidden.unique_id)
         return io.NodeOutput(*apply_lidb(model, clip, lidb, strengths))
 
 

@@ -179,7 +179,7 @@ def test_two_people_in_a_row_are_said_to_be_a_mixture(apply, run, loaded, person
     """With what to do instead; and by name where all answer to the same word."""
     first, second = person(1), person(2)
     other = replace(second, about=replace(second.about, token="[w]"))
-    numbers = "strength_model 1, strength_clip 1, person_guidance 1"
+    numbers = "strength_model 1, strength_clip 1, person_guidance 1: those of Apply Options"
     instead = "For two people in one picture use LiDB Hook, as the template 'two saved people side by side' does."
     model, clip = apply(first)
     assert said[-1] == numbers and not caplog.text
@@ -194,6 +194,19 @@ def test_two_people_in_a_row_are_said_to_be_a_mixture(apply, run, loaded, person
     for plain in (loaded.model, none):  # the base model knows of nobody, whatever was made of it
         apply(second, plain)
         assert said[-1] == numbers
+
+
+def test_the_node_says_where_its_strengths_come_from(host, loaded, run, person, said):
+    own = host.module("hdb_core.recommended").Strengths(0.35, 0.5, 4.5)
+    lidb = replace(person(1), about=replace(person(1).about, strengths=own))
+    models = {"model": loaded.model, "clip": loaded.clip}
+    run("ApplyLiDBToModel", **models, lidb=lidb, strength=1.0)
+    assert said[-1] == "strength_model 0.35, strength_clip 0.5, person_guidance 4.5: what suits this person"
+    run("ApplyLiDBToModel", **models, lidb=lidb, strength=0.5)
+    half = "strength_model 0.175, strength_clip 0.25, person_guidance 2.75"
+    assert said[-1] == f"{half}: what suits this person, times a strength of 0.5"
+    run("ApplyLiDBToModel", **models, lidb=lidb, strength=0.5, options=own)
+    assert said[-1] == f"{half}: those of Apply Options, times a strength of 0.5"
 
 
 @pytest.fixture
