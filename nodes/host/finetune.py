@@ -17,7 +17,7 @@ from .kept import of_model
 from .memory import free_memory, step_cost
 from .photos import Photos, encode, native_resolution
 from .pictures import SamplePictures
-from .progress import FinetuneDisplay
+from .progress import FinetuneDisplay, captioned
 from .targets import class_of, has_clip_layers, target_modules
 
 
@@ -72,8 +72,10 @@ def finetune_in_host(
     rank = config.rank if init is None else max(config.rank, init.rank)
     cost = step_cost(model, clip, adapters, replace(config, rank=rank), latents)
     memory = cost.bytes(samples, latents) + adapters.num_bytes
-    prompts = [*config.captions(len(pixels)), config.class_prompt, *([config.prompt] if sample_every else [])]
-    display = FinetuneDisplay(node_id, class_of(model), [] if node_id is None else photos.notes())
+    captions = config.captions(len(pixels))
+    prompts = [*captions, config.class_prompt, *([config.prompt] if sample_every else [])]
+    notes = [] if node_id is None else [captioned(captions), *photos.notes()]
+    display = FinetuneDisplay(node_id, class_of(model), notes)
     with display.shown(), differentiable(model, clip, memory, layout.has_convolutions, prompts, layout) as denoiser:
         adapters, latents = adapters.to(denoiser.device), latents.to(denoiser.device)
         if sample_every:

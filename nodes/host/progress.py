@@ -17,6 +17,7 @@ from .pictures import SamplePictures
 
 log = logging.getLogger("hyperdreambooth")
 PREVIEW_SECONDS = 1.0  # between two previews: drawing and sending must not slow the training
+SHOWN_CAPTIONS = 3
 # The front end takes texts as HTML, and makes links of [[…|…]], for which it puts __LNK0__ and so on meanwhile.
 _AS_TEXT = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "[[": "[&#91;", "__LNK": "_&#95;LNK"}
 
@@ -49,6 +50,13 @@ def progress_text(progress: FinetuneProgress) -> str:
     if progress.enough is not None and progress.gained is not None:
         parts.append(f"likeness {100 * progress.gained:.0f} % of {100 * progress.enough:.0f} %")
     return ", ".join([*parts, f"{most}{progress.remaining_seconds:.0f} s left"])
+
+
+def captioned(captions: Sequence[str]) -> str:
+    """What photos are captioned with, so that words left over from other photos are seen."""
+    different = [f"“{caption}”" for caption in dict.fromkeys(captions)]
+    more = f" and {len(different) - SHOWN_CAPTIONS} others" if len(different) > SHOWN_CAPTIONS else ""
+    return f"captioned {', '.join(different[:SHOWN_CAPTIONS])}{more}"
 
 
 class FinetuneDisplay:

@@ -338,6 +338,12 @@ def test_the_node_says_what_was_learned(train, said):
     assert short == "2 steps, too few to measure what was learned."
 
 
+def test_captions_are_shown_each_once_and_not_too_many(host):
+    captioned = host.module("nodes.host.progress").captioned
+    assert captioned(["a [v] face, smiling"] * 3) == "captioned “a [v] face, smiling”"
+    assert captioned(["a", "b", "a", "c", "d", "e"]) == "captioned “a”, “b”, “c” and 2 others"
+
+
 def test_a_line_of_progress(host):
     progress, of = host.module("hdb_core.finetuning").FinetuneProgress, host.module("nodes.host.progress").progress_text
     assert of(progress(5, 20, 0.125, 10.0)) == "step 5 of 20, loss 0.1250, 30 s left"
@@ -449,7 +455,7 @@ def test_a_mask_that_leaves_out_the_middle_is_said_while_training(host, run, loa
         and said[1].startswith("step 1 of 1")
         and said[-1].startswith("1 step, too few")
     )
-    assert all("the mask leaves out the middle of the photo" in text for text in said)
+    assert all("\ncaptioned “a [v] face”\nthe mask leaves out the middle of the photo" in text for text in said)
     right = host.module("nodes.host.photos").Photos.of([photo], [face_mask()], None, 0)
     assert not any("mask" in line for line in right.notes())
 
