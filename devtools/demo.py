@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from miniature.prompts import EvaluationPrompt
 
 OUTPUT = ROOT / "output"
-WORKFLOW = ROOT / "example_workflows" / "photo to person with HyperNet.json"
+WORKFLOW = ROOT / "example_workflows" / "02 photo to person with HyperNet.json"
 PHOTO = ROOT / "example_workflows" / "input" / "hdb_photo.png"
 PERSON_SEED = 20_000_000  # whom the photo shows: the first person of the test split
 TOKEN = "[v]"

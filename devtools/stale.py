@@ -27,7 +27,6 @@ DEPENDS_ON: Mapping[str, tuple[str, ...]] = {
     "benchmarks/results/base.*": (_BASE, _VAE, *_JUDGES),
     "benchmarks/results/*": (_BASE, _VAE, _HYPERNET, *_JUDGES),
     "example_workflows/* with Z-Image.jpg": (),
-    "example_workflows/* with ControlNet.jpg": (),
     "example_workflows/*.jpg": (_BASE, _VAE, _HYPERNET),
     "hdb_core/recommended.py": (_BASE, _VAE, _HYPERNET, *_JUDGES),
 }

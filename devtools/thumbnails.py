@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FOLDER = ROOT / "example_workflows"
-NAMED = {"photo to person with Z-Image": "Z-Image"}
+NAMED = {"03 photo to person with Z-Image": "Z-Image"}
 WORKFLOWS = tuple(path.stem for path in sorted(FOLDER.glob("*.json")) if path.stem not in NAMED)
 SIZE = 256  # of the square, in pixels
 INSET = 84  # of a photo in a corner

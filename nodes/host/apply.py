@@ -17,7 +17,7 @@ from .bases import adapters_of
 from .guidance import KEY, guided
 from .targets import target_modules
 
-TWO_PEOPLE = "two saved people side by side"  # the template
+TWO_PEOPLE = "09 two saved people side by side"  # the template
 Target = TypeVar("Target", ModelPatcher, CLIP)
 
 

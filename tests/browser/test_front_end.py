@@ -29,7 +29,7 @@ REQUIRED = "HDB_BROWSER" in os.environ  # where the tests are to say whether all
 pytestmark = pytest.mark.skipif(CHROMIUM is None and not REQUIRED, reason="no Chromium on the PATH")
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 PHOTO = ROOT / "example_workflows" / "input" / "hdb_person_2.png"
-TEMPLATE = "photo to person with HyperNet"
+TEMPLATE = "02 photo to person with HyperNet"
 COMPLAINTS = ".p-toast-message, .p-dialog"
 MISSING_FILES = "[data-testid=error-overlay]"  # of newer front ends
 
@@ -213,7 +213,7 @@ TINY = "tiny_z_image"
 
 @pytest.fixture
 def with_z_image(prepared_host, tmp_path):
-    """A server whose folders hold the three files of the template *photo to person with Z-Image*, tiny and random."""
+    """A server whose folders hold the three files of the template *03 photo to person with Z-Image*, tiny and random."""
     custom_nodes = tmp_path / "base" / "custom_nodes"
     custom_nodes.mkdir(parents=True)
     for name, folder in {PACK: ROOT, TINY: Path(__file__).with_name(TINY)}.items():
@@ -226,7 +226,7 @@ def with_z_image(prepared_host, tmp_path):
 def test_a_person_on_z_image_by_the_button_run(browser, with_z_image):
     server = with_z_image
     with opened(browser, server) as page:
-        page.evaluate(OPEN, load(ROOT / "example_workflows" / "photo to person with Z-Image.json"))
+        page.evaluate(OPEN, load(ROOT / "example_workflows" / "03 photo to person with Z-Image.json"))
         assert page.locator(MISSING_FILES).all_inner_texts() == []
         page.evaluate(SET, {"FastFinetune": {"steps": 2}, "EmptySD3LatentImage": {"width": 256, "height": 256}})
         page.get_by_test_id("queue-button").get_by_text("Run", exact=True).click()

@@ -12,7 +12,7 @@ from miniature.examples import SAVED
 
 FOLDER = ROOT / "example_workflows"
 # That of Z-Image needs files of its own and is laid out with its own tests.
-TEMPLATES = [path for path in sorted(FOLDER.glob("*.json")) if path.stem != "photo to person with Z-Image"]
+TEMPLATES = [path for path in sorted(FOLDER.glob("*.json")) if path.stem != "03 photo to person with Z-Image"]
 WIDEST, HIGHEST = 1900, 1200  # a window of 1600 × 900 then shows all of it at 60 %, where text is still drawn
 TITLE = 30  # of a node, above its position
 # To which a node grows when a run shows its results: as the front end drew them.

@@ -180,7 +180,7 @@ def test_two_people_in_a_row_are_said_to_be_a_mixture(apply, run, loaded, person
     first, second = person(1), person(2)
     other = replace(second, about=replace(second.about, token="[w]"))
     numbers = "strength_model 1, strength_clip 1, person_guidance 1: those of Apply Options"
-    instead = "For two people in one picture use LiDB Hook, as the template 'two saved people side by side' does."
+    instead = "For two people in one picture use LiDB Hook, as the template '09 two saved people side by side' does."
     model, clip = apply(first)
     assert said[-1] == numbers and not caplog.text
     two, _ = apply(second, model, clip)

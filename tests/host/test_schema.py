@@ -57,10 +57,10 @@ def test_widget_limits_are_those_of_the_settings(host):
 
 
 MADE_FROM = {
-    "photo to person with HyperNet": "a prediction",
-    "photo to person": "one photo",
-    "photo to person with Z-Image": "one photo",
-    "several photos to person": "several photos",
+    "02 photo to person with HyperNet": "a prediction",
+    "01 photo to person": "one photo",
+    "03 photo to person with Z-Image": "one photo",
+    "04 several photos to person": "several photos",
 }
 
 
