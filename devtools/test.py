@@ -21,16 +21,28 @@ TIERS = (*sorted(_FOUND - set(_LAST)), *(tier for tier in _LAST if tier in _FOUN
 LINT = ("ruff check .", "ruff format --check .", "mypy")
 NO_TESTS_COLLECTED = 5
 MOST_WORKERS = 4  # each holds models of its own
-GB_OF_A_WORKER = {"host": 14}  # models of full size among them
+GB_OF_A_WORKER = 6
+_LARGE = {"host"}  # tiers with tests that take twice as much, and so run alone
 
 
-def command(tier: str, options: Sequence[str]) -> list[str]:
-    """The arguments of Python that run a tier: its files on all cores, unless they share a server."""
-    fit = psutil.virtual_memory().total // (GB_OF_A_WORKER.get(tier, 4) * 2**30)
-    workers = max(1, min(cores(), MOST_WORKERS, fit))
-    spread = [] if tier in _ONE_SERVER or workers < 2 else ["-n", str(workers), "--dist", "loadfile"]
+def commands(tier: str, options: Sequence[str]) -> list[list[str]]:
+    """The arguments of Python that run a tier, one after another."""
+    if tier == "lint":
+        return [["-m", *lint.split()] for lint in LINT]
+    if tier not in _LARGE:
+        return [_pytest(tier, options, spread=tier not in _ONE_SERVER)]
+    return [
+        _pytest(tier, ["-m", "not large", *options], spread=True),
+        _pytest(tier, ["-m", "large", *options], spread=False),
+    ]
+
+
+def _pytest(tier: str, options: Sequence[str], spread: bool) -> list[str]:
+    fit = psutil.virtual_memory().total // (GB_OF_A_WORKER * 2**30)
+    workers = max(1, min(cores(), MOST_WORKERS, fit)) if spread else 1
+    spreading = ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
     # -P keeps the repository's `nodes` from hiding the host's.
-    return ["-P", "-m", "pytest", f"tests/{tier}", *spread, *options]
+    return ["-P", "-m", "pytest", f"tests/{tier}", *spreading, *options]
 
 
 def environ(tier: str) -> dict[str, str]:
@@ -51,10 +63,12 @@ def main() -> int:
     options = [a for a in arguments if a not in tiers]
     failed = []
     for tier in tiers or ("lint", *TIERS):
-        commands = [["-m", *lint.split()] for lint in LINT] if tier == "lint" else [command(tier, options)]
         print(f"\n== {tier}", flush=True)
         since = time.monotonic()
-        runs = (subprocess.run([sys.executable, *c], cwd=ROOT, env=environ(tier), check=False) for c in commands)
+        runs = (
+            subprocess.run([sys.executable, *c], cwd=ROOT, env=environ(tier), check=False)
+            for c in commands(tier, options)
+        )
         codes = [run.returncode for run in runs]
         # Options can select no test of a tier; without Playwright there is no browser tier.
         none_is_fine = tier != "lint" and bool(options or tier == "browser")

@@ -8,6 +8,7 @@ import torch
 
 from ..second_device import SecondDevice
 
+pytestmark = pytest.mark.large  # both devices are this machine's memory
 GPU = torch.device("mps")  # of all kinds the one that the host asks least about
 
 
