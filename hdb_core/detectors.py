@@ -7,18 +7,21 @@ Source: Wu et al., YuNet: A Tiny Millisecond-level Face Detector, Machine Intell
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .errors import FaceError
 from .faces import Box, Detector, resized_to, without_doubles
+from .files.reading import GARBLED, reason, regular
 
 LONGEST = 640  # pixels of the side that a photo is searched at; YuNet finds faces from 10 pixels on
 CERTAIN = 0.8  # score of YuNet from which it is a face
@@ -31,6 +34,28 @@ CASCADE_HEIGHT, CASCADE_WIDTH = 1.16, 0.84
 def has_opencv() -> bool:
     """Whether OpenCV is installed."""
     return find_spec("cv2") is not None
+
+
+def yunet(path: Path) -> Detector:
+    """YuNet of a file: ``.onnx`` through OpenCV, ``.pth`` or ``.safetensors`` through kornia.
+
+    Raises:
+        FaceError: it cannot be read, or is another model.
+    """
+    try:
+        kind = regular(path).suffix.lower()
+        if kind == ".onnx":
+            return yunet_by_opencv(path)
+        if kind == ".safetensors":
+            return yunet_by_kornia(safetensors.torch.load(path.read_bytes()))
+        return yunet_by_kornia(dict(torch.load(path, map_location="cpu", weights_only=True)))
+    except FaceError:
+        raise
+    except (OSError, EOFError, pickle.UnpicklingError, *GARBLED) as error:
+        why = f" ({reason(error)})" if isinstance(error, OSError) else ""
+        raise FaceError(
+            f"{path.name!r} is no YuNet file{why}. Take yunet_final.pth or YuNet's .onnx file, or remove it."
+        ) from error
 
 
 def yunet_by_kornia(weights: Mapping[str, Tensor]) -> Detector:
@@ -73,11 +98,6 @@ def yunet_by_opencv(path: Path) -> Detector:
     """
     import cv2
 
-    try:
-        detector = cv2.FaceDetectorYN.create(str(path), "", (LONGEST, LONGEST), CERTAIN)
-    except cv2.error as error:
-        raise FaceError(f"OpenCV cannot read {path.name!r}. Take another YuNet file, or remove it.") from error
-
     def find(picture: Tensor) -> list[Box]:
         small, factor = resized_to(picture, LONGEST)
         pixels = _bytes(small)
@@ -86,6 +106,11 @@ def yunet_by_opencv(path: Path) -> Detector:
         found = [] if rows is None else sorted(rows.tolist(), key=lambda row: -row[14])
         return without_doubles([Box(*(factor * value for value in row[:4])) for row in found])
 
+    try:
+        detector = cv2.FaceDetectorYN.create(str(path), "", (LONGEST, LONGEST), CERTAIN)
+        find(torch.zeros(3, STRIDE, STRIDE))  # another model is noticed when it runs
+    except cv2.error as error:
+        raise FaceError(f"OpenCV cannot read {path.name!r}. Take another YuNet file, or remove it.") from error
     return find
 
 

@@ -6,6 +6,7 @@ a square of it. Everything is in whole pixels of the photo: nothing is resized h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -94,10 +95,13 @@ def rivals(faces: Sequence[Box]) -> list[Box]:
 
 
 def without_doubles(faces: Sequence[Box]) -> list[Box]:
-    """Boxes, the best first, without those that share more than a third of the smaller one with a better one."""
+    """Boxes, the best first, without those that share more than a third of the smaller one with a better one, and those
+    that are nowhere."""
     kept: list[Box] = []
     for face in faces:
-        if not any(_common(other, face) > min(other.area, face.area) / 3 for other in kept):
+        if all(map(math.isfinite, face)) and not any(
+            _common(other, face) > min(other.area, face.area) / 3 for other in kept
+        ):
             kept.append(face)
     return kept
 

@@ -12,19 +12,15 @@ it the hypernetwork, then knows how photos are to be cut. This takes YuNet's fil
 from __future__ import annotations
 
 import argparse
-import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from .. import detectors
 from ..errors import FaceError, HDBError
 from ..faces import CUTS, Detector
-from ..files.reading import GARBLED, regular
 from .data.prepare import Checks, dropped, prepare
 
 MEGABYTE = 10**6
@@ -54,24 +50,10 @@ def find_detector(yunet: Path | None) -> Detector:
 
     Raises:
         FaceError: there is none, or the file is another.
-        OSError: there is no such file.
     """
-    if yunet is None or yunet.suffix.lower() == ".onnx":
-        if not detectors.has_opencv():
-            raise FaceError(
-                "There is no OpenCV to find faces with. Give --yunet a YuNet file for kornia, yunet_final.pth."
-            )
-        return detectors.cascade() if yunet is None else detectors.yunet_by_opencv(regular(yunet))
-    return detectors.yunet_by_kornia(_weights(yunet))
-
-
-def _weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return dict(torch.load(regular(path), map_location="cpu", weights_only=True))
-    except (pickle.UnpicklingError, EOFError, *GARBLED) as error:
-        raise FaceError(
-            f"{path} is no file of weights. Give --yunet yunet_final.pth, or YuNet's .onnx file."
-        ) from error
+    if (yunet is None or yunet.suffix.lower() == ".onnx") and not detectors.has_opencv():
+        raise FaceError("There is no OpenCV to find faces with. Give --yunet a YuNet file for kornia, yunet_final.pth.")
+    return detectors.cascade() if yunet is None else detectors.yunet(yunet)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import comfy.utils
 import folder_paths
 import numpy as np
 import torch
@@ -73,15 +72,13 @@ def detector() -> tuple[str, Detector] | None:
 
 def _yunet_files() -> list[Path]:
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
-    files = [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("*"))]
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     return [path for path in files if "yunet" in path.name.lower() and path.suffix.lower() in (*KORNIA, *ONNX)]
 
 
 @lru_cache(maxsize=1)
 def _loaded(path: Path, version: int) -> Detector:
-    if path.suffix.lower() in ONNX:
-        return detectors.yunet_by_opencv(path)
-    return detectors.yunet_by_kornia(comfy.utils.load_torch_file(str(path), safe_load=True))
+    return detectors.yunet(path)
 
 
 @lru_cache(maxsize=1)

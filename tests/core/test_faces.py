@@ -55,6 +55,13 @@ def test_one_face_found_twice_is_one():
     assert without_doubles([face, again, other, Box(0, 0, 200, 100)]) == [face, other]
 
 
+def test_a_face_that_is_nowhere_is_none():
+    """As a detector with absurd weights gives them."""
+    face, infinite = Box(10, 10, 40, 50), float("inf")
+    nowhere = [Box(0, 0, infinite, infinite), Box(float("nan"), 0, 40, 50), Box(-infinite, 0, 40, 50)]
+    assert without_doubles([*nowhere, face]) == [face]
+
+
 def test_a_face_more_than_half_as_high_is_a_rival():
     person, friend, passer_by = Box(0, 0, 60, 80), Box(100, 0, 33, 44), Box(200, 0, 29, 39)
     assert rivals([person, friend, passer_by]) == [friend]

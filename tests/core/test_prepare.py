@@ -242,7 +242,7 @@ def test_the_command_says_that_it_lacks_a_detector(source, tmp_path, monkeypatch
         ([], "no OpenCV .* Give --yunet"),
         (["--yunet", onnx], "no OpenCV"),
         (["--yunet", missing], "none.pth"),
-        (["--yunet", page], "yunet_final.pth is no file of weights"),
+        (["--yunet", page], "'yunet_final.pth' is no YuNet file"),
     ):
         assert main([*options, *yunet]) == 1
         assert re.search(message, capsys.readouterr().err)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,72 @@ def test_yunet_weights_are_read_from_the_folder_without_a_download(run, host, ba
     with pytest.raises(error, match="no YuNet file that kornia reads"):
         run("CropToFace", image=noise(200, 200))
     path.unlink()
+
+
+def message(**fields):
+    """Fields of ONNX's messages, by number: numbers, bytes, or several of either."""
+    found = b""
+    for name, values in fields.items():
+        number = int(name[1:])
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, int):
+                found += bytes([number << 3, *([value] if value < 128 else [value % 128 + 128, value // 128])])
+            else:
+                size = [len(value)] if len(value) < 128 else [len(value) % 128 + 128, len(value) // 128]
+                found += bytes([number << 3 | 2, *size]) + value
+    return found
+
+
+def onnx_of_another_model():
+    """A network of one ReLU."""
+    shape = message(_1=[message(_1=side) for side in (1, 3, 640, 640)])
+    x, y = (message(_1=name, _2=message(_1=message(_1=1, _2=shape))) for name in (b"x", b"y"))
+    graph = message(_1=message(_1=b"x", _2=b"y", _3=b"n", _4=b"Relu"), _2=b"g", _11=x, _12=y)
+    return message(_1=7, _7=graph, _8=message(_1=b"", _2=13))
+
+
+DAMAGED = {
+    "page.pth": lambda path: path.write_text("<html>"),
+    "empty.pth": lambda path: path.touch(),
+    "pickle.pth": lambda path: path.write_bytes(pickle.dumps(print)),
+    "list.pth": lambda path: torch.save([1, 2], path),
+    "number.pth": lambda path: torch.save(3, path),
+    "page.safetensors": lambda path: path.write_text("<html>" * 9),
+    "cut.pth": lambda path: path.write_bytes(zip_of_weights()[:5000]),
+    "page.onnx": lambda path: path.write_text("<html>"),
+    "another.onnx": lambda path: path.write_bytes(onnx_of_another_model()),
+}
+
+
+def zip_of_weights():
+    torch.save({"weight": torch.zeros(10_000)}, file := BytesIO())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_of_a_detector(run, host, base_directory, error, name):
+    """Crop to Face says so; nodes that only have a look at the photo go on."""
+    if name.endswith(".onnx"):
+        pytest.importorskip("cv2")
+    (folder := base_directory / "models" / "detection").mkdir(parents=True, exist_ok=True)
+    DAMAGED[name](path := folder / f"yunet_{name}")
+    try:
+        with pytest.raises(error, match=r"yunet_.*Take.*YuNet.*or remove it") as caught:
+            run("CropToFace", image=noise(200, 200))
+        seen = host.module("nodes.host.faces").seen_in([noise(200, 200)[0].movedim(-1, 0)])
+        assert seen == [str(caught.value)] and "weights_only" not in seen[0]
+    finally:
+        path.unlink()
+
+
+def test_what_is_no_file_is_no_detector(host, base_directory):
+    (folder := base_directory / "models" / "detection").mkdir(parents=True, exist_ok=True)
+    (link := folder / "yunet_gone.pth").symlink_to(folder / "nowhere")
+    (below := folder / "yunet_folder.pth").mkdir()
+    faces = host.module("nodes.host.faces")
+    assert not {path.name for path in faces._yunet_files()} & {link.name, below.name}
+    link.unlink()
+    below.rmdir()
 
 
 def test_a_face_is_pasted_where_it_was_cut_out(run):
