@@ -93,7 +93,7 @@ def find(shelf: Shelf, name: str | None) -> Path:
         HDBError: of the kind's class, if there is no name, or no such file in the folders.
     """
     files, kind = _files(shelf), shelf.kind
-    if not name or not isinstance(name, str):
+    if not isinstance(name, str) or not name:
         raise kind.error(_nothing(shelf, len(files)) or f"Choose a {kind.name} file from the list of {shelf.node}.")
     if path := files.get(portable(name)):
         return path

@@ -1,54 +1,78 @@
-"""Sockets that got a value of JSON: whoever sends a prompt over HTTP can write anything in place of a wire."""
+"""What comes on sockets and in widgets from whoever sends a prompt over HTTP, who can write anything there."""
 
 from __future__ import annotations
 
+import math
 from functools import wraps
 from inspect import signature
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ...hdb_core.errors import HDBError
+from ...hdb_core.lidb import LiDB
+from ...hdb_core.recommended import Strengths
+from .finetune import FinetuneOptions
+from .hypernets import HostHyperNet
 
-# Their values are objects of the host or of this pack.
-_OBJECTS = {
-    "MODEL",
-    "CLIP",
-    "VAE",
-    "CLIP_VISION",
-    "IMAGE",
-    "MASK",
-    "LIDB",
-    "HYPERNET",
-    "FINETUNE_OPTIONS",
-    "APPLY_OPTIONS",
-}
+# Wires with objects of the host, which other packs may replace by their own, and what is surely none of them.
+_OF_HOST = {"MODEL", "CLIP", "VAE", "CLIP_VISION"}
 _JSON = (str, bool, int, float, list, dict)
+_CLASSES = {
+    "IMAGE": Tensor,
+    "MASK": Tensor,
+    "LIDB": LiDB,
+    "HYPERNET": HostHyperNet,
+    "FINETUNE_OPTIONS": FinetuneOptions,
+    "APPLY_OPTIONS": Strengths,
+}
+_NOT_OF_HOST = (*_JSON, *_CLASSES.values())
 _SAID_ELSEWHERE = {"CLIP", "IMAGE"}  # where null is what a checkpoint or a loader may give
+_NULL = str(None)  # what the host makes of null in a text
 
 
 class SocketError(HDBError, ValueError):
-    """A socket got no object."""
+    """A node got something that its input cannot take."""
 
 
 def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The same node, which refuses values of JSON on its sockets before it does anything."""
+    """The same node, which refuses what is no object of a socket's type and no number before it does anything.
+
+    A text that is null is the input's default.
+    """
     execute: Any = node.execute
 
     @wraps(execute.__func__)
     def checked_execute(cls: type[io.ComfyNode], *args: Any, **inputs: Any) -> io.NodeOutput:
-        schema, given_all = cls.define_schema(), {**signature(execute).bind_partial(*args).arguments, **inputs}
+        schema, given = cls.define_schema(), {**signature(execute).bind_partial(*args).arguments, **inputs}
         for one in schema.inputs:
-            kind = one.get_io_type()
-            given = given_all.get(one.id) if schema.is_input_list else [given_all.get(one.id)]
-            allowed = one.optional or one.id not in given_all or kind in _SAID_ELSEWHERE
-            for value in given or () if kind in _OBJECTS else ():
-                if isinstance(value, _JSON) or (value is None and not allowed):
-                    got = "null" if value is None else repr(value)
-                    raise SocketError(
-                        f"{schema.display_name} got {got:.60} for {one.id}. Connect an output of the type {kind} to it."
-                    )
-        return execute.__func__(cls, *args, **inputs)
+            if (values := given.get(one.id)) is not None and schema.is_input_list:
+                given[one.id] = [_taken(schema, one, value) for value in values]
+            elif one.id in given:
+                given[one.id] = _taken(schema, one, values)
+        return execute.__func__(cls, **given)
 
     node.execute = classmethod(checked_execute)  # type: ignore[method-assign, assignment]
     return node
+
+
+def _taken(schema: io.Schema, one: Any, value: Any) -> Any:
+    """A value of an input as the node takes it."""
+    kind = one.get_io_type()
+    if kind == "STRING" and value == _NULL:
+        return one.default
+    if kind == "FLOAT" and isinstance(value, float) and not math.isfinite(value):
+        raise SocketError(f"{schema.display_name} got {value} for {one.id}. Give it a number.")
+    if value is None:
+        fits = one.optional or kind in _SAID_ELSEWHERE or kind not in _OF_HOST | _CLASSES.keys()
+    elif kind in _OF_HOST:
+        fits = not isinstance(value, _NOT_OF_HOST)
+    else:
+        fits = isinstance(value, _CLASSES.get(kind, object))
+    if not fits:
+        got = repr(value) if isinstance(value, _JSON) else "null" if value is None else type(value).__name__
+        raise SocketError(
+            f"{schema.display_name} got {got:.60} for {one.id}. Connect an output of the type {kind} to it."
+        )
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -162,3 +163,35 @@ def test_json_in_place_of_a_wire(run, host, person, node_id, value):
     with pytest.raises(host.module("hdb_core.errors").HDBError) as caught:
         run(node_id, **own)
     assert str(caught.value).startswith(f"{schema.display_name} got {got} for {SOCKETS[node_id]}. Connect an output of")
+
+
+@pytest.mark.parametrize("node_id", SOCKETS)
+def test_another_type_in_place_of_a_wire(run, host, person, node_id):
+    """A prompt over HTTP can wrap a wire as a value, and the host then does not look at its type."""
+    name = SOCKETS[node_id]
+    schema = host.nodes[node_id].GET_SCHEMA()
+    kind = next(i.get_io_type() for i in schema.inputs if i.id == name)
+    other = image() if kind not in ("IMAGE", "MASK") else person(1)
+    with pytest.raises(host.module("nodes.host.sockets").SocketError) as caught:
+        run(node_id, **{name: other})
+    got = f"{schema.display_name} got {type(other).__name__} for {name}. Connect an output of the type {kind} to it."
+    assert str(caught.value) == got
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_no_number_in_a_widget(run, host, number):
+    """The host compares numbers with limits, and NaN is neither below nor above."""
+    found = 0
+    for node_id, node in host.nodes.items():
+        for one in (i for i in node.GET_SCHEMA().inputs if i.get_io_type() == "FLOAT"):
+            with pytest.raises(host.module("nodes.host.sockets").SocketError, match=f"got {number} for {one.id}"):
+                run(node_id, **{one.id: number})
+            found += 1
+    assert found >= 10
+
+
+def test_null_in_a_text_is_its_default(run, host, person):
+    """Of which the host makes the word None."""
+    (path,) = run("SaveLiDB", lidb=person(7), filename_prefix="None", name="None")
+    assert Path(path).parent.name == "lidb" and Path(path).name.startswith("person_")
+    assert host.module("hdb_core.files.lidb").load(path).about.name == ""
