@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 from torch.nn import functional
 
 from .errors import HDBError
+
+MOST_COVERED = 16  # times a side: what a thin picture has more of is cut off before it is resized
 
 
 def as_rgb(images: Tensor | None, error: type[HDBError]) -> Tensor:
@@ -45,7 +49,13 @@ def resize_to_cover(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     if pixels.shape[-2:] == (height, width):
         return pixels.clamp(0, 1)
     scale = max(height / pixels.shape[-2], width / pixels.shape[-1])
+    most = (math.ceil(MOST_COVERED * side / scale) for side in size)
+    pixels = _middle(pixels, *map(min, pixels.shape[-2:], most))
     covering = [max(height, round(pixels.shape[-2] * scale)), max(width, round(pixels.shape[-1] * scale))]
     resized = functional.interpolate(pixels, covering, mode="bicubic", antialias=True)
-    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
-    return resized[..., top : top + height, left : left + width].clamp(0, 1)
+    return _middle(resized, height, width).clamp(0, 1)
+
+
+def _middle(pixels: Tensor, height: int, width: int) -> Tensor:
+    top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
+    return pixels[..., top : top + height, left : left + width]

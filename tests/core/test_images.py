@@ -33,6 +33,15 @@ def test_equal_size_changes_nothing_and_values_stay_in_range():
         assert resize_to_cover(checks, size).aminmax() == (0, 1)
 
 
+@pytest.mark.parametrize("thin", [False, True])
+def test_a_thin_picture_takes_no_memory(thin):
+    """Resized as a whole, it would take 800 GB."""
+    picture = torch.zeros(1, 3, 1, 1 << 20)
+    picture[..., (1 << 19) - 8 : (1 << 19) + 8] = 1
+    resized = resize_to_cover(picture if thin else picture.mT, (256, 256))
+    torch.testing.assert_close(resized, torch.ones(1, 3, 256, 256))
+
+
 def test_shrinking_averages():
     assert resize_to_cover(noise(1, 1, 512, 512), (8, 8)).std() < 0.02
 
