@@ -60,6 +60,7 @@ def save_once(prefix: str, write: Callable[[Path], object]) -> tuple[Path, bool]
         The path, and whether the file is new.
     """
     path = save_to_output(prefix, write)
+    filecmp.clear_cache()  # it goes by times, which on some drives are the same for seconds
     name, number = _numbered(path)
     for other in sorted(path.parent.glob(f"*{EXTENSION}")):
         # Of two servers that write the same at once, the one with the lower number stays.

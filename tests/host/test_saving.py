@@ -64,6 +64,21 @@ def test_two_processes_write_a_thousand_files(tmp_path):
     assert files == sorted(names) == [f"person_{number:05}_.safetensors" for number in range(1, 1001)]
 
 
+def test_another_person_of_the_same_size_and_second_is_kept(host, output):
+    """As on a drive that keeps times in steps of two seconds."""
+
+    def save(text):
+        def write(path):
+            path.write_text(text)
+            os.utime(path, (1e9, 1e9))
+
+        return host.module("nodes.host.output").save_once("seconds/person", write)
+
+    (anna, _), again, (ben, new) = save("Anna"), save("Anna"), save("Ben.")
+    assert again == (anna, False) and new and ben != anna
+    assert (anna.read_text(), ben.read_text()) == ("Anna", "Ben.")
+
+
 @pytest.mark.parametrize("node_id", SAVERS)
 @pytest.mark.parametrize("prefix", ["lidb\\windows", "lidb/windows"])
 def test_both_slashes_make_folders(run, output, person, node_id, prefix):
