@@ -151,7 +151,7 @@ def crop_faces(
     count = len(pictures)
     there = bboxes and bboxes[0] is not None
     boxes = [None] * count if not there else boxes_of(bboxes[0] if len(bboxes) == 1 else list(bboxes), count)
-    masks = of_each(masks_of(mask), count, FaceError) or [None] * count
+    masks = of_each(masks_of(mask, FaceError), count, FaceError) or [None] * count
     cuts = []
     for number, given in enumerate(zip(pictures, boxes, masks, strict=True), 1):
         try:
@@ -216,7 +216,7 @@ def paste_faces(photo: Tensor, new: Tensor, box: Any, mask: Tensor | None) -> Te
     Raises:
         FaceError: there are several photos, boxes or masks, or the box is none, not square, or too large.
     """
-    boxes, masks = boxes_of(box, 1)[0], masks_of([mask])
+    boxes, masks = boxes_of(box, 1)[0], masks_of([mask], FaceError)
     if len(photo) != 1 or len(boxes) != 1 or len(masks) > 1:
         raise FaceError(
             f"Expected one photo, one box and at most one mask, got {len(photo)}, {len(boxes)} and {len(masks)}. Connect "

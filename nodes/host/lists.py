@@ -34,9 +34,24 @@ def pictures_of(images: Sequence[Tensor | None], error: type[HDBError]) -> list[
     return [picture for image in images or (None,) for picture in as_rgb(image, error)]
 
 
-def masks_of(masks: Sequence[Tensor | None] | None) -> list[Tensor]:
-    """All masks (H, W) of a list of MASK batches; an input that is not connected is none, or null over HTTP."""
-    return [one for mask in masks or () if mask is not None for one in mask.reshape(-1, *mask.shape[-2:])]
+def masks_of(masks: Sequence[Tensor | None] | None, error: type[HDBError]) -> list[Tensor]:
+    """All masks (H, W) float32 of a list of MASK batches; an input that is not connected is none, or null over HTTP.
+
+    Raises:
+        HDBError: of the class `error`: one is empty, of another shape, or not finite.
+    """
+    found: list[Tensor] = []
+    for mask in masks or ():
+        if mask is None:
+            continue
+        if mask.ndim < 2 or mask.numel() == 0:
+            raise error(
+                f"mask must be (batch, height, width), got {tuple(mask.shape)}. Connect the MASK of Load Image."
+            )
+        if not bool(mask.isfinite().all()):
+            raise error("The mask contains NaN or infinite values. Check the node that makes it.")
+        found += mask.float().reshape(-1, *mask.shape[-2:])
+    return found
 
 
 def of_each(masks: Sequence[Tensor], photos: int, error: type[HDBError]) -> list[Tensor]:

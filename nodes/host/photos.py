@@ -54,7 +54,7 @@ class Photos:
             FinetuneError: one of them cannot be used.
         """
         pictures = pictures_of(images, FinetuneError)
-        own = of_each(masks_of(masks), len(pictures), FinetuneError) or None
+        own = of_each(masks_of(masks, FinetuneError), len(pictures), FinetuneError) or None
         return cls(pictures, own, class_images, resolution)
 
     def prepare(self, native: int, multiple: int) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -50,6 +50,35 @@ def test_fast_finetune_refuses(train, host, monkeypatch, inputs, message):
         train(**inputs)
 
 
+BAD_MASKS = {
+    "a number": (torch.tensor(1.0), "batch, height, width"),
+    "a row": (torch.ones(64), "batch, height, width"),
+    "none": (mask()[:0], "batch, height, width"),
+    "no height": (torch.ones(1, 0, 128), "batch, height, width"),
+    "NaN": (mask(value=float("nan")), "NaN"),
+    "infinity": (mask(value=float("inf")), "NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_MASKS.values(), ids=BAD_MASKS)
+@pytest.mark.parametrize("node_id", ["FastFinetune", "CropToFace", "PasteFace"])
+def test_a_mask_that_is_none(train, run, host, node_id, given, message):
+    with pytest.raises(host.module("hdb_core.errors").HDBError, match=message):
+        if node_id == "FastFinetune":
+            train(mask=given)
+        else:
+            others = {"face": image(), "box": {"x": 0, "y": 0, "width": 64, "height": 64}}
+            run(node_id, image=image(), mask=given, **others if node_id == "PasteFace" else {})
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int32, torch.float16])
+def test_a_mask_of_another_type(run, kind):
+    marked = torch.zeros(1, 128, 128, dtype=kind)
+    marked[:, 40:90, 40:90] = 1
+    _, _, (box,) = run("CropToFace", image=image(), mask=marked)
+    assert box["width"] == round(1.34 * 50)
+
+
 def test_rank_below_the_connected_lidb(train, person):
     assert train(lidb=person(1, rank=4), rank=2, steps=1).rank == 4
 
