@@ -61,18 +61,16 @@ def made(about: About) -> str:
 
 
 def lines(lidb: LiDB) -> list[str]:
-    """What there is to know of a person, a line each: the name if there is one, how made, for which model, the prompt.
-
-    A file may be a stranger's: long lines are cut, and control characters left out.
-    """
+    """What there is to know of a person, a line each: the name if there is one, how made, for which model, the prompt."""
     about, family = lidb.about, lidb.layout.family
     model = FAMILIES.get(family, family) + (f" ({about.model})" if about.model not in ("", family) else "")
     named = [about.name] if about.name else []
     said = [*named, made(about), f"for {model}, rank {lidb.rank}", f"prompt: {about.prompt}"]
-    return [_as_line(text) for text in said]
+    return [as_line(text) for text in said]
 
 
-def _as_line(text: str) -> str:
+def as_line(text: str) -> str:
+    """The text of a file, which may be a stranger's, to be shown: cut if it is long, without control characters."""
     harmful = (unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in _TURNS for c in text)
     line = " ".join("".join(" " if bad else c for c, bad in zip(text, harmful, strict=True)).split())
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from ..hdb_core.card import as_line
 from ..hdb_core.errors import FaceError
 from ..hdb_core.images import as_rgb
 from ..hdb_core.lidb import LiDB, aligned, cosine, cosines
@@ -40,7 +41,7 @@ class CompareLiDB(io.ComfyNode):
     def execute(cls, lidb_a: LiDB, lidb_b: LiDB) -> io.NodeOutput:
         one, other = aligned([lidb_a, lidb_b])
         whole = float(cosine(one, other))
-        parts = [f"{name}: {value:.2f}" for name, value in cosines(one, other).items()]
+        parts = [f"{as_line(name)}: {value:.2f}" for name, value in cosines(one, other).items()]
         return _shown(cls, whole, "\n".join([f"cosine {whole:.2f}", *parts]))
 
 

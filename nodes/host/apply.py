@@ -9,6 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy.weight_adapter import LoRAAdapter
 
+from ...hdb_core.card import as_line
 from ...hdb_core.errors import LayoutError
 from ...hdb_core.layout import host_keys, layout_of, require_layers
 from ...hdb_core.lidb import LiDB, expand
@@ -47,7 +48,7 @@ def mixture(model: ModelPatcher, lidb: LiDB) -> str:
     """What is to be said before a person is applied to a MODEL that carries another one; "" if it does not."""
     if not (there := tokens_on(model)):
         return ""
-    same = f", all of them called {lidb.about.token}" if set(there) == {lidb.about.token} else ""
+    same = f", all of them called {as_line(lidb.about.token)}" if set(there) == {lidb.about.token} else ""
     return (
         f"The faces become a mixture of {len(there) + 1} people{same}. For two people in one picture use LiDB Hook, as the "
         f"template {TWO_PEOPLE!r} does."

@@ -175,6 +175,16 @@ def test_two_people_do_not_clobber_each_other(apply, person, sample):
     assert torch.equal(two, sample(*second))
 
 
+def test_a_strangers_token_is_shown_in_one_line(apply, person, said, caplog):
+    """On the node and in the terminal, which control characters would steer."""
+    lidb = person(1)
+    lidb = replace(lidb, about=replace(lidb.about, token="[v]\x1b[2J\r\u202e\u2028" + "x" * 1000))
+    apply(lidb, *apply(lidb))
+    (line,) = (record.args[0] for record in caplog.records if record.name == "hyperdreambooth")
+    assert "called [v] [2J xxx" in line and len(line) < 600 and line.isprintable()
+    assert said[-1].startswith(line)
+
+
 def test_two_people_in_a_row_are_said_to_be_a_mixture(apply, run, loaded, person, said, caplog):
     """With what to do instead; and by name where all answer to the same word."""
     first, second = person(1), person(2)

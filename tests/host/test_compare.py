@@ -36,6 +36,14 @@ def test_a_person_with_convolutions_is_compared_with_one_without(run, person):
     assert 0 < number < 1 and text == run("CompareLiDB", lidb_a=small, lidb_b=wide)[1]
 
 
+def test_a_strangers_layer_is_shown_in_one_line(run, person, said):
+    lidb = person(1, layers=1)
+    (layer,) = lidb.layout.layers
+    lidb = replace(lidb, layout=replace(lidb.layout, layers=(replace(layer, name="unet.\x1b[2J\n\u202e"),)))
+    _, text = run("CompareLiDB", lidb_a=lidb, lidb_b=lidb)
+    assert said[-1] == text == "cosine 1.00\n[2J: 1.00"
+
+
 def test_people_of_different_models_are_refused(run, host, person):
     with pytest.raises(host.module("hdb_core.errors").LiDBError, match="made for different models"):
         run("CompareLiDB", lidb_a=person(1), lidb_b=person(2, layers=8))
