@@ -49,7 +49,7 @@ def nameable(path: Path) -> Path:
 
 def reason(error: BaseException) -> str:
     """Why something cannot be read or written, without numbers and paths of the system's."""
-    return (getattr(error, "strerror", None) or str(error))[:200]
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
 
 
 def _bytes_on_disk(path: Path, enough: int) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
+from hdb_core.errors import HyperNetError
 from hdb_core.hypernet import EncoderConfig, preprocess
 from hdb_core.images import resize_to_cover
 from hdb_core.train.data.photos import Photo
@@ -44,6 +45,22 @@ def test_a_thin_picture_takes_no_memory(thin):
 
 def test_shrinking_averages():
     assert resize_to_cover(noise(1, 1, 512, 512), (8, 8)).std() < 0.02
+
+
+def test_a_picture_starts_no_program(tmp_path, monkeypatch):
+    """Pillow gives PostScript to Ghostscript, whatever the file is called."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript was started"))
+    (path := tmp_path / "a.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 30\n%%EndComments\nshowpage\n"
+    )
+    with pytest.raises(HyperNetError, match="cannot be read as a picture"):
+        Photo(path).whole()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_a_picture_may_have_the_ending_of_another_kind(tmp_path, kind):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.jpg", kind)
+    assert Photo(tmp_path / "a.jpg").whole().shape == (3, 20, 30)
 
 
 @pytest.mark.parametrize("shape", [(70, 50), (50, 70), (32, 32), (20, 24)])

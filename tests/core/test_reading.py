@@ -10,7 +10,7 @@ from devtools import fuzz
 from hdb_core.basis import BasisRecipe
 from hdb_core.errors import MOST_SHOWN, HDBError
 from hdb_core.files import basis, container, hypernet, lidb, lora
-from hdb_core.files.reading import regular
+from hdb_core.files.reading import reason, regular
 from hdb_core.hypernet import HyperNet, HyperNetConfig
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import LiDB
@@ -34,6 +34,10 @@ def test_a_message_is_one_printable_line_that_ends_as_it_was_written():
         text.isprintable() and text.startswith(r"Got '\x1b[2J\n\ud800\u202exxx") and text.endswith("Load another file.")
     )
     assert len(text) <= MOST_SHOWN and str(HDBError(text)) == text and str(HDBError("Zoë → 'é'")) == "Zoë → 'é'"
+
+
+def test_a_reason_is_never_empty():
+    assert reason(MemoryError()) == "MemoryError" and reason(FileNotFoundError(2, "No such file")) == "No such file"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")

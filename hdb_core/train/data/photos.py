@@ -30,6 +30,7 @@ from ...files.reading import GARBLED, reason, regular
 from ...images import resize_to_cover
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whatever a file is called; for others, Pillow may start programs
 MASK, WORDS, SHARD = ".mask.png", ".txt", ".tar"
 PREPARED = "prepared.json"  # of a folder that `prepare` has made: how its photos are cut, {"cut": "face"}
 Item = TypeVar("Item")
@@ -122,12 +123,12 @@ class Photo:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
-        return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).movedim(-1, 0)
+        return torch.from_numpy(np.asarray(image, dtype=np.float32)).div_(255).movedim(-1, 0)
 
     @contextmanager
     def _opened(self) -> Iterator[Image.Image]:
         try:
-            with Image.open(io.BytesIO(read_bytes(self.path))) as file:
+            with Image.open(io.BytesIO(read_bytes(self.path)), formats=FORMATS) as file:
                 yield file
         except (OSError, SyntaxError, Image.DecompressionBombError, *GARBLED) as error:
             raise HyperNetError(
