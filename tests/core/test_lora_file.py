@@ -102,8 +102,9 @@ def test_layers_without_a_name_of_their_own_are_refused(tmp_path, recipe, family
     assert not list(tmp_path.iterdir())
 
 
-# Of layers that only a file could claim: the bases of the first take hours to draw, the second makes 32 GB.
-ABSURD = {"long": (1000, (1000, 1000), 1), "large": (4000, (30, 30), 30)}
+# Of layers that only a file could claim: the bases of the first take hours to draw, the second makes 32 GB, and the third,
+# a file of 20 KB, would take 20 s.
+ABSURD = {"long": (1000, (1000, 1000), 1), "large": (4000, (30, 30), 30), "slim": (300, (8, 8), 1)}
 
 
 @pytest.mark.parametrize("absurd", ABSURD)
