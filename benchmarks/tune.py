@@ -73,6 +73,7 @@ def swept(
     base_negative: bool = False,
     masked: bool = False,
     photos: int = 1,
+    own_answers: bool = False,
 ) -> list[Method]:
     """A method for each combination of settings; references with their own checkpoints unless some are given."""
     if method in REFERENCES:
@@ -87,7 +88,8 @@ def swept(
     if method == "predict":
         return [predicted]
     start = {"hyper": predicted, "learned": LearnedBasis(basis)}.get(method)
-    return [FastFinetuning(row_name(own), own, start, described, strengths, masked, photos) for own in chosen]
+    how = (described, strengths, masked, photos, not own_answers)
+    return [FastFinetuning(row_name(own), own, start, *how) for own in chosen]
 
 
 def main() -> None:
@@ -113,6 +115,9 @@ def main() -> None:
     options.add_argument(
         "--photos", type=int, default=1, help="of each person, that a LiDB is predicted and learned from"
     )
+    options.add_argument(
+        "--own-answers", action="store_true", help="a prior_weight without class pictures, which it has otherwise"
+    )
     options.add_argument("--saved", action="store_true", help="each person after Save LiDB and Load LiDB, too")
     options.add_argument("--full", action="store_true", help="11 prompts instead of 6")
     options.add_argument(
@@ -123,7 +128,7 @@ def main() -> None:
     chosen = swept(
         args.method, args.set, args.hypernet.resolve(), basis=args.basis.resolve(), checkpoints=args.checkpoints,
         described=args.described, strengths=tuple(args.strengths), base_negative=args.base_negative,
-        masked=args.masked, photos=args.photos,
+        masked=args.masked, photos=args.photos, own_answers=args.own_answers,
     )  # fmt: skip
     methods = [Base(), *chosen]
     rows = [row for method in methods for row in method.rows if args.saved or not row.endswith("_saved")]

@@ -177,6 +177,7 @@ class FastFinetuning:
         strengths: that the person is applied with, each a row; see `applied_rows`.
         masked: only the head of the photo is learned.
         photos: how many of the person it learns from.
+        class_pictures: a prior_weight counts on pictures of the class, instead of on the base model's own answers.
     """
 
     name: str
@@ -186,6 +187,7 @@ class FastFinetuning:
     strengths: tuple[Strengths, ...] = (STRENGTHS,)
     masked: bool = False
     photos: int = 1
+    class_pictures: bool = True
 
     @property
     def config(self) -> dict[str, Any]:
@@ -208,10 +210,14 @@ class FastFinetuning:
             resolved["masked"] = True
         if self.photos > 1:
             resolved["photos"] = self.photos
-        if self.config["prior_weight"] > 0:
+        if self._takes_pictures:
             resolved["class_pictures"] = CLASS_PICTURES
         rows = applied_rows(self.name, resolved, self.strengths)
         return {**rows, f"{self.name}_saved": {**rows[self.name], "file": FILE}}
+
+    @property
+    def _takes_pictures(self) -> bool:
+        return self.class_pictures and self.config["prior_weight"] > 0
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb, seconds, flops = self.made(bench, subject)
@@ -226,7 +232,7 @@ class FastFinetuning:
         """The person, at the cost of the prediction and the training."""
         start = self.start.made(bench, subject) if self.start else None
         inputs: dict[str, Any] = {"lidb": start.lidb} if start else {}
-        if self.config["prior_weight"] > 0:
+        if self._takes_pictures:
             inputs["class_pictures"] = class_pictures(bench, self.config["class_prompt"], CLASS_PICTURES)
         photos, contexts = subject.photos(self.photos), subject.contexts(self.photos)
         masks = np.stack([head_mask(subject.person, c) for c in contexts]) if self.masked else None

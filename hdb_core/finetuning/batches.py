@@ -43,10 +43,15 @@ class BatchSampler:
     def prompts(self, step: int) -> list[str]:
         """What the samples of a step are to be captioned with."""
         own = [self.captions[turn] for turn in self._turns(step, len(self.latents))]
-        return own if self.prior is None else own + [self.class_prompt] * self.size
+        return own + [self.class_prompt] * self.size if self.prior_weight > 0 else own
+
+    @property
+    def keeps_own_answers(self) -> bool:
+        """Whether the samples of the class are the photos', with the base model's own answers."""
+        return self.prior_weight > 0 and self.prior is None
 
     def draw(self, step: int) -> Batch:
-        """The batch of a step, counted from 0; steps must be drawn in order."""
+        """The batch of a step, counted from 0; steps must be drawn in order. Own answers are not in it yet."""
         weight = torch.full((self.size,), 1 / self.size, device=self.latents.device)
         batch = self._draw(step, self.latents, self.mask, weight)
         if self.prior is None:
@@ -106,21 +111,7 @@ def checked_mask(mask: Tensor, photos: int) -> Tensor:
     return mask
 
 
-def require_prior(config: FinetuneConfig, pictures: Tensor | None) -> None:
-    """Check that pictures of the class are there if the config asks for them.
-
-    Raises:
-        FinetuneError: if not.
-    """
-    if config.prior_weight > 0 and pictures is None:
-        raise FinetuneError(
-            f"prior_weight is {config.prior_weight:g}, but class_images is not connected. "
-            f"Connect pictures of {config.class_prompt!r} made with the same checkpoint, or set prior_weight to 0."
-        )
-
-
 def _checked_prior(prior: Tensor | None, latents: Tensor, config: FinetuneConfig) -> Tensor | None:
-    require_prior(config, prior)
     if config.prior_weight == 0 or prior is None:
         return None
     _check_latents("class picture", prior)

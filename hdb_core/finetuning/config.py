@@ -33,7 +33,8 @@ class FinetuneConfig:
         photo_words: captions, what the photos show besides the person, a line for each photo or one for all. What is
             named does not become part of the person.
         class_prompt: describes the class, without the token.
-        prior_weight: of the class-prior preservation loss; 0 turns it off.
+        prior_weight: of the class-prior preservation loss, on pictures of the class or, without any, on the base
+            model's own answers to `class_prompt` on the photos; 0 turns it off.
         train_text_encoder: whether the text layers are trained too. On the miniature that costs half as much as the
             UNet and brings a point or two of identity; those of a given LiDB act in any case.
         basis: of a start without a prediction; a given LiDB brings its own.

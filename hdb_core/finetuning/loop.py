@@ -24,11 +24,12 @@ from ..errors import HDBError
 from ..layout import Layout
 from ..lidb import About, LiDB
 from ..recommended import RECOMMENDED
-from .batches import BatchSampler, checked_mask, require_prior
+from .batches import BatchSampler, checked_mask
 from .config import FinetuneConfig
 from .economy import AMPLE, MemoryPlan, economy
 from .factors import TrainableFactors, describe, source_of, start_factors
 from .learned import Encode, Learned, Meter, Watch
+from .prior import beside_own_answers
 
 # A model that predicts nothing has a native-target error of about 1, so a loss of about the sum of the batch's weights;
 # ten times that is no training noise.
@@ -97,7 +98,7 @@ def finetune(
         latents: (N, C, h, w) photos of one person in the model's latent space; (N, C, 1, h, w) for a video model.
         config: settings.
         mask: the region that counts, (H, W) or (N, H, W) or (N, 1, H, W) in [0, 1], at any resolution.
-        prior_latents: (M, C, …) pictures of the class, needed if `config.prior_weight` is above 0.
+        prior_latents: (M, C, …) pictures of the class, for `config.prior_weight`.
         init: start exactly from this person; its basis is kept.
         adapters: bases of that basis and the model's layout, on the device of the latents; None makes them.
         callback: called after every step; whatever it raises ends the training with the model as it was.
@@ -131,7 +132,6 @@ def require_inputs(
     photos: int,
     init: LiDB | None = None,
     mask: Tensor | None = None,
-    prior: Tensor | None = None,
 ) -> None:
     """Check what `finetune` would refuse, before a host encodes photos and loads a model for it.
 
@@ -141,7 +141,6 @@ def require_inputs(
         photos: how many there are.
         init: see `finetune`.
         mask: see `finetune`.
-        prior: pictures of the class, in any form.
 
     Raises:
         FinetuneError: if the inputs make no sense.
@@ -149,7 +148,6 @@ def require_inputs(
     """
     config.captions(photos)
     start_factors(config.basis if init is None else init.basis, layout, config.rank, init)
-    require_prior(config, prior)
     if mask is not None:
         checked_mask(mask, photos)
 
@@ -184,7 +182,12 @@ def _train(
             return encode
 
         for step in range(config.steps):
-            prompts, batch = sampler.prompts(step), config.noise.weighted(denoiser, sampler.draw(step))
+            prompts, drawn = sampler.prompts(step), sampler.draw(step)
+            if sampler.keeps_own_answers:
+                live.clear()
+                weight, classes = config.prior_weight, prompts[sampler.size :]
+                drawn = beside_own_answers(denoiser, drawn, classes, weight, steps.at_once)
+            batch = config.noise.weighted(denoiser, drawn)
             parts = partial(_losses, denoiser, batch, prompts, encode, lambda: live.update(factors()))
             # The loss, its gradient's norm and the loss of a model that predicts nothing leave the device together.
             backward = partial(scale.backward, parameters=parameters, beside=[batch.weight.sum()])

@@ -28,7 +28,7 @@ class FinetuneOptions:
     Attributes:
         config: of which Fast Finetune replaces what its own widgets say.
         convolutions: train those of the UNet's residual blocks, too.
-        class_images: IMAGE (M, H, W, 3) of the class, for `prior_weight`.
+        class_images: IMAGE (M, H, W, 3) of the class, for `prior_weight`; None takes the model's own answers.
         sample_every: show a picture of the person every so many steps; 0 shows none.
     """
 
@@ -63,12 +63,13 @@ def finetune_in_host(
     layout = layout_of(*target_modules(model, clip, convolutions, known))
     compression = vae.spacial_compression_encode()
     pixels, mask, class_pixels = photos.prepare(native_resolution(model, layout.family), compression)
-    require_inputs(config, layout, len(pixels), init, mask, class_pixels)
+    require_inputs(config, layout, len(pixels), init, mask)
     layout = known or layout_to_train(model, clip, layout)
     adapters = adapters_of(model, config.basis if init is None else init.basis, layout)
     latents = encode(model, vae, pixels)
-    prior_latents = encode(model, vae, class_pixels) if config.prior_weight > 0 else None
-    samples = config.batch_size * (1 if prior_latents is None else 2)
+    keeps_class = config.prior_weight > 0
+    prior_latents = encode(model, vae, class_pixels) if keeps_class and class_pixels is not None else None
+    samples = config.batch_size * (2 if keeps_class else 1)
     rank = config.rank if init is None else max(config.rank, init.rank)
     cost = step_cost(model, clip, adapters, replace(config, rank=rank), latents)
     memory = cost.bytes(samples, latents) + adapters.num_bytes

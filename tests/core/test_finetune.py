@@ -9,11 +9,12 @@ import torch
 
 from hdb_core.adapters import Adapters, attach
 from hdb_core.basis import BasisRecipe
-from hdb_core.diffusion import LossScale, NoiseLevels, diffusion_loss, weighted_errors
+from hdb_core.diffusion import Batch, LossScale, NoiseLevels, diffusion_loss, weighted_errors
 from hdb_core.errors import FinetuneError, LayoutError
 from hdb_core.finetuning import FinetuneConfig, FinetuneDiverged, MemoryPlan, finetune, sample
 from hdb_core.finetuning.batches import BatchSampler, latent_mask
 from hdb_core.finetuning.factors import TrainableFactors, start_factors
+from hdb_core.finetuning.prior import beside_own_answers
 from hdb_core.layout import Layout
 from hdb_core.lidb import About, LiDB, core, expand, norm, start_down
 from hdb_core.recommended import FROM_PHOTO, FROM_PHOTOS, FROM_PREDICTION, RECOMMENDED
@@ -306,6 +307,44 @@ def test_class_prior_preservation_adds_its_weighted_samples(toy, latents, config
     assert not torch.equal(result.lidb.up, finetune(toy, latents, config).lidb.up)
 
 
+def class_answer(toy, latents, config, lidb=None):
+    """What the toy, or a person on it, makes of noisy photos under the class prompt."""
+    batch = BatchSampler(toy.sigmas(), latents, replace(config, seed=9)).draw(0)
+    noisy = toy.add_noise(batch.latents, batch.noise, batch.sigma)
+    factors = {} if lidb is None else expand(lidb)
+    with torch.no_grad(), attach(toy.modules, factors):
+        return toy.denoise(noisy, batch.sigma, toy.encode_prompts(["a face"] * len(noisy)))
+
+
+def test_own_answers_are_the_same_noisy_photos_as_the_base_model_denoises_them(toy, latents, config):
+    batch = BatchSampler(toy.sigmas(), latents, config).draw(0)
+    both = beside_own_answers(toy, batch, ["a face"] * 3, 0.5, at_once=2)
+    own = Batch(*(tensor[3:] for tensor in both))
+    assert all(torch.equal(tensor[:3], first) for tensor, first in zip(both, batch, strict=True))
+    noisy = toy.add_noise(batch.latents, batch.noise, batch.sigma)
+    close(toy.add_noise(own.latents, own.noise, own.sigma), noisy, atol=1e-4, rtol=1e-4)
+    close(own.latents, toy.denoise(noisy, batch.sigma, toy.encode_prompts(["a face"] * 3)))
+    close(own.weight, batch.weight / 2)
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_without_pictures_the_class_prompt_keeps_the_base_models_own_answers(toy, latents, config, text):
+    config = replace(config, steps=30, learning_rate=0.02, train_text_encoder=text)
+    base = class_answer(toy, latents, config)
+    free, kept = (finetune(toy, latents, replace(config, prior_weight=weight)) for weight in (0.0, 20.0))
+    assert kept.losses[0] == pytest.approx(free.losses[0])  # a person without effect moves nothing
+    moved = [(class_answer(toy, latents, config, result.lidb) - base).square().mean() for result in (free, kept)]
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_own_answers_are_those_without_a_person_to_begin_with(toy, latents, make_lidb, config):
+    init = make_lidb(0, 1)
+    config = replace(config, steps=30, learning_rate=0.02, prior_weight=1000.0)
+    base, before = class_answer(toy, latents, config), class_answer(toy, latents, config, init)
+    after = class_answer(toy, latents, config, finetune(toy, latents, config, init=init).lidb)
+    assert (after - base).square().mean() < 0.5 * (before - base).square().mean()
+
+
 @pytest.mark.parametrize("text", [True, False])
 def test_a_step_in_parts_is_the_whole_step(toy, latents, config, text):
     prior = torch.randn(5, 4, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -524,7 +563,6 @@ def test_noise_levels_that_make_no_sense(levels, message):
         ({"mask": torch.zeros(48, 48)}, "mask is empty"),
         ({"mask": torch.ones(3, 48, 48)}, "1 photos and 3 masks"),
         ({"mask": torch.full((48, 48), math.nan)}, "mask contains NaN"),
-        ({"prior_weight": 1.0}, "class_images is not connected"),
         ({"prior_weight": 1.0, "prior_latents": torch.zeros(1, 4, 8, 8)}, "width and height"),
     ],
 )

@@ -34,7 +34,6 @@ BAD_INPUT = {
     "steps below 0": ({"steps": -1}, "steps"),
     "batch 0": ({"batch_size": 0}, "batch_size"),
     "learning rate 0": ({"learning_rate": 0.0}, "learning_rate"),
-    "prior without pictures": ({"prior_weight": 1.0}, "class_images"),
     "prior with an empty class prompt": (
         {"prior_weight": 1.0, "class_prompt": "", "class_images": image()},
         "class_prompt",

@@ -70,6 +70,7 @@ OPTIONS = [
     {"resolution": 192},
     {"train_text_encoder": False},
     {"prior_weight": 0.5, "class_images": picture(100, 140, batch=2)},
+    {"prior_weight": 1.0},
     {"prior_weight": 1.0, "class_images": picture(128, 128), "class_prompt": "a face, " + "very " * 90},
     {"mask": face_mask()},
     {"mask": face_mask(256, 192), "image": picture(256, 192)},
