@@ -50,12 +50,9 @@ def resize_to_cover(pixels: Tensor, size: tuple[int, int]) -> Tensor:
         return pixels.clamp(0, 1)
     scale = max(height / pixels.shape[-2], width / pixels.shape[-1])
     most = (math.ceil(MOST_COVERED * side / scale) for side in size)
-    pixels = _middle(pixels, *map(min, pixels.shape[-2:], most))
+    top, left = (max(0, side - longest) // 2 for side, longest in zip(pixels.shape[-2:], most, strict=True))
+    pixels = pixels[..., top : pixels.shape[-2] - top, left : pixels.shape[-1] - left]
     covering = [max(height, round(pixels.shape[-2] * scale)), max(width, round(pixels.shape[-1] * scale))]
     resized = functional.interpolate(pixels, covering, mode="bicubic", antialias=True)
-    return _middle(resized, height, width).clamp(0, 1)
-
-
-def _middle(pixels: Tensor, height: int, width: int) -> Tensor:
-    top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
-    return pixels[..., top : top + height, left : left + width]
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    return resized[..., top : top + height, left : left + width].clamp(0, 1)
