@@ -34,17 +34,21 @@ def to_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Pr
 
     Raises:
         WorkflowError: an unknown node or input, a wrong number or kind of widget values, a link between other types
-            than the schemas state, a required input without a value, muted or bypassed nodes, subgraphs.
+            than the schemas state, a required input without a value, muted nodes, a bypassed node with nothing to pass
+            on, subgraphs.
     """
     links = {row[0]: row for row in workflow["links"]}
+    bypassed = {node["id"]: node for node in workflow["nodes"] if node.get("mode", 0) == BYPASSED}
     nodes = {node["id"]: node for node in workflow["nodes"] if node["type"] not in FRONT_END_ONLY}
     prompt: Prompt = {}
     for number, node in nodes.items():
         name = f"{node['type']} ({number})"
         if node["type"] not in object_info:
             raise WorkflowError(f"{name}: no such node is registered.")
-        if node.get("mode", 0) in (MUTED, BYPASSED):
-            raise WorkflowError(f"{name}: muted and bypassed nodes are not supported.")
+        if node.get("mode", 0) == MUTED:
+            raise WorkflowError(f"{name}: muted nodes are not supported.")
+        if number in bypassed:
+            continue
         inputs = _widget_values(name, node, object_info[node["type"]])
         schema = dict(_inputs(object_info[node["type"]]))
         for slot in node.get("inputs", ()):
@@ -55,6 +59,8 @@ def to_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Pr
             _, source, source_slot, target, target_slot, _ = links[slot["link"]]
             if target != number or node["inputs"][target_slot]["name"] != slot["name"]:
                 raise WorkflowError(f"{name}: link {slot['link']} does not end at {slot['name']!r}.")
+            while source in bypassed:
+                source, source_slot = _passed_on(bypassed[source], source_slot, links)
             if source not in nodes:
                 raise WorkflowError(f"{name}: {slot['name']!r} comes from a node that is not there.")
             offered = object_info[nodes[source]["type"]]["output"][source_slot]
@@ -67,6 +73,15 @@ def to_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Pr
             raise WorkflowError(f"{name}: required inputs without a value or link: {', '.join(missing)}.")
         prompt[str(number)] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+def _passed_on(node: Mapping[str, Any], slot: int, links: Mapping[int, Sequence[Any]]) -> tuple[int, int]:
+    """Where the output of a bypassed node comes from: its first linked input of the same type."""
+    kind = node["outputs"][slot]["type"]
+    for source in node["inputs"]:
+        if source["type"] == kind and source.get("link") is not None:
+            return links[source["link"]][1], links[source["link"]][2]
+    raise WorkflowError(f"{node['type']} ({node['id']}): is bypassed, and no input of type {kind} is linked.")
 
 
 def nodes_of(prompt: Mapping[str, Mapping[str, Any]], class_type: str) -> list[str]:

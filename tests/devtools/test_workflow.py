@@ -55,6 +55,23 @@ def test_widgets_and_links_become_inputs(workflow):
     }
 
 
+def test_a_bypassed_node_passes_its_input_on(workflow):
+    """As the front end has it: the first linked input of the same type."""
+    ports = {"inputs": [{"name": "m", "type": "MODEL", "link": None}, {"name": "mask", "type": "MASK", "link": 8}]}
+    outputs = {"outputs": [{"type": "IMAGE"}, {"type": "MASK"}]}
+    for number in (5, 6):
+        workflow["nodes"].append({"id": number, "type": "Crop", "mode": 4, **copy.deepcopy(ports), **outputs})
+    workflow["nodes"][-2]["inputs"][1]["link"] = 9
+    workflow["nodes"][2]["inputs"][1]["link"] = 10
+    workflow["links"] += [[9, 6, 1, 5, 1, "MASK"], [10, 5, 1, 3, 1, "MASK"]]
+    workflow["links"][1][3] = 6
+    schemas = SCHEMAS | {"Crop": {"input": {}, "output": ["IMAGE", "MASK"]}}
+    assert to_prompt(workflow, schemas) == to_prompt(WORKFLOW, schemas)
+    workflow["nodes"][-1]["inputs"][1]["link"] = None
+    with pytest.raises(WorkflowError, match=r"Crop \(6\): is bypassed, and no input of type MASK is linked"):
+        to_prompt(workflow, schemas)
+
+
 def test_a_link_wins_over_the_widget_it_covers(workflow):
     workflow["nodes"][2]["inputs"].append({"name": "strength", "link": 9, "widget": {"name": "strength"}})
     workflow["nodes"].append({"id": 5, "type": "Number", "widgets_values": [0.25]})
@@ -67,7 +84,7 @@ def test_a_link_wins_over_the_widget_it_covers(workflow):
     ("change", "message"),
     [
         (lambda w: w["nodes"][0].update(type="Gone"), "no such node"),
-        (lambda w: w["nodes"][0].update(mode=4), "bypassed"),
+        (lambda w: w["nodes"][0].update(mode=2), "muted"),
         (lambda w: w["nodes"][0].update(widgets_values=[]), "no widget value for 'name'"),
         (lambda w: w["nodes"][0].update(widgets_values=["a.safetensors", "b"]), "too many"),
         (lambda w: w["nodes"][2].update(widgets_values=[5, "heun", 0.5]), "control_after_generate"),
