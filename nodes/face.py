@@ -54,13 +54,15 @@ class CropToFace(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Marks the face, instead of looking for it. For example from the Mask Editor.",
+                    tooltip="Marks the face, instead of looking for it: the MASK of Load Image, painted in the Mask Editor. An empty one changes nothing.",
                 ),
             ],
             outputs=[
                 io.Image.Output(display_name="face", is_output_list=True, tooltip="A square photo of the face."),
                 io.Mask.Output(
-                    display_name="face mask", is_output_list=True, tooltip="Where the square shows the face."
+                    display_name="face mask",
+                    is_output_list=True,
+                    tooltip="Where the square shows the face. For Paste Face; or for the mask of Fast Finetune, which then learns the face alone and not the hair. It works without.",
                 ),
                 BOUNDING_BOX.Output(
                     display_name="box",

@@ -22,6 +22,10 @@ FOLDER = "detection"  # the host's own name for models that find things; older h
 KORNIA, ONNX = (".pth", ".pt", ".safetensors"), (".onnx",)
 SMALL_SHARE = 0.2  # of the picture: a face that takes less is worth a word; `faces.square_of` makes it about 0.4
 SHOWN = 768  # pixels of the preview
+PAINT = (
+    "Mark it yourself: right click on the photo in Load Image, Open in MaskEditor, paint over the face, save, and connect "
+    "the MASK of Load Image to the mask of Crop to Face."
+)
 MOST_PIXELS = 1e6  # of a box's place and size
 
 
@@ -113,13 +117,13 @@ def find_faces(picture: Tensor, order: str, boxes: Sequence[Box] | None = None, 
     else:
         if (available := detector()) is None:
             raise FaceError(
-                "There is no face detector here. Paint the face in the Mask Editor of Load Image and connect its MASK, connect "
-                f"the bboxes of a node that finds faces, or put a YuNet file (yunet_final.pth) into {_folders()}."
+                f"There is no face detector here. {PAINT} Or connect the bboxes of a node that finds faces, or put a YuNet "
+                f"file (yunet_final.pth) into {_folders()}."
             )
         found = Found(faces.in_order(available[1](picture), order, *size), available[0])
     if not found.boxes:
         raise FaceError(
-            f"No face was found ({found.by}). Connect a MASK that marks it, or take a photo that shows it from the front."
+            f"No face was found ({found.by}). {PAINT} Or take a photo that shows it from the front, or cropped already."
         )
     return found
 
@@ -140,7 +144,7 @@ def crop_faces(
 
     Args:
         bboxes: values of a BOUNDING_BOX wire; None looks at the mask.
-        mask: values of a MASK wire; None asks the detector.
+        mask: values of a MASK wire; None, or one that marks nothing, asks the detector.
         order: one of `faces.ORDERS`.
         index: which of several faces in that order, from 0.
         margin: see `faces.square_of`.
@@ -164,6 +168,8 @@ def crop_faces(
 def _crop(
     picture: Tensor, boxes: Sequence[Box] | None, mask: Tensor | None, order: str, index: int, margin: float
 ) -> Cut:
+    if mask is not None and not mask.any():
+        mask = None  # that of Load Image where nothing was painted, which is of another size
     found = find_faces(picture, order, boxes, mask)
     if index >= len(found.boxes):
         raise FaceError(

@@ -100,7 +100,7 @@ def test_grey_and_transparent_photos(run):
         ({"bboxes": box(10, 10, 50, 50), "index": 1}, "There are 1 faces, counted from 0, and index is 1"),
         ({"bboxes": [[[box(9, 9, 50, 50)], [], []]]}, "1 photos and boxes for 3"),
         ({"bboxes": "face"}, "bboxes holds no boxes"),
-        ({"mask": torch.zeros(1, 200, 200)}, "The mask is empty"),
+        ({"mask": torch.full((1, 200, 200), 0.4)}, "The mask is empty"),
         ({"mask": torch.ones(1, 90, 90)}, "The photo has 200 × 200 pixels, the mask 90 × 90"),
         ({"mask": 1 - painted(200, 200, 40, 40, 120)}, "leaves out its middle"),
         ({"image": torch.full((1, 200, 200, 3), torch.nan)}, "NaN"),
@@ -133,7 +133,9 @@ def test_a_real_face_is_found_by_opencv(run, host, error, portrait):
     width = portrait.shape[2]
     assert 0.3 < place["width"] / width < 1 and face.shape[1] == place["width"]
     assert abs(place["x"] + place["width"] / 2 - width / 2) < width / 5
-    with pytest.raises(error, match="No face was found"):
+    for unpainted in (torch.zeros(1, 64, 64), torch.zeros(1, *portrait.shape[1:3])):  # the first is Load Image's
+        assert run("CropToFace", image=portrait, mask=unpainted)[2] == [place]
+    with pytest.raises(error, match=r"No face was found \(OpenCV's cascade\). Mark it yourself: .*MaskEditor"):
         run("CropToFace", image=noise(300, 300))
 
 
