@@ -81,7 +81,7 @@ class FastFinetune(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Only the marked part of the photo is learned, for example the face without the background.",
+                    tooltip="Only the marked part of the photo is learned, for example the face mask of Crop to Face. Without one, all of the photo, which mostly is what you want.",
                 ),
                 LIDB.Input("lidb", optional=True, tooltip="Start from this person, for example from Predict LiDB."),
                 FINETUNE_OPTIONS.Input(

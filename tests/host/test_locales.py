@@ -46,4 +46,20 @@ def test_translations_are_in_their_language(language, letters):
 
 
 def test_the_languages_are_those_that_are_tested():
-    assert {path.name for path in FOLDER.iterdir()} == set(LANGUAGES)  # English is in the schemas
+    assert {path.name for path in FOLDER.iterdir()} == {"en", *LANGUAGES}
+
+
+@pytest.mark.parametrize("language", ["en", *LANGUAGES])
+def test_an_input_whose_zero_means_something_says_so_in_its_name(host, language):
+    """Where 0 is chosen for its own sake and is no amount. In English all else is in the schemas."""
+    there = flat(json.loads((FOLDER / language / "nodeDefs.json").read_text(encoding="utf-8")))
+    zero = re.compile(r"\b0( is|:| keeps) ")
+    named = {
+        f"{node_id}.inputs.{one.id}.name": one.id
+        for node_id, node in host.nodes.items()
+        for one in node.GET_SCHEMA().inputs
+        if one.io_type == "INT" and zero.search(one.tooltip)
+    }
+    assert len(named) == 4 and all("(0" in there[path] for path in named)
+    if language == "en":
+        assert there.keys() == named.keys() and all(there[path].startswith(name) for path, name in named.items())
