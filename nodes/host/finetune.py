@@ -17,7 +17,7 @@ from .kept import of_model
 from .memory import free_memory, step_cost
 from .photos import Photos, encode, native_resolution
 from .pictures import SamplePictures
-from .progress import FinetuneDisplay, captioned
+from .progress import FinetuneDisplay, captioned, trained_at
 from .targets import class_of, has_clip_layers, target_modules
 
 
@@ -75,7 +75,11 @@ def finetune_in_host(
     memory = cost.bytes(samples, latents) + adapters.num_bytes
     captions = config.captions(len(pixels))
     prompts = [*captions, config.class_prompt, *([config.prompt] if sample_every else [])]
-    notes = [] if node_id is None else [captioned(captions), *photos.notes()]
+    notes = (
+        []
+        if node_id is None
+        else [captioned(captions), trained_at(*pixels.shape[-2:], photos.resolution), *photos.notes()]
+    )
     display = FinetuneDisplay(node_id, class_of(model), notes)
     with display.shown(), differentiable(model, clip, memory, layout.has_convolutions, prompts, layout) as denoiser:
         adapters, latents = adapters.to(denoiser.device), latents.to(denoiser.device)

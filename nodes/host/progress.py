@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import wrap
 
 import comfy.utils
 from comfy.model_management import InterruptProcessingException, throw_exception_if_processing_interrupted
@@ -18,6 +19,7 @@ from .pictures import SamplePictures
 log = logging.getLogger("hyperdreambooth")
 PREVIEW_SECONDS = 1.0  # between two previews: drawing and sending must not slow the training
 SHOWN_CAPTIONS = 3
+LINE = 40  # letters in a line of a node that is 320 pixels wide
 # The front end takes texts as HTML, and makes links of [[…|…]], for which it puts __LNK0__ and so on meanwhile.
 _AS_TEXT = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "[[": "[&#91;", "__LNK": "_&#95;LNK"}
 
@@ -37,7 +39,15 @@ def send_text(text: str, node_id: str | None) -> None:
         server.send_progress_text(_as_text(text), node_id, server.client_id)
 
 
+def wrapped(text: str) -> str:
+    """A text in lines that fit a node of usual width: the front end would break them inside of words."""
+    return "\n".join(
+        "\n".join(wrap(line, LINE, break_long_words=False, break_on_hyphens=False)) for line in text.split("\n")
+    )
+
+
 def _as_text(text: str) -> str:
+    text = wrapped(text)
     for letters, written in _AS_TEXT.items():
         text = text.replace(letters, written)
     return text.encode("utf-8", "replace").decode()
@@ -50,6 +60,11 @@ def progress_text(progress: FinetuneProgress) -> str:
     if progress.enough is not None and progress.gained is not None:
         parts.append(f"likeness {100 * progress.gained:.0f} % of {100 * progress.enough:.0f} %")
     return ", ".join([*parts, f"{most}{progress.remaining_seconds:.0f} s left"])
+
+
+def trained_at(height: int, width: int, resolution: int) -> str:
+    """The size that photos are trained at, and that it was chosen if it was."""
+    return f"trained at {width} × {height} pixels{'' if resolution else ', chosen by resolution 0'}"
 
 
 def captioned(captions: Sequence[str]) -> str:

@@ -345,6 +345,22 @@ def test_captions_are_shown_each_once_and_not_too_many(host):
     assert captioned(["a", "b", "a", "c", "d", "e"]) == "captioned “a”, “b”, “c” and 2 others"
 
 
+def test_the_size_is_shown_and_whether_it_was_chosen(host):
+    trained_at = host.module("nodes.host.progress").trained_at
+    assert trained_at(88, 184, 0) == "trained at 184 × 88 pixels, chosen by resolution 0"
+    assert trained_at(512, 512, 512) == "trained at 512 × 512 pixels"
+
+
+def test_texts_are_in_lines_of_whole_words(host):
+    """The front end would break a line inside of a word."""
+    progress = host.module("nodes.host.progress")
+    name = "lidb/" + 9 * "somebody_"
+    text = f"{28 * 'word '}\n\nsaved {name}.safetensors, 26 KB"
+    lines = progress.wrapped(text).split("\n")
+    assert " ".join(lines).split() == text.split() and lines.count("") == 1
+    assert all(len(line) <= progress.LINE or " " not in line for line in lines) and len(lines) > 5
+
+
 def test_a_line_of_progress(host):
     progress, of = host.module("hdb_core.finetuning").FinetuneProgress, host.module("nodes.host.progress").progress_text
     assert of(progress(5, 20, 0.125, 10.0)) == "step 5 of 20, loss 0.1250, 30 s left"
@@ -456,7 +472,11 @@ def test_a_mask_that_leaves_out_the_middle_is_said_while_training(host, run, loa
         and said[1].startswith("step 1 of 1")
         and said[-1].startswith("1 step, too few")
     )
-    assert all("\ncaptioned “a [v] face”\nthe mask leaves out the middle of the photo" in text for text in said)
+    height, width = photo.shape[1:3]
+    size = f"trained at {width} × {height} pixels, chosen by resolution 0"
+    assert all(
+        f"\ncaptioned “a [v] face”\n{size}\nthe mask leaves out the middle of the photo" in text for text in said
+    )
     right = host.module("nodes.host.photos").Photos.of([photo], [face_mask()], None, 0)
     assert not any("mask" in line for line in right.notes())
 
