@@ -34,6 +34,7 @@ from .describe import purposes
 from .heartbeat import Heartbeat, address
 from .job import Job
 from .plan import describe_plan
+from .refusals import refuse_early
 from .run import STAGES, Run
 from .settings import PRECISIONS, PREDICTION_TYPES, Settings, flat
 from .stages import RUN_STAGE
@@ -156,6 +157,7 @@ def _signs_of_life(accelerator: Accelerator) -> AbstractContextManager[object]:
 def _run_stages(run: Run, accelerator: Accelerator, load: Loader, command: str, only: str | None) -> None:
     with load(run.settings, accelerator.device, _DTYPES[accelerator.mixed_precision]) as base:
         job, stages = Job(run, accelerator, base), [only] if only else run.stages()
+        refuse_early(job, stages)
         accelerator.print(describe_plan(job, stages, command))
         if accelerator.is_main_process:
             run.write_settings()
@@ -166,6 +168,8 @@ def _run_stages(run: Run, accelerator: Accelerator, load: Loader, command: str, 
             accelerator.print(f"{stage}, processes: {accelerator.num_processes}")
             RUN_STAGE[stage](job)
             accelerator.free_memory()
+        if "train" in stages and not run.settings.overfit:
+            accelerator.print(f"{run.file} goes into ComfyUI's models/hyperdreambooth, for Load HyperNet.")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ from .job import Job
 from .predicted import PeopleInBase
 from .settings import NetSettings
 
+NOTHING_LEARNED = (
+    "The image encoder has learned nothing yet, and stays as it is. Run the stage pretrain first, or set begin_with to the "
+    "encoder.safetensors of another run, and pretrain.steps to 0."
+)
+
 
 def beginning(job: Job, base: PeopleInBase, codes: Tensor | None) -> HyperNet:
     """The hypernetwork before its first step.
@@ -40,10 +45,7 @@ def beginning(job: Job, base: PeopleInBase, codes: Tensor | None) -> HyperNet:
     if net.encoder is not None:
         path = run.encoder if "pretrain" in run.stages() else Path(settings.begin_with)
         if not path.is_file():
-            raise HyperNetError(
-                "The image encoder has learned nothing yet, and stays as it is. Run the stage pretrain first, or set "
-                "begin_with to the encoder.safetensors of another run, and pretrain.steps to 0."
-            )
+            raise HyperNetError(NOTHING_LEARNED)
         load_encoder(net.encoder, path)
     learn_code(net.to(job.accelerator.device), base, codes)
     return net

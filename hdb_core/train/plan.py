@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 
 import torch
@@ -19,15 +20,18 @@ def describe_plan(job: Job, stages: Sequence[str], command: str) -> str:
     photos = sum(len(person.photos) for person in people)
     judged = settings.overfit or max(1, round(settings.held_out * len(people)))
     kept = f"{judged} of them trained on and evaluated" if settings.overfit else f"{judged} of them kept for evaluate"
+    kept += " (stranger needs 2: a larger held_out)" if judged < 2 else ""
     steps = {
         "pretrain": f"{settings.pretrain.steps:,} steps of {settings.pretrain.people} people",
         "train": f"{settings.train.steps:,} steps of {settings.train.people} people",
         "precompute": f"each person fitted in {settings.fit.steps} steps" if settings.fit.steps else "",
     }
     parts = [f"{stage} ({steps[stage]})" if steps.get(stage) else stage for stage in stages]
+    free = shutil.disk_usage(job.run.folder).free
     return (
         f"{job.run.folder}: {len(people):,} people, {photos:,} photos, {kept}; {job.base.denoiser.layout.describe()}.\n"
-        f"Stages: {', '.join(parts)}. Disk: about {disk_bytes(job, photos) / 1e6:,.0f} MB. A stopped run goes on with "
+        f"Stages: {', '.join(parts)}. Disk: about {disk_bytes(job, photos) / 1e6:,.0f} MB, "
+        f"{free / 1e6:,.0f} MB are free. A stopped run goes on with "
         f"{command} {job.run.folder}"
     )
 

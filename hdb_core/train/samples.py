@@ -26,7 +26,7 @@ _INK, _PAPER = (30, 30, 30), (255, 255, 255)
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Sample grids while training, ``RUN/samples/step_000500.png`` and so on.
+    """Sample grids while training, ``RUN/samples/step_000500.png`` and so on, and at its end.
 
     Attributes:
         every: steps of training between two grids; 0 draws none.

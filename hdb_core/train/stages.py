@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from .job import Job
 from .loop import TrainingLoop, parts_of
 from .person_loss import PersonLoss
 from .predicted import FromFaces, PeopleInBase
+from .refusals import NOT_FITTED
 from .regression import mean_predictor_loss
 from .samples import SampleGrid
 from .settings import PATHS, flat
@@ -138,10 +140,7 @@ def run_train(job: Job) -> None:
     faces = job.faces([own.person for own in (*people, *kept)], net_config.encoder)
     base = PeopleInBase(job.base.denoiser, people, net_config, faces)
     if config.regression_weight and base.energy is None:
-        raise HyperNetError(
-            "No person was fitted for these layers and in this basis, so there is no L2 loss on weights. Set "
-            "train.regression_weight to 0, or fit.steps to 40 in another run folder."
-        )
+        raise HyperNetError(NOT_FITTED)
     # Another hypernetwork's code is in coordinates of its own, which its map alone knows.
     codes = None if run.begins_with_hypernet() else codes_of(people, settings.net.code)
     net = FromFaces(beginning(job, base, codes))
@@ -155,7 +154,7 @@ def run_train(job: Job) -> None:
         hypernet_file.save(averaged(net_config, loop.average), run.file, info)
 
     def draw_samples() -> None:
-        if grid is not None and loop.step % settings.samples.every == 0:
+        if grid is not None and (loop.step % settings.samples.every == 0 or loop.step == config.steps):
             run.samples.mkdir(exist_ok=True)
             with replacing(run.samples / f"step_{loop.step:06}.png") as temporary:
                 grid.draw(averaged(net_config, loop.average)).save(temporary, "PNG")
@@ -196,11 +195,18 @@ def run_evaluate(job: Job) -> None:
     faces = job.faces([own.person for own in people], net.net.config.encoder)
     base = PeopleInBase(job.base.denoiser, people, net.net.config, faces)
     config, rows = settings.evaluate, []
-    for photos, k in product(range(1, config.photos + 1), range(1, net.net.config.iterations + 1)):
+    ways = list(product(range(1, config.photos + 1), range(1, net.net.config.iterations + 1)))
+    for photos, k in tqdm(ways):
         losses = evaluate(base, net, config, photos, k, settings.seed)
-        rows.append(json.dumps({"photos": photos, "iterations": k, **losses}) + "\n")
-    job.accelerator.print("".join(rows), end="")
-    write_text(run.evaluation, "".join(rows))
+        rows.append({"photos": photos, "iterations": k, **losses})
+    job.accelerator.print("\n".join(map(_in_words, rows)))
+    write_text(run.evaluation, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _in_words(row: Mapping[str, Any]) -> str:
+    """A line of the evaluation, without what it says of each person."""
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in row.items() if isinstance(value, float))
+    return f"From photos: {row['photos']}, iterations: {row['iterations']}: {losses}"
 
 
 def averaged(config: HyperNetConfig, average: Mapping[str, Tensor]) -> HyperNet:

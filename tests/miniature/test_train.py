@@ -192,6 +192,8 @@ def test_a_run_goes_on_without_its_options(model, photos, prepared, straight, ca
     assert main([str(folder), "--steps", "20"]) == 0
     said = capsys.readouterr()
     assert "7 people, 21 photos, 2 of them kept for evaluate" in said.out and "Disk: about" in said.out
+    assert "MB are free" in said.out and "iterations: 1: regression " in said.out
+    assert f"{folder / 'hypernet.safetensors'} goes into ComfyUI's models/hyperdreambooth" in said.out
     assert "Stages: precompute (each person fitted in 3 steps), pretrain (2 steps of 4 people), train (20" in said.out
     assert "pretrain is finished." in said.out and "for the 10 that are left" in said.out + said.err
     written = (folder / "state.safetensors").stat().st_mtime_ns
@@ -564,10 +566,10 @@ def test_accumulated_gradients_are_those_of_the_whole(model, photos, prepared, s
 
 def test_samples_are_drawn_and_change_nothing(model, photos, prepared, straight):
     folder = prepared()
-    options = ["--set", "samples.every=4", "samples.people=2", "samples.steps=3", "samples.words=in a park"]
+    options = ["--set", "samples.every=5", "samples.people=2", "samples.steps=3", "samples.words=in a park"]
     assert run(model, photos, folder, *options, stage="train") == 0
     paths = sorted((folder / "samples").iterdir())
-    assert [path.name for path in paths] == ["step_000004.png", "step_000008.png"]
+    assert [path.name for path in paths] == ["step_000005.png", "step_000008.png"]  # at the end, too
     first, last = (Image.open(path) for path in paths)
     assert first.size == (5 * (64 + 4), 28 + 2 * (64 + 4))
     assert ImageChops.difference(first, last).getbbox() is not None
@@ -749,6 +751,30 @@ def test_encoders_that_cannot_be_used(model, photos, clip_vision, tmp_path, caps
 def test_refusals(model, photos, tmp_path, capsys, stage, options, message):
     assert run(model, photos, tmp_path, *options, stage=stage) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["begin_with=hypernet.safetensors", "net.depth=9"], "differs from the hypernetwork to be trained in: net.depth"),
+        (["begin_with=encoder.safetensors", "encoder.token_width=64"], "an image encoder of other sizes"),
+        (["begin_with=encoder.safetensors", "pretrain.steps=0", "encoder.depth=2"], "an image encoder of other sizes"),
+        (["pretrain.steps=0"], "The image encoder has learned nothing yet"),
+        (["fit.steps=0"], "No person was fitted"),
+        (["accumulate=3"], "4 people a step must be a multiple of 1 processes times --accumulate 3"),
+        (["pretrain.people=5", "accumulate=2"], "5 people a step must be a multiple"),
+        (["held_out=0.99"], "7 people are too few"),
+        (['train.augment=["flip"]'], "train.augment needs torchvision"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_refused_before_long_work(
+    model, photos, straight, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.setitem(sys.modules, "torchvision.transforms", None)
+    monkeypatch.chdir(straight)
+    assert run(model, photos, tmp_path / "run", *options) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "people").exists()
 
 
 def test_people_that_cannot_be_shared_out(model, photos, prepared, capsys):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ...errors import HyperNetError
 from ...hypernet import EncoderConfig, preprocess
 from .photos import Person, in_threads
 
@@ -47,12 +48,20 @@ class PhotoPixels:
     Args:
         encoder: what it is given.
         augmentations: some of `AUGMENTATIONS`, for photos that are read with seeds.
+
+    Raises:
+        HyperNetError: if there are some, and torchvision is not installed.
     """
 
     def __init__(self, encoder: EncoderConfig, augmentations: Sequence[str] = ()) -> None:
         self.encoder, self.augments = encoder, bool(augmentations)
         if augmentations:
-            from torchvision.transforms import v2
+            try:
+                from torchvision.transforms import v2
+            except ImportError as error:
+                raise HyperNetError(
+                    "train.augment needs torchvision, which is not installed. Install it, or leave train.augment out."
+                ) from error
 
             self._transforms = [AUGMENTATIONS[name](v2, encoder.image_size) for name in augmentations]
 
