@@ -64,8 +64,23 @@ def sweep(*folders: Path, older_than: float = 0) -> None:
 
 
 @contextmanager
-def _written(path: Path, move: Callable[[Path, Path], None]) -> Iterator[Path]:
+def naming(path: Path) -> Iterator[None]:
+    """Gives the system's errors the name of the file that is written; that of a full disk has none.
+
+    Raises:
+        OSError: what was raised, with the name.
+    """
     try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def _written(path: Path, move: Callable[[Path, Path], None]) -> Iterator[Path]:
+    with naming(path):  # that was to be written, and not the temporary one
         handle, name = tempfile.mkstemp(dir=nameable(path).parent, prefix=_PREFIX, suffix=_SUFFIX)
         os.close(handle)
         temporary = Path(name)
@@ -77,10 +92,6 @@ def _written(path: Path, move: Callable[[Path, Path], None]) -> Iterator[Path]:
             move(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # names the file that was to be written
 
 
 def _move_new(temporary: Path, path: Path) -> None:

@@ -139,19 +139,40 @@ def test_captions_that_are_no_texts(tmp_path, text):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_full_disk_leaves_no_half_of_the_photos(source, tmp_path, monkeypatch, capsys):
-    write = Path.write_bytes
+@pytest.mark.parametrize(("options", "written"), [([], "anna"), (["--shards", "1"], "shard_00000.partial")])
+def test_after_a_full_disk_the_same_command_goes_on(source, tmp_path, monkeypatch, capsys, options, written):
+    """What the system says of a full disk names no file. Until all is written there is nothing to train on."""
+    write, add = Path.write_bytes, tarfile.TarFile.addfile
 
-    def full(path, data):
-        if path.parent.name == "anna":
-            raise OSError(28, "No space left on device", str(path))
-        return write(path, data)
+    def full(target, data):
+        if target.parent.name == "anna":
+            raise OSError(28, "No space left on device")
+        return write(target, data)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    assert main([str(source), "--into", str(tmp_path / "data"), "--smallest", "128"]) == 1
-    assert "No space left on device" in capsys.readouterr().err
+    def full_shard(shard, header, file):
+        if header.name.startswith("anna"):
+            raise OSError(28, "No space left on device")
+        return add(shard, header, file)
+
+    def command(into):
+        return main([str(source), "--into", str(into), "--smallest", "128", *options])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(tarfile.TarFile, "addfile", full_shard)
+        assert command(tmp_path / "data") == 1
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and str(tmp_path / "data" / "photos.partial" / written) in said
     with pytest.raises(HyperNetError, match="There is no folder"):
         find_people(tmp_path / "data" / "photos")
+    assert command(tmp_path / "data") == command(tmp_path / "other") == 0
+    made, expected = (
+        {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in ("data", "other")
+    )
+    assert made == expected
+    assert command(tmp_path / "data") == 1
+    assert "holds something already" in capsys.readouterr().err
 
 
 # Names of people in a shard, as nobody's folder can be called on every system.

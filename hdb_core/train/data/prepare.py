@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
 from pathlib import Path, PurePosixPath
+from shutil import rmtree
 from threading import Lock
 from typing import NamedTuple
 
@@ -139,7 +140,7 @@ def prepare(
 
     Args:
         source: a sub-folder for each person, single photos, or shards.
-        into: a folder that is empty or not there yet.
+        into: a folder that is empty, not there yet, or of a command that was stopped.
         checks: what is dropped.
         detector: finds the face that a photo is cut to; None keeps the central square.
         shard_bytes: size of the shards; 0 writes a folder for each person.
@@ -153,9 +154,12 @@ def prepare(
     """
     people = find_people(source)
     words, names = _metadata(source), _names(people)
-    if into.exists() and any(into.iterdir()):
+    unfinished, finished = into / "photos.partial", into / "photos"
+    if unfinished.is_dir() and not finished.exists():
+        rmtree(unfinished)  # of a command that was stopped
+    elif into.exists() and any(into.iterdir()):
         raise HyperNetError(f"{into} holds something already. Give --into a new folder, or delete that one.")
-    (unfinished := into / "photos.partial").mkdir(parents=True)
+    unfinished.mkdir(parents=True)
     cut, name = (_centre, "centre") if detector is None else (_around_face(detector), "face")
     write_text(unfinished / PREPARED, json.dumps({"cut": name}) + "\n")
     counted: Counter[str] = Counter()
@@ -182,7 +186,7 @@ def prepare(
     write_bytes(into / "photos.csv", rows.getvalue().encode("utf-8", "backslashreplace"))  # names may be no text
     with replacing(into / "report.png") as temporary:
         sheet.image().save(temporary, "PNG")
-    unfinished.rename(into / "photos")  # now that nothing of it is missing
+    unfinished.rename(finished)  # now that nothing of it is missing
     if not counted["kept"]:
         raise HyperNetError(
             f"None of the photos of {source} can be used: {dropped(counted)}. {into / 'photos.csv'} has the size and "

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
+from ...files.atomic import naming
 from .photos import SHARD
 
 Files = Mapping[str, bytes]  # ending → contents, of a photo
@@ -33,8 +34,9 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
         for key, files in photos:
             for ending, contents in files.items():
                 path = self.folder / f"{key}{ending}"
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(contents)
+                with naming(path):
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_bytes(contents)
 
 
 class ShardWriter(AbstractContextManager["ShardWriter"]):
@@ -53,7 +55,8 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._shard is not None:
-            self._shard.close()
+            with naming(self._partial):
+                self._shard.close()
             if kind is None:
                 self._finish()
 
@@ -61,6 +64,10 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         """Add the photos of a person."""
         if not photos:
             return
+        with naming(self._partial):
+            self._add(photos)
+
+    def _add(self, photos: Sequence[Keyed]) -> None:
         if self._shard is None:
             self._shard = tarfile.open(self._partial, "w")  # noqa: SIM115 - it is filled by many calls
         for key, files in photos:
