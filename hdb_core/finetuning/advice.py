@@ -8,6 +8,7 @@ from .learned import Learned
 from .loop import FinetuneResult
 
 LITTLE, MUCH = 0.6, 1.6  # of what is enough
+WORSE = -0.2  # of the likeness: a training that has just begun may be a little below 0
 DISTURBED = 1.2  # times the likeness that other prompts have moved; at the defaults it is 0.7 to 0.9
 
 
@@ -30,6 +31,8 @@ def advice(learned: Learned, config: FinetuneConfig, photos: int, enough: float 
         photos: how many there were.
         enough: `Learned.gained` that is recommended, if one is.
     """
+    if learned.gained < WORSE:
+        return "It knows the photos less than the base model does: take a lower learning_rate."
     if not config.photo_words.strip():
         return "Describe in photo_words what else the photo shows: what is not named there becomes part of the person."
     if enough is not None and learned.gained < LITTLE * enough:

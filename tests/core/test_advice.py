@@ -45,6 +45,7 @@ def test_a_training_that_was_not_measured_says_so(result, steps):
     ("config", "photos", "learned", "advice"),
     [
         ({"photo_words": " \n"}, 1, (ENOUGH, 0.1), "Describe in photo_words"),
+        ({"photo_words": ""}, 1, (-15.0, 20.0), "take a lower learning_rate"),
         ({"steps": 20}, 1, (0.2 * ENOUGH, 0.0), "take more steps, or 0 for automatic"),
         ({}, 1, (0.2 * ENOUGH, 0.0), "try another photo"),
         ({}, 1, (-0.1, 0.2), "try another photo"),
