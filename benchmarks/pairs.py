@@ -102,8 +102,9 @@ def together(bench: Bench, pair: Pair, people: tuple[LiDB, LiDB]) -> np.ndarray:
 def applied_twice(bench: Bench, pair: Pair, people: tuple[LiDB, LiDB]) -> np.ndarray:
     studio, run = bench.studio, bench.studio.host.run
     models: Models = studio.base
+    options = studio.strengths(STRENGTHS)
     for lidb in people:
-        model, clip = run("ApplyLiDBToModel", model=models.model, clip=models.clip, lidb=lidb, options=STRENGTHS)
+        model, clip = run("ApplyLiDBToModel", model=models.model, clip=models.clip, lidb=lidb, options=options)
         models = models._replace(model=model, clip=clip)
     parts = (studio.masked(models.clip, p.text(), mask) for p, mask in zip(pair.prompts, halves(), strict=True))
     models = models._replace(negative=studio.negative(studio.base.clip))

@@ -223,6 +223,12 @@ class Studio:
             self._step_flops[key] = two - one
         return self._step_flops[key]
 
+    def strengths(self, strengths: Strengths) -> Any:
+        """What Apply Options gives for them, which is of the host's own copy of the pack."""
+        model, clip, guidance = strengths
+        given = {"strength_model": model, "strength_clip": clip, "person_guidance": guidance}
+        return self.host.run("ApplyOptions", **given)[0]
+
     @torch.inference_mode()
     def apply(self, lidb: LiDB, strengths: Strengths = AS_LORA) -> Models:
         """The base with a person, as the example workflows do it: the negative prompt goes through the base's CLIP.
@@ -230,7 +236,7 @@ class Studio:
         `AS_LORA` is a LoRA as it is commonly used, both prompts going through its CLIP.
         """
         inputs = {"model": self.base.model, "clip": self.base.clip, "lidb": lidb}
-        model, clip = self.host.run("ApplyLiDBToModel", **inputs, options=strengths)
+        model, clip = self.host.run("ApplyLiDBToModel", **inputs, options=self.strengths(strengths))
         return Models(model, clip, self.base.vae, None if strengths == AS_LORA else self.negative(self.base.clip))
 
     @torch.inference_mode()
