@@ -211,6 +211,29 @@ def test_from_the_template_to_the_second_picture(page, server):
     assert page.locator(COMPLAINTS).all_inner_texts() == []
 
 
+OUT_OF_GROUPS = """() => {
+    const { _nodes: nodes, _groups: groups } = window.app.graph;
+    const inside = ([x, y], { pos, size }) =>
+        pos[0] <= x && pos[1] <= y && x <= pos[0] + size[0] && y <= pos[1] + size[1];
+    return nodes.filter(node => !groups.some(group => inside(node.pos, group))).map(node => node.type);
+}"""
+
+
+def test_nodes_stay_in_their_groups_in_nodes_2(browser, server):
+    """Where the front end fits a workflow to the window itself, it moves them."""
+    with opened(browser, server) as page:
+        server.post("/settings", {"Comfy.VueNodes.Enabled": True})
+        try:
+            visit(page, server)
+            for path in WORKFLOWS:
+                page.evaluate(OPEN, load(path))
+                page.locator("[data-node-id]").first.wait_for()
+                page.wait_for_timeout(500)
+                assert page.evaluate(OUT_OF_GROUPS) == [], path.stem
+        finally:
+            server.post("/settings", {"Comfy.VueNodes.Enabled": False})
+
+
 HARM = ("<img src=x onerror='window.harmed = 1'> & <b>Anna</b>", "[[Anna|https://example.com]] __LNK7__")
 LOAD_AND_COMPARE = """name => {
     window.app.graph.clear();
