@@ -7,7 +7,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count, islice
@@ -156,23 +156,22 @@ class TrainingLoop:
         steps = count(self.step) if self._progress else range(self.step, self.config.steps)
         ahead = read_ahead(lambda turn: loss_of.read(*turn), ((step, part) for step in steps for part in self.parts))
         at_end = self._at_end()
-        while not at_end:
-            logged.append(self._advance(loss_of, ahead))
-            bar.update()
-            at_end = self._at_end()
-            if at_end or self.step % LOG_EVERY == 0:
-                bar.set_postfix(self._log(logged, notes or {}))
-                logged = []
-            if is_main and self._progress is None and self.step == first + LOG_EVERY < self.config.steps:
-                bar.write(self._estimate((time.monotonic() - began) / LOG_EVERY))
-            if is_main and time.monotonic() - saved > SAVE_EVERY:
-                self._save()
-                save()
-                saved = time.monotonic()
-            if is_main and after is not None:
-                after()
-        ahead.close()
-        bar.close()
+        with closing(ahead), bar:  # before anything is said of an error
+            while not at_end:
+                logged.append(self._advance(loss_of, ahead))
+                bar.update()
+                at_end = self._at_end()
+                if at_end or self.step % LOG_EVERY == 0:
+                    bar.set_postfix(self._log(logged, notes or {}))
+                    logged = []
+                if is_main and self._progress is None and self.step == first + LOG_EVERY < self.config.steps:
+                    bar.write(self._estimate((time.monotonic() - began) / LOG_EVERY))
+                if is_main and time.monotonic() - saved > SAVE_EVERY:
+                    self._save()
+                    save()
+                    saved = time.monotonic()
+                if is_main and after is not None:
+                    after()
         if is_main:
             self._save()
             save()

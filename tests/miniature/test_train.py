@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -555,6 +556,16 @@ def test_a_training_that_diverges_keeps_what_it_had(tmp_path, monkeypatch):
     assert container.read_fields(state_file.KIND, state)["step"] == 12
     assert all(bool(weight.isfinite().all()) for weight in load_file(state).values())
     assert {path.name for path in tmp_path.iterdir()} == {"state.safetensors", "log.csv"}
+
+
+def test_what_ends_a_training_is_said_last(model, photos, prepared, monkeypatch, capsys):
+    def refuse(self, norm):
+        if self.step == 3:
+            raise HyperNetError("It diverged.")
+
+    monkeypatch.setattr(TrainingLoop, "_require_finite", refuse)
+    assert run(model, photos, prepared(), stage="train") == 1
+    assert re.split(r"[\r\n]+", capsys.readouterr().err.strip())[-1] == "It diverged."
 
 
 @pytest.mark.parametrize("parts", ["2", "4"])
