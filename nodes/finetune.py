@@ -160,7 +160,7 @@ class FastFinetuneOptions(io.ComfyNode):
                 io.Boolean.Input(
                     "train_text_encoder",
                     default=DEFAULTS.train_text_encoder,
-                    tooltip="Train the text encoder together with the UNet: slower, and hardly better.",
+                    tooltip="Train the text encoder together with the UNet. Alone it is slower and hardly better; with prior_weight the token then means the person, and other faces stay.",
                 ),
                 io.Float.Input(
                     "prior_weight",

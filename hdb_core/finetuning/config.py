@@ -36,7 +36,8 @@ class FinetuneConfig:
         prior_weight: of the class-prior preservation loss, on pictures of the class or, without any, on the base
             model's own answers to `class_prompt` on the photos; 0 turns it off.
         train_text_encoder: whether the text layers are trained too. On the miniature that costs half as much as the
-            UNet and brings a point or two of identity; those of a given LiDB act in any case.
+            UNet and brings a point or two of identity by itself, and with `prior_weight` a token that alone means the
+            person; those of a given LiDB act in any case.
         basis: of a start without a prediction; a given LiDB brings its own.
         seed: of noise and timesteps.
 

@@ -12,7 +12,7 @@ from ..basis import BasisRecipe
 from ..errors import FinetuneError
 from ..layout import Layout
 from ..lidb import About, LiDB, extend, start_down
-from ..recommended import FROM_PREDICTION, RECOMMENDED, made_from
+from ..recommended import BY_TOKEN, FROM_PREDICTION, RECOMMENDED, made_from
 from .config import FinetuneConfig
 
 
@@ -80,6 +80,7 @@ def source_of(config: FinetuneConfig, photos: int, init: LiDB | None) -> str:
 def describe(config: FinetuneConfig, photos: int, init: LiDB | None, steps: int) -> About:
     """What is known of a person after so many steps on so many photos, from another one or from none."""
     source = source_of(config, photos, init)
+    by_token = config.prior_weight > 0 and config.train_text_encoder
     before = About() if init is None else init.about
     return replace(
         before,
@@ -88,5 +89,5 @@ def describe(config: FinetuneConfig, photos: int, init: LiDB | None, steps: int)
         token=config.token,
         photos=photos,
         steps=before.steps + steps,
-        strengths=RECOMMENDED[source].strengths,
+        strengths=BY_TOKEN if by_token else RECOMMENDED[source].strengths,
     )

@@ -17,7 +17,7 @@ from hdb_core.finetuning.factors import TrainableFactors, start_factors
 from hdb_core.finetuning.prior import beside_own_answers
 from hdb_core.layout import Layout
 from hdb_core.lidb import About, LiDB, core, expand, norm, start_down
-from hdb_core.recommended import FROM_PHOTO, FROM_PHOTOS, FROM_PREDICTION, RECOMMENDED
+from hdb_core.recommended import BY_TOKEN, FROM_PHOTO, FROM_PHOTOS, FROM_PREDICTION, RECOMMENDED
 
 close = torch.testing.assert_close
 CONFIG = FinetuneConfig(steps=3, rank=2, batch_size=3, noise=NoiseLevels(), train_text_encoder=True)
@@ -498,6 +498,13 @@ def test_the_person_says_how_it_was_made(toy, latents, config):
     several = finetune(toy, latents.repeat(2, 1, 1, 1), config).lidb.about
     assert (several.made_from, several.photos) == (FROM_PHOTOS, 2)
     assert several.strengths == RECOMMENDED[FROM_PHOTOS].strengths
+
+
+@pytest.mark.parametrize(("text", "weight"), [(True, 1.0), (True, 0.0), (False, 1.0)])
+def test_whom_the_token_alone_means_is_applied_as_a_lora(toy, latents, config, text, weight):
+    config = replace(config, train_text_encoder=text, prior_weight=weight)
+    alone, usual = BY_TOKEN, RECOMMENDED[FROM_PHOTO].strengths
+    assert finetune(toy, latents, config).lidb.about.strengths == (alone if text and weight else usual)
 
 
 def test_a_person_who_goes_on_keeps_the_name_and_counts_all_steps(toy, latents, config):
