@@ -23,7 +23,7 @@ def diffusers_step(
     host: InProcessHost, models: Models, pixels: int, batch: int, rank: int | None
 ) -> Iterator[Callable[[], None]]:
     """A step of diffusers' UNet on the same weights, as its DreamBooth examples train: AdamW, clipped gradients, under
-    autocast on a card. Texts are encoded before; the text encoder is not trained.
+    autocast in what FastFinetune computes in. Texts are encoded before; the text encoder is not trained.
 
     Args:
         rank: of a LoRA in the attention layers; None trains all weights, which are then float32.
@@ -44,7 +44,9 @@ def diffusers_step(
             unet.to(device).float()
         else:
             with_lora(unet.to(device).requires_grad_(False), rank)
-        half = next(own.parameters()).dtype == torch.float16
+        weights = next(own.parameters()).dtype
+        # What FastFinetune computes in, which is bfloat16 on some CPUs.
+        computed = host.module("nodes.host.denoiser").autocast_dtype(device) if weights == torch.float32 else weights
         trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
         noisy = torch.randn(batch, 4, pixels // 8, pixels // 8, device=device)
@@ -57,7 +59,7 @@ def diffusers_step(
 
         def step() -> None:
             with torch.inference_mode(False), torch.enable_grad():
-                with torch.autocast(device.type, torch.float16, enabled=half):
+                with torch.autocast(device.type, computed, enabled=computed is not None):
                     found = unet(noisy, levels, words, added_cond_kwargs=more).sample
                 functional.mse_loss(found.float(), noisy).backward()
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)

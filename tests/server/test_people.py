@@ -16,13 +16,14 @@ TEXT = 3  # the host's number of messages with the text of a node
 
 
 def texts_seen(server, prompt, queued_by_us=True, until=None):
-    """The (node, text) messages that the client that queues a prompt gets, and those that another one gets."""
+    """The (node, text) messages that the client that queues a prompt gets, and those that another one gets; each text
+    in one line, as it was before it was wrapped."""
 
     async def listen(socket, found):
         async for message in socket:
             if message.type is aiohttp.WSMsgType.BINARY and int.from_bytes(message.data[:4]) == TEXT:
                 end = 8 + int.from_bytes(message.data[4:8])
-                found.append((message.data[8:end].decode(), message.data[end:].decode()))
+                found.append((message.data[8:end].decode(), " ".join(message.data[end:].decode().split())))
                 if until and re.search(until, found[-1][1]):
                     server.interrupt()
 
