@@ -15,7 +15,7 @@ from .environment import OF_THE_MINIATURE, ROOT, lacking
 
 # From pure functions in milliseconds to a browser. Processes of their own: what a tier imports or patches stays in it.
 _LAST = ("host", "server", "browser")
-_ONE_SERVER = ("server", "browser")  # that all of their tests share
+_ONE_SERVER = {"server", "browser"}  # that all of their tests share
 _FOUND = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
 TIERS = (*sorted(_FOUND - set(_LAST)), *(tier for tier in _LAST if tier in _FOUND))
 LINT = ("ruff check .", "ruff format --check .", "mypy")
@@ -29,8 +29,8 @@ def commands(tier: str, options: Sequence[str]) -> list[list[str]]:
     """The arguments of Python that run a tier, one after another."""
     if tier == "lint":
         return [["-m", *lint.split()] for lint in LINT]
-    if tier not in _LARGE:
-        return [_pytest(tier, options, spread=tier not in _ONE_SERVER)]
+    if tier not in _LARGE or "-m" in options:  # of which pytest takes the last one
+        return [_pytest(tier, options, spread=tier not in _ONE_SERVER | _LARGE)]
     return [
         _pytest(tier, ["-m", "not large", *options], spread=True),
         _pytest(tier, ["-m", "large", *options], spread=False),
