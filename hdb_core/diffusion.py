@@ -123,6 +123,24 @@ def diffusion_loss(denoiser: Denoiser, batch: Batch, conditioning: Any) -> Tenso
 
 
 @torch.no_grad()
+def answers(
+    denoiser: Denoiser, batch: Batch, prompts: Sequence[str], encode: Callable[[Sequence[str]], Any], at_once: int
+) -> Tensor:
+    """The clean latents (B, C, …) float32 that the model predicts for a batch; without gradients.
+
+    Args:
+        denoiser: with whoever is attached.
+        batch: of B samples.
+        prompts: B.
+        encode: prompts to conditioning.
+        at_once: as many samples go through the model together.
+    """
+    noisy = denoiser.add_noise(batch.latents, batch.noise, batch.sigma)
+    parts = (slice(first, first + at_once) for first in range(0, len(prompts), at_once))
+    return torch.cat([denoiser.denoise(noisy[p], batch.sigma[p], encode(prompts[p])) for p in parts]).float()
+
+
+@torch.no_grad()
 def euler(denoiser: Denoiser, noise: Tensor, levels: Tensor, denoise: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Latents (B, C, …) float32 without noise, by Euler's method on the noise level, which is deterministic DDIM.
 

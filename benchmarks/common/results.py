@@ -182,13 +182,12 @@ def share(text: str) -> tuple[int, int]:
     return part - 1, parts
 
 
-def report(made: Table, args: argparse.Namespace) -> None:
+def report(made: Table, args: argparse.Namespace, judges: Mapping[str, Judge]) -> None:
     """Prints the table and writes JSON, Markdown and the grid under the benchmark's name.
 
     A grid that shows every row is not replaced by one of fewer, when some pictures were made elsewhere.
     """
-    keys = made.bench.kept.judges
-    objects = made.objects({keys[name]: judge for name, judge in load_judges(args.weights).items()})
+    objects = made.objects(judges)
     text = made.text(objects)
     print(text)
     args.results.mkdir(parents=True, exist_ok=True)
@@ -216,7 +215,8 @@ def make_and_report(args: argparse.Namespace, made: Table, reference_people: int
         print(f"Not made, as a file is not on this machine, and reported as far as kept: {', '.join(missing)}.")
     part, parts = args.share
     keys = made.bench.kept.judges
-    scorers = {keys[name]: Scorer(judge) for name, judge in load_judges(args.weights).items()}
+    judges = {keys[name]: judge for name, judge in load_judges(args.weights).items()}
+    scorers = {key: Scorer(judge) for key, judge in judges.items()}
     for i, subject in enumerate(() if args.report_only else made.subjects):
         if i % parts == part:
             own = [m for m in made.methods if i < reference_people or not isinstance(m, (Reference, LoRA))]
@@ -227,6 +227,6 @@ def make_and_report(args: argparse.Namespace, made: Table, reference_people: int
             if keep:
                 made.bench.kept.save()
     if parts == 1:
-        report(made, args)
+        report(made, args, judges)
         if keep:
             made.bench.kept.save()

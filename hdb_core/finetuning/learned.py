@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..diffusion import Batch, Denoiser
+from ..diffusion import Batch, Denoiser, answers
 from .batches import BatchSampler
 from .config import FinetuneConfig
 
@@ -79,12 +78,8 @@ class Meter:
         change = self._error(self.class_batch._replace(latents=self.base_answer), answer)
         return (change / self.base_error[self.middle]).mean().item()
 
-    @torch.no_grad()
     def _answer(self, batch: Batch, prompts: Sequence[str], encode: Encode) -> Tensor:
-        """The prediction of the clean latents."""
-        noisy = self.denoiser.add_noise(batch.latents, batch.noise, batch.sigma)
-        parts = (slice(first, first + self.at_once) for first in range(0, len(prompts), self.at_once))
-        return torch.cat([self.denoiser.denoise(noisy[p], batch.sigma[p], encode(prompts[p])) for p in parts]).float()
+        return answers(self.denoiser, batch, prompts, encode, self.at_once)
 
     def _error(self, batch: Batch, answer: Tensor) -> Tensor:
         """(B,): its squared error under the mask."""

@@ -175,6 +175,7 @@ def _train(
     with attach(denoiser.modules, live), economy(memory) as steps:
         live.update(factors())
         encode = denoiser.encode_prompts if config.train_text_encoder else _encode_once(denoiser)
+        encode_base = _encode_once(denoiser)  # is called while nobody is attached
 
         def attached() -> Encode:
             with torch.no_grad():
@@ -186,7 +187,7 @@ def _train(
             if sampler.keeps_own_answers:
                 live.clear()
                 weight, classes = config.prior_weight, prompts[sampler.size :]
-                drawn = beside_own_answers(denoiser, drawn, classes, weight, steps.at_once)
+                drawn = beside_own_answers(denoiser, drawn, classes, encode_base, weight, steps.at_once)
             batch = config.noise.weighted(denoiser, drawn)
             parts = partial(_losses, denoiser, batch, prompts, encode, lambda: live.update(factors()))
             # The loss, its gradient's norm and the loss of a model that predicts nothing leave the device together.

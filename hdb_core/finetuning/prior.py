@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from ..diffusion import Batch, Denoiser
+from ..diffusion import Batch, Denoiser, answers
 
 
-@torch.no_grad()
 def beside_own_answers(
-    denoiser: Denoiser, batch: Batch, prompts: Sequence[str], weight: float, at_once: int | None
+    denoiser: Denoiser,
+    batch: Batch,
+    prompts: Sequence[str],
+    encode: Callable[[Sequence[str]], Any],
+    weight: float,
+    at_once: int | None,
 ) -> Batch:
     """A batch, and behind it the same noisy photos, whose clean ones are what the base model makes of them.
 
@@ -19,14 +24,12 @@ def beside_own_answers(
         denoiser: with no person attached.
         batch: of B samples.
         prompts: B, of the class.
+        encode: prompts to conditioning, as the base model has it.
         weight: of the samples that are added, relative to the others.
         at_once: as many samples go through the model together; None is all of them.
     """
-    noisy = denoiser.add_noise(batch.latents, batch.noise, batch.sigma)
-    each = at_once or len(prompts)
-    parts = (slice(first, first + each) for first in range(0, len(prompts), each))
-    answers = (denoiser.denoise(noisy[p], batch.sigma[p], denoiser.encode_prompts(prompts[p])) for p in parts)
-    kept = towards(denoiser, batch, torch.cat(list(answers)).float())._replace(weight=weight * batch.weight)
+    own = answers(denoiser, batch, prompts, encode, at_once or len(prompts))
+    kept = towards(denoiser, batch, own)._replace(weight=weight * batch.weight)
     return Batch(*(torch.cat(pair) for pair in zip(batch, kept, strict=True)))
 
 

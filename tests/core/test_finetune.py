@@ -318,7 +318,7 @@ def class_answer(toy, latents, config, lidb=None):
 
 def test_own_answers_are_the_same_noisy_photos_as_the_base_model_denoises_them(toy, latents, config):
     batch = BatchSampler(toy.sigmas(), latents, config).draw(0)
-    both = beside_own_answers(toy, batch, ["a face"] * 3, 0.5, at_once=2)
+    both = beside_own_answers(toy, batch, ["a face"] * 3, toy.encode_prompts, 0.5, at_once=2)
     own = Batch(*(tensor[3:] for tensor in both))
     assert all(torch.equal(tensor[:3], first) for tensor, first in zip(both, batch, strict=True))
     noisy = toy.add_noise(batch.latents, batch.noise, batch.sigma)
