@@ -23,7 +23,7 @@ from .packing import read_packed, trained_weights, unpack_tensors
 from .pictures import PERIOD, training_picture
 from .pool import PicturePool
 from .text import build_text_encoder, load_tokenizer, tokenize, vocabulary
-from .training import Length, Trainer
+from .training import Length, Trainer, working_dtype
 from .vae import encode, face_weights, load_vae, to_pictures
 
 PAIRS_EVERY = 6  # steps: each sixth batch is of pairs
@@ -172,12 +172,11 @@ def sample(base: Base, tokens: torch.Tensor, generator: torch.Generator, steps: 
 
 
 def load_base(path: Path, device: str) -> Base:
-    """A packed base for inference on a device, in bfloat16 on a GPU."""
+    """A packed base for inference on a device, in its `working_dtype`."""
     tensors, _ = read_packed(path)
     base = Base(tensors.pop(TOKEN_ROWS).long(), device)
     base.load_state_dict(unpack_tensors(tensors))
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    return base.to(dtype).eval().requires_grad_(False)
+    return base.to(working_dtype(device)).eval().requires_grad_(False)
 
 
 def preview(base: Base, vae: AutoencoderTiny, scale: float, tokens: torch.Tensor, path: Path) -> None:

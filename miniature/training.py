@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hdb_core.cpu import multiplies_bfloat16
 from hdb_core.files.atomic import replacing
 
 LOG_EVERY = 25
@@ -58,7 +59,7 @@ class Trainer:
         save: called after every state that is written.
 
     Attributes:
-        dtype: of the model: bfloat16 on a GPU, float32 on a CPU, whose products are not faster in bfloat16.
+        dtype: of the model, `working_dtype`.
         notes: further columns of the log; ``waited`` is the seconds spent within `waiting`.
     """
 
@@ -74,7 +75,7 @@ class Trainer:
         self.average = [m.clone() for m in self.masters]
         self.optimizers = self._optimizers(muon, adam_only)
         self.device = named[0][1].device
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = working_dtype(self.device)
         model.to(self.dtype)
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.notes: dict[str, float] = {"waited": 0.0}
@@ -230,6 +231,12 @@ class Trainer:
         if self._after_save:
             self._after_save()
         self._saved = time.monotonic()
+
+
+def working_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 on a GPU and on a CPU that multiplies it, float32 on any other."""
+    fast = torch.device(device).type == "cuda" or multiplies_bfloat16()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

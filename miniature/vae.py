@@ -18,7 +18,7 @@ from .checkpoint import LATENT_FACTOR, write_vae
 from .drawing import face_place
 from .packing import read_packed, trained_weights, unpack_tensors
 from .pool import PicturePool
-from .training import Length, Trainer, to_device
+from .training import Length, Trainer, to_device, working_dtype
 
 LATENT_NOISE = 0.08
 FACE = 3.0  # weight of the middle of a face, where the rest counts 1
@@ -32,12 +32,11 @@ def build_vae() -> AutoencoderTiny:
 
 
 def load_vae(path: Path, device: torch.device | str) -> tuple[AutoencoderTiny, float]:
-    """A packed VAE for inference on a device, in bfloat16 on a GPU, and the standard deviation of its raw latents."""
+    """A packed VAE for inference on a device, in its `working_dtype`, and the standard deviation of its raw latents."""
     tensors, header = read_packed(path)
     vae = build_vae()
     vae.load_state_dict(unpack_tensors(tensors))
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    vae = vae.to(device, dtype).eval().requires_grad_(False)
+    vae = vae.to(device, working_dtype(device)).eval().requires_grad_(False)
     return vae, float(header["vae_scale"]) / LATENT_FACTOR
 
 
