@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +40,12 @@ STAGES = {
     "KSampler": "sample",
     "VAEDecode": "decode",
 }
-LABELS = {"before": "before", "predicted": "predicted only", "after": "predicted and fine-tuned"}
+LABELS = {"before": "before", "predicted": "predicted", "after": "predicted and fine-tuned"}
 COLUMNS = tuple(LABELS)
 SCORES = ("identity", "retrieval", "edit", "joint")
-TILE = 256
+SCENES = "plain", "accessory", "pencil sketch", "pixel art", "night", "painting"  # kinds of prompts
+OF_PEOPLE = "plain", "accessory", "painting"  # of the picture of several people
+TILE, GAP, LINE, CHARACTERS = 160, 8, 19, 20  # pixels; characters in a line
 CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # back to an empty line
 
 
@@ -52,12 +55,15 @@ def main() -> int:
     parser.add_argument(
         "--seeds", type=int, default=4, help="pictures for each prompt, all judged (default: %(default)s)"
     )
+    parser.add_argument(
+        "--people", type=int, default=0, help="also draw so many people into demo_people.png (default: %(default)s)"
+    )
     add_option(parser, default="cpu")
     args = parser.parse_args()
     raise_on_terminate()
     try:
         OUTPUT.mkdir(exist_ok=True)
-        run(Host.from_environ(), steps=args.steps, seeds=args.seeds, device=args.device)
+        run(Host.from_environ(), steps=args.steps, seeds=args.seeds, device=args.device, people=args.people)
     except (ServerError, SetupError, PromptError, PromptInterrupted, workflow.WorkflowError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
@@ -71,20 +77,21 @@ def main() -> int:
     return 0
 
 
-def run(host: Host, steps: int | None, seeds: int, device: str) -> None:
+def run(host: Host, steps: int | None, seeds: int, device: str, people: int = 0) -> None:
     """The whole demonstration; writes `demo_person.safetensors`, `demo.png` and `demo.json` to `output/`."""
     for folder, name in (("checkpoints", CHECKPOINT), ("hyperdreambooth", HYPERNET)):
         if not (host.base / "models" / folder / name).is_file():
             raise SetupError(f"The miniature's {name} is not in models/{folder}: is weights/ complete?")
-    scenes = scene_prompts()
-    plain, edits = f"a {TOKEN} face", [scene.text(TOKEN) for scene in scenes]
+    scenes = scene_prompts(PERSON_SEED, SCENES)
+    texts = [scene.text(TOKEN) for scene in scenes]
     since = time.monotonic()
     print("Starting ComfyUI …", flush=True)
     with ComfyServer(host, host.base, device=device, options=KEEP_RESULTS) as server:
         session = Session(server, steps, seeds, {"start": time.monotonic() - since})
-        pictures = {column: {text: session.pictures(text, column) for text in (plain, *edits)} for column in COLUMNS}
-    person = OUTPUT / "demo_person.safetensors"
-    shutil.copy(session.saved, person)
+        pictures = {column: {text: session.pictures(text, column) for text in texts} for column in COLUMNS}
+        person = OUTPUT / "demo_person.safetensors"
+        shutil.copy(session.saved, person)
+        rows = [row_of_pictures(server, PERSON_SEED + number, steps) for number in range(people)]
     scores = {}
     if lack := lacking(OF_THE_MINIATURE):  # a ComfyUI of the user's own
         print(f"Not judged: {lack}", flush=True)
@@ -97,36 +104,73 @@ def run(host: Host, steps: int | None, seeds: int, device: str) -> None:
         **sizes(person),
         **scores,
         "seeds": seeds,
-        "prompts": edits,
+        "prompts": texts,
         "seconds": {name: round(value, 1) for name, value in session.seconds.items()},
     }
-    tiles = {"the photo": decoded(PHOTO.read_bytes())}
-    tiles |= {f"“{plain}” {LABELS[column]}": pictures[column][plain][0] for column in COLUMNS}
-    tiles |= {f"“{text}” {LABELS['after']}": pictures["after"][text][0] for text in edits}
-    labelled(tiles).save(OUTPUT / "demo.png")
+    first = {column: [pictures[column][text][0] for text in texts] for column in COLUMNS}
+    sheet([["the base model", *first["before"]], [decoded(PHOTO.read_bytes()), *first["after"]]], ["", *texts]).save(
+        OUTPUT / "demo.png"
+    )
+    if people:
+        sheet(side_by_side(rows)).save(OUTPUT / "demo_people.png")
     (OUTPUT / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(summary(report))
 
 
-class Session:
-    """The example workflow in a running server, queued once for each prompt; the server's cache keeps the person."""
+def row_of_pictures(server: ComfyServer, seed: int, steps: int | None) -> list[Image]:
+    """The photo of a drawn person, and the workflow's picture of each scene of `OF_PEOPLE`."""
+    from PIL import Image
 
-    def __init__(self, server: ComfyServer, steps: int | None, seeds: int, seconds: dict[str, float]) -> None:
+    from miniature.captions import photo_words
+    from miniature.drawing import photo
+    from miniature.prompts import evaluation_photo
+
+    person, context = evaluation_photo(seed)
+    shown = Image.fromarray(photo(person, context))
+    path = server.input / f"demo_{seed}.png"
+    shown.save(path)
+    session = Session(server, steps, 1, {}, path.name, photo_words(context))
+    pictures = [session.pictures(scene.text(TOKEN), "after")[0] for scene in scene_prompts(seed, OF_PEOPLE)]
+    path.unlink()
+    return [shown, *pictures]
+
+
+def side_by_side(rows: Sequence[list[Image]]) -> list[list[Image | str]]:
+    """Rows in two halves, the second one beside the first."""
+    half = -(-len(rows) // 2)
+    return [[*left, *right] for left, right in zip_longest(rows[:half], rows[half:], fillvalue=[])]
+
+
+class Session:
+    """The example workflow in a running server, queued once for each prompt; the server's cache keeps the person.
+
+    Args:
+        server: that runs.
+        steps: of FastFinetune; None leaves them automatic.
+        seeds: pictures of a prompt.
+        seconds: receives how long the stages took.
+        photo: a file in the server's ``input``.
+        words: what it shows besides the person; None leaves the workflow's, of its own photo.
+    """
+
+    def __init__(self, server: ComfyServer, steps: int | None, seeds: int, seconds: dict[str, float],
+                 photo: str = PHOTO.name, words: str | None = None) -> None:  # fmt: skip
         self.server, self.seconds = server, seconds
         self.saved = Path()
         prompt = workflow.to_prompt(workflow.load(WORKFLOW), server.object_info())
-        (finetune,), (predict,), (self._apply,), (sampler,), (photo,) = (
+        (finetune,), (predict,), (self._apply,), (sampler,), (loader,) = (
             workflow.nodes_of(prompt, kind)
             for kind in ("FastFinetune", "PredictLiDB", "ApplyLiDBToModel", "KSampler", "LoadImage")
         )
         self._person = {"before": [finetune, 0], "predicted": [predict, 0], "after": [finetune, 0]}
         (self._save,), (self._pictures,) = (workflow.nodes_of(prompt, kind) for kind in ("SaveLiDB", "SaveImage"))
+        changed = {"steps": steps, "photo_words": words}
         self._text = prompt[sampler]["inputs"]["positive"][0]
         self._prompt = workflow.edited(
             prompt,
             {
-                finetune: {} if steps is None else {"steps": steps},
-                photo: {"image": PHOTO.name},
+                finetune: {name: value for name, value in changed.items() if value is not None},
+                loader: {"image": photo},
                 prompt[sampler]["inputs"]["latent_image"][0]: {"batch_size": seeds},
             },
         )
@@ -147,12 +191,12 @@ class Session:
         return [decoded(data) for data in self.server.images(result, self._pictures)]
 
 
-def scene_prompts() -> list[EvaluationPrompt]:
-    """Three prompts that contradict the photo's expression, clothing and background: plain, with an accessory, a style."""
+def scene_prompts(seed: int, kinds: Sequence[str]) -> list[EvaluationPrompt]:
+    """The first prompt of each kind; all contradict the expression, clothing and background of a person's photo."""
     from miniature.prompts import evaluation_photo, evaluation_prompts
 
-    prompts = evaluation_prompts(*evaluation_photo(PERSON_SEED))
-    return [next(prompt for prompt in prompts if prompt.kind == kind) for kind in ("plain", "accessory", "painting")]
+    prompts = evaluation_prompts(*evaluation_photo(seed))
+    return [next(prompt for prompt in prompts if prompt.kind == kind) for kind in kinds]
 
 
 def judged(
@@ -226,19 +270,26 @@ def decoded(data: bytes) -> Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-def labelled(tiles: Mapping[str, Image]) -> Image:
-    """Pictures in rows of four, each with its label below."""
+def sheet(rows: Sequence[Sequence[Image | str]], labels: Sequence[str] = ()) -> Image:
+    """Rows of pictures; a text may stand in place of one, and each column may have a label below."""
     from PIL import Image, ImageDraw, ImageFont
 
-    font, columns, text_height = ImageFont.load_default(14), 4, 76
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * (TILE + 8) + 8, rows * (TILE + text_height + 8) + 8), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (label, tile) in enumerate(tiles.items()):
-        x, y = 8 + index % columns * (TILE + 8), 8 + index // columns * (TILE + text_height + 8)
-        sheet.paste(tile.resize((TILE, TILE), Image.Resampling.LANCZOS), (x, y))
-        draw.multiline_text((x, y + TILE + 4), "\n".join(textwrap.wrap(label, 36)), "black", font)
-    return sheet
+    wrapped = [textwrap.wrap(label, CHARACTERS) for label in labels]
+    below = LINE * max(map(len, wrapped), default=0)
+    width, height = max(map(len, rows)) * (TILE + GAP) + GAP, len(rows) * (TILE + GAP) + GAP + below
+    made = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(made), ImageFont.load_default(15)
+    for y, row in enumerate(rows):
+        for x, tile in enumerate(row):
+            corner = GAP + x * (TILE + GAP), GAP + y * (TILE + GAP)
+            if isinstance(tile, str):
+                middle, text = (corner[0] + TILE / 2, corner[1] + TILE / 2), textwrap.fill(tile, CHARACTERS)
+                draw.text(middle, text, "black", font, anchor="mm", align="center")
+            else:
+                made.paste(tile.resize((TILE, TILE), Image.Resampling.LANCZOS), corner)
+    for x, lines in enumerate(wrapped):
+        draw.multiline_text((GAP + x * (TILE + GAP), height - below - GAP / 2), "\n".join(lines), "black", font)
+    return made
 
 
 if __name__ == "__main__":

@@ -49,7 +49,10 @@ def person(recipe: BasisRecipe) -> LiDB:
 
 def changes(of: LiDB) -> dict[str, torch.Tensor]:
     """What a person changes in each layer's answer (out,) to one input, by the layer's name."""
-    return {layer.name: delta_weight(of, i) @ torch.linspace(-1, 1, layer.in_features) for i, layer in enumerate(LAYOUT.layers)}
+    return {
+        layer.name: delta_weight(of, i) @ torch.linspace(-1, 1, layer.in_features)
+        for i, layer in enumerate(LAYOUT.layers)
+    }
 
 
 def read(folder: Path, name: str) -> LiDB:

@@ -27,7 +27,7 @@ def test_the_photos_are_those_that_are_drawn():
 
 def test_scenes_contradict_the_photo():
     _, context = evaluation_photo(demo.PERSON_SEED)
-    for scene in demo.scene_prompts():
+    for scene in demo.scene_prompts(demo.PERSON_SEED, demo.SCENES):
         assert demo.TOKEN in scene.text(demo.TOKEN)
         for name in ("expression", "clothing", "background"):
             assert scene.expected[name] != getattr(context, name)
@@ -61,7 +61,16 @@ def test_without_a_judge_there_are_no_scores():
 
 def test_the_sheet_holds_every_picture_and_label():
     colors = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255))
-    tiles = {f"picture {i}": Image.new("RGB", (128, 128), color) for i, color in enumerate(colors)}
-    sheet = demo.labelled(tiles)
+    tiles = [Image.new("RGB", (128, 128), color) for color in colors]
+    sheet = demo.sheet([["the base model", *tiles[:2]], tiles[2:]], ["", "a [v] face, laughing, in a forest"])
     assert {*colors, (0, 0, 0)} <= {color for _, color in sheet.getcolors(1 << 24)}
-    assert sheet.width > 4 * demo.TILE and sheet.height > 2 * demo.TILE
+    assert sheet.width > 3 * demo.TILE and sheet.height > 2 * demo.TILE + 2 * demo.LINE
+    black = np.argwhere((np.asarray(sheet) == 0).all(2))
+    first, last = black[:, 0].min(), black[:, 0].max()  # a text among the pictures, and one below them
+    assert first < demo.TILE < 2 * (demo.TILE + demo.GAP) < last
+
+
+def test_people_stand_in_two_halves():
+    rows = [[Image.new("RGB", (8, 8), (n, n, n))] * 2 for n in range(5)]
+    halves = demo.side_by_side(rows)
+    assert [[tile.getpixel((0, 0))[0] for tile in row] for row in halves] == [[0, 0, 3, 3], [1, 1, 4, 4], [2, 2]]

@@ -47,7 +47,8 @@ def broken(promised, schema):
     if now["outputs"][: len(promised["outputs"])] != promised["outputs"]:
         faults.append(f"its outputs began with {promised['outputs']}")
     old = {name for name, _, _ in promised["inputs"]}
-    return faults + [f"{slot.id} is new and required" for slot in schema.inputs if slot.id not in old and not slot.optional]
+    new = [slot.id for slot in schema.inputs if slot.id not in old and not slot.optional]
+    return faults + [f"{name} is new and required" for name in new]
 
 
 def test_old_workflows_find_their_nodes_as_they_were(host):
