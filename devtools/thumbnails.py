@@ -2,7 +2,7 @@
 
 ``python dev.py thumbnails [NAME …]`` runs them on the miniature as they are shipped and writes
 ``example_workflows/NAME.jpg``: a square with the picture that the workflow makes and the photos of the people in it. One
-that needs a model which is not shipped gets the example photo with that model's name.
+that needs a model which is not shipped gets the example photo with that model's name. ``icon`` makes the pack's icon.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FOLDER = ROOT / "example_workflows"
-NAMED = {"03 photo to person with Z-Image": "Z-Image"}
+ICON = "icon"
+NAMED = {"03 photo to person with Z-Image": "Z-Image", ICON: "[v]"}
 WORKFLOWS = tuple(path.stem for path in sorted(FOLDER.glob("*.json")) if path.stem not in NAMED)
 SIZE = 256  # of the square, in pixels
 INSET = 84  # of a photo in a corner
@@ -42,7 +43,7 @@ def main() -> int:
             info = server.object_info()
             for name in names:
                 since = time.monotonic()
-                path = FOLDER / f"{name}.jpg"
+                path = ROOT / f"{ICON}.png" if name == ICON else FOLDER / f"{name}.jpg"
                 made = named(name) if name in NAMED else thumbnail(server, prompt_of(path.with_suffix(".json"), info))
                 made.save(path, quality=88)
                 record(path)
@@ -62,7 +63,7 @@ def prompt_of(path: Path, info: Mapping[str, Any]) -> workflow.Prompt:
 
 
 def named(name: str) -> Image:
-    """The photo of the demonstration, and below it the name of the model that a workflow needs."""
+    """The photo of the demonstration, and below it the name of the model that a workflow needs, or the token."""
     from PIL import Image, ImageDraw, ImageFont
 
     sheet = decoded(PHOTO.read_bytes()).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
