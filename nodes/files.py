@@ -131,7 +131,7 @@ class SaveLiDBAsLoRA(io.ComfyNode):
             node_id="SaveLiDBAsLoRA",
             display_name="Save LiDB as LoRA",
             category=CATEGORY,
-            description="Writes a person as an ordinary LoRA that the stock Load LoRA node and other programs read, with its trigger word. Some 30 times larger than a LiDB.",
+            description="Writes a person as an ordinary LoRA that the stock Load LoRA node and other programs read, with its trigger word. Some 50 times larger than a LiDB.",
             **if_known(io.Schema, search_aliases=["export LoRA", "convert to LoRA"]),
             inputs=[
                 LIDB.Input("lidb", tooltip="The person."),

@@ -1,4 +1,4 @@
-"""A person as an ordinary LoRA file: some 30 times larger than a LiDB.
+"""A person as an ordinary LoRA file: some 50 times larger than a LiDB.
 
 SD 1.x, SD 2.x and SDXL have the names that kohya's trainer gives, other families the host's own paths, which today's
 LoRAs for them have, too.
