@@ -140,6 +140,15 @@ def answers(
     return torch.cat([denoiser.denoise(noisy[p], batch.sigma[p], encode(prompts[p])) for p in parts]).float()
 
 
+def towards(denoiser: Denoiser, batch: Batch, latents: Tensor) -> Batch:
+    """The same noisy latents with other clean ones (B, C, …), and the noise that is then in them."""
+    nothing = torch.zeros_like(latents)
+    noisy = denoiser.add_noise(batch.latents, batch.noise, batch.sigma)
+    scale = denoiser.add_noise(nothing, torch.ones_like(latents), batch.sigma)
+    noise = (noisy - denoiser.add_noise(latents, nothing, batch.sigma)) / scale
+    return batch._replace(latents=latents, noise=noise)
+
+
 @torch.no_grad()
 def euler(denoiser: Denoiser, noise: Tensor, levels: Tensor, denoise: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Latents (B, C, …) float32 without noise, by Euler's method on the noise level, which is deterministic DDIM.

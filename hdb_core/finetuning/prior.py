@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..diffusion import Batch, Denoiser, answers
+from ..diffusion import Batch, Denoiser, answers, towards
 
 
 def beside_own_answers(
@@ -31,12 +31,3 @@ def beside_own_answers(
     own = answers(denoiser, batch, prompts, encode, at_once or len(prompts))
     kept = towards(denoiser, batch, own)._replace(weight=weight * batch.weight)
     return Batch(*(torch.cat(pair) for pair in zip(batch, kept, strict=True)))
-
-
-def towards(denoiser: Denoiser, batch: Batch, latents: torch.Tensor) -> Batch:
-    """The same noisy latents with other clean ones (B, C, …), and the noise that is then in them."""
-    nothing = torch.zeros_like(latents)
-    noisy = denoiser.add_noise(batch.latents, batch.noise, batch.sigma)
-    scale = denoiser.add_noise(nothing, torch.ones_like(latents), batch.sigma)
-    noise = (noisy - denoiser.add_noise(latents, nothing, batch.sigma)) / scale
-    return batch._replace(latents=latents, noise=noise)

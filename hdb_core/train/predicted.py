@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapters, attach
-from ..diffusion import Batch, Denoiser, squared_error
+from ..diffusion import Batch, Denoiser, answers, squared_error, towards
 from ..hypernet import HyperNet, HyperNetConfig
 from ..lidb import Factors, start_down
 from ..prompt import caption
@@ -121,12 +121,8 @@ class PeopleInBase:
             photos: whose words follow the prompt.
             class_prompt: without the token.
         """
-        denoiser = self.denoiser
         captions = [caption(class_prompt, self.people[person].person.photos[i].words) for person, i in photos]
-        with torch.no_grad():
-            noisy = denoiser.add_noise(batch.latents, batch.noise, batch.sigma)
-            answer = denoiser.denoise(noisy, batch.sigma, denoiser.encode_prompts(captions)).float()
-        with attach(denoiser.modules, self.adapters.expand(*factors)):
-            moved = denoiser.denoise(noisy, batch.sigma, denoiser.encode_prompts(captions)).float()
-        weight = denoiser.loss_weight(batch.sigma).view(-1, *[1] * (answer.ndim - 1))
-        return weight * (moved - answer).square()
+        own = answers(self.denoiser, batch, captions, self.denoiser.encode_prompts, len(captions))
+        with attach(self.denoiser.modules, self.adapters.expand(*factors)):
+            text = self.denoiser.encode_prompts(captions)
+            return squared_error(self.denoiser, towards(self.denoiser, batch, own), text)

@@ -213,7 +213,7 @@ def test_whoever_changes_nothing_keeps_the_class_prompt(loss_of, monkeypatch):
     monkeypatch.setattr(base, "moved_error", error)
     PersonLoss(base, replace(loss_of.config, class_weight=1.0))(FromFaces(HyperNet.create(base.net)), 0)
     nothing, something = moved
-    assert not nothing.any() and something.any()
+    assert nothing.mean() < 1e-8 * something.mean()  # rounding
 
 
 def test_a_loss_reads_no_photos_by_itself(loss_of, monkeypatch):
