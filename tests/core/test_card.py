@@ -1,6 +1,7 @@
 """What a saved person shows: name, picture, how they were made, for which model."""
 
 import base64
+import time
 from dataclasses import replace
 from io import BytesIO
 
@@ -49,6 +50,18 @@ def test_without_a_picture_the_file_has_none(make_lidb):
 )  # fmt: skip
 def test_a_strangers_thumbnail_that_is_none_is_not_shown(text):
     assert card.picture_of(About(thumbnail=text)) is None
+
+
+def test_a_strangers_thumbnail_of_endless_scans_is_not_shown():
+    """A scan is a few bytes that go over the whole picture once more: with 50,000 of them it takes half a minute."""
+    Image.new("RGB", (1024, 1024)).save(file := BytesIO(), "JPEG", progressive=True)
+    honest = file.getvalue()
+    last = honest[honest.rindex(b"\xff\xda") : -2]
+    assert card.picture_of(About(thumbnail=base64.b64encode(honest).decode())) is not None
+    endless = honest[:-2] + 3000 * last + honest[-2:]
+    begun = time.process_time()
+    shown = card.picture_of(About(thumbnail=base64.b64encode(endless).decode()))
+    assert shown is None and time.process_time() - begun < 0.5
 
 
 def test_a_name_and_a_picture_stay_until_there_are_others(make_lidb):
