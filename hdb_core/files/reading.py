@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 import zlib
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from safetensors import SafetensorError
 
 # What the bytes of a stranger make readers raise.
 GARBLED = (
-    LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, MemoryError, RuntimeError, zlib.error,
-    SafetensorError,
+    LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, MemoryError, RuntimeError, struct.error,
+    zlib.error, SafetensorError,
 )  # fmt: skip
 _MOST_HOLLOW = 1 << 20
 

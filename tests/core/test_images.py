@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,15 @@ def test_a_picture_starts_no_program(tmp_path, monkeypatch):
     )
     with pytest.raises(HyperNetError, match="cannot be read as a picture"):
         Photo(path).whole()
+
+
+def test_a_turned_photo_whose_exif_is_garbled(tmp_path):
+    """Pillow writes the EXIF anew without the turn, and cannot write a width that is a text."""
+    entries = struct.pack("<HHIHHHHI4s", 0x112, 3, 1, 6, 0, 0x100, 2, 4, b"wide")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(HyperNetError, match="cannot be read as a picture"):
+        Photo(tmp_path / "a.jpg").whole()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
