@@ -58,7 +58,7 @@ def sweep(*folders: Path, older_than: float = 0) -> None:
     """
     for folder in folders:
         for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
-            with suppress(FileNotFoundError):  # another process sweeps, too
+            with suppress(OSError):  # another process sweeps, too, or it is another user's
                 if time.time() - leftover.stat().st_mtime >= older_than:
                     leftover.unlink()
 
@@ -88,7 +88,8 @@ def _written(path: Path, move: Callable[[Path, Path], None]) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
+            with suppress(OSError):  # network drives and Windows drives in WSL have modes of their own
+                temporary.chmod(0o644)
             move(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -104,3 +104,26 @@ def test_what_a_kill_left_yesterday_goes(tmp_path):
     os.utime(old, (yesterday, yesterday))
     sweep(tmp_path, older_than=OLD)
     assert not old.exists() and new.exists()  # somebody may be writing to this one
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
+def test_what_cannot_go_stays(tmp_path):
+    """In a shared folder it may be another user's."""
+    (mine := tmp_path / ".hdb-mine.partial").touch()
+    (folder := tmp_path / ".hdb-folder.partial").mkdir()
+    os.symlink(loop := tmp_path / ".hdb-loop.partial", loop)
+    sweep(tmp_path)
+    assert not mine.exists() and folder.is_dir() and loop.is_symlink()
+
+
+@pytest.mark.parametrize("write", WRITE)
+def test_a_drive_with_modes_of_its_own(tmp_path, monkeypatch, write):
+    """As one of a network, or of Windows in WSL, where nobody can change them."""
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refused)
+    with WRITE[write](tmp_path / "file.txt") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "file.txt").read_text() == "new"
