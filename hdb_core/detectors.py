@@ -51,7 +51,7 @@ def yunet(path: Path) -> Detector:
         return yunet_by_kornia(dict(torch.load(path, map_location="cpu", weights_only=True)))
     except FaceError:
         raise
-    except (OSError, EOFError, pickle.UnpicklingError, *GARBLED) as error:
+    except (OSError, EOFError, AssertionError, pickle.UnpicklingError, *GARBLED) as error:
         why = f" ({reason(error)})" if isinstance(error, OSError) else ""
         raise FaceError(
             f"{path.name!r} is no YuNet file{why}. Take yunet_final.pth or YuNet's .onnx file, or remove it."

@@ -248,7 +248,9 @@ def boxes_of(value: Any, photos: int) -> list[list[Box]]:
         frames = [[value]] if isinstance(value, dict) else list(value)
         frames = [frames] if frames and isinstance(frames[0], dict) else frames
         made = [[Box(*(float(box[key]) for key in Box._fields)) for box in frame] for frame in frames] or [[]]
-        if not all(abs(number) < MOST_PIXELS for frame in made for box in frame for number in box):  # NaN, too
+        numbers = [number for frame in made for box in frame for number in box]
+        sides = [side for frame in made for box in frame for side in box[2:]]
+        if not all(abs(number) < MOST_PIXELS for number in numbers) or min(sides, default=0) < 0:  # NaN, too
             raise ValueError("no place in a picture")
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise FaceError(

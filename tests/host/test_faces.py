@@ -100,6 +100,8 @@ def test_grey_and_transparent_photos(run):
         ({"bboxes": box(10, 10, 50, 50), "index": 1}, "There are 1 faces, counted from 0, and index is 1"),
         ({"bboxes": [[[box(9, 9, 50, 50)], [], []]]}, "1 photos and boxes for 3"),
         ({"bboxes": "face"}, "bboxes holds no boxes"),
+        ({"bboxes": box(60, 10, -50, 100)}, "bboxes holds no boxes"),
+        ({"bboxes": [[box(10, 10, 50, 50), box(60, 60, 9, -9)]]}, "bboxes holds no boxes"),
         ({"mask": torch.full((1, 200, 200), 0.4)}, "The mask is empty"),
         ({"mask": torch.ones(1, 90, 90)}, "The photo has 200 × 200 pixels, the mask 90 × 90"),
         ({"mask": 1 - painted(200, 200, 40, 40, 120)}, "leaves out its middle"),
@@ -184,6 +186,7 @@ DAMAGED = {
     "number.pth": lambda path: torch.save(3, path),
     "page.safetensors": lambda path: path.write_text("<html>" * 9),
     "cut.pth": lambda path: path.write_bytes(zip_of_weights()[:5000]),
+    "old.pt": lambda path: path.write_bytes(garbled_weights_of_old()),
     "page.onnx": lambda path: path.write_text("<html>"),
     "another.onnx": lambda path: path.write_bytes(onnx_of_another_model()),
 }
@@ -192,6 +195,13 @@ DAMAGED = {
 def zip_of_weights():
     torch.save({"weight": torch.zeros(10_000)}, file := BytesIO())
     return file.getvalue()
+
+
+def garbled_weights_of_old():
+    """In the format before the zip, with numbers under another name than the one that asks for them."""
+    torch.save({"weight": torch.zeros(4)}, file := BytesIO(), _use_new_zipfile_serialization=False)
+    head, mark, numbers = file.getvalue().rpartition(b"q\x01a.")
+    return head[:-1] + b"x" + mark + numbers
 
 
 @pytest.mark.parametrize("name", DAMAGED)
