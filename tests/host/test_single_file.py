@@ -102,3 +102,21 @@ def test_sd2_does_not_say_what_it_predicts(host, tmp_path):
     save_file({"cond_stage_model.model.ln_final.bias": torch.zeros(1024)}, path)
     with pytest.raises(host.module("hdb_core.errors").LayoutError, match="--prediction-type"):
         host.module("hdb_core.train.base.single_file").read_single_file(path, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "shape"),
+    [
+        ("unet", "model.diffusion_model.input_blocks.0.0.weight", (320,)),
+        ("unet", "model.diffusion_model.input_blocks.4.0.in_layers.2.weight", (0, 320, 3, 3)),
+        ("text_encoder", "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight", (49408,)),
+        ("vae", "first_stage_model.encoder.down.", None),
+    ],
+    ids=["too few dimensions", "no channels", "a vector of words", "a decoder alone"],
+)
+def test_tensors_of_another_form_are_said(host, part, name, shape):
+    tensors = {own: tensor for own, tensor in checkpoint(host, "sd1").items() if shape or not own.startswith(name)}
+    if shape:
+        tensors[name] = torch.empty(shape, device="meta")
+    with pytest.raises(host.module("hdb_core.errors").LayoutError, match=r"is of another form \(.+\).*--model"):
+        getattr(host.module("hdb_core.train.base.single_file"), f"{part}_of")(tensors)

@@ -7,7 +7,8 @@ sizes are read off the tensors, so that smaller models of the same make load as 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,17 +128,14 @@ def unet_of(checkpoint: Tensors) -> Any:
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    own = _below(checkpoint, _UNET)
-    try:
-        config = _unet_config(own)
-    except KeyError as error:
-        raise _unknown("UNet", f"{error} is not there") from error
-    if config["in_channels"] != 4:
-        raise _unknown("UNet", f"it takes {config['in_channels']} channels, as those for inpainting do")
-    state = convert_ldm_unet_checkpoint(checkpoint, config)
-    with _no_weights():
-        unet = UNet2DConditionModel(**config)
-    return _filled(unet, state, "UNet")
+    with _known("UNet"):
+        config = _unet_config(_below(checkpoint, _UNET))
+        if config["in_channels"] != 4:
+            raise _unknown("UNet", f"it takes {config['in_channels']} channels, as those for inpainting do")
+        state = convert_ldm_unet_checkpoint(checkpoint, config)
+        with _no_weights():
+            unet = UNet2DConditionModel(**config)
+        return _filled(unet, state, "UNet")
 
 
 def text_encoder_of(checkpoint: Tensors) -> Any:
@@ -148,10 +146,11 @@ def text_encoder_of(checkpoint: Tensors) -> Any:
     """
     from transformers import CLIPTextModel
 
-    for prefix in (_CLIP, _CLIP_XL):
-        if _below(checkpoint, prefix):
-            return _text_encoder(CLIPTextModel, checkpoint, prefix)
-    return _text_encoder(CLIPTextModel, checkpoint, _OPEN_CLIP, unread=1)
+    with _known("text encoder"):
+        for prefix in (_CLIP, _CLIP_XL):
+            if _below(checkpoint, prefix):
+                return _text_encoder(CLIPTextModel, checkpoint, prefix)
+        return _text_encoder(CLIPTextModel, checkpoint, _OPEN_CLIP, unread=1)
 
 
 def second_text_encoder_of(checkpoint: Tensors) -> Any:
@@ -162,7 +161,8 @@ def second_text_encoder_of(checkpoint: Tensors) -> Any:
     """
     from transformers import CLIPTextModelWithProjection
 
-    return _text_encoder(CLIPTextModelWithProjection, checkpoint, _OPEN_CLIP_XL)
+    with _known("text encoder"):
+        return _text_encoder(CLIPTextModelWithProjection, checkpoint, _OPEN_CLIP_XL)
 
 
 def _text_encoder(kind: Any, checkpoint: Tensors, prefix: str, unread: int = 0) -> Any:
@@ -197,10 +197,8 @@ def vae_of(checkpoint: Tensors) -> Any:
         LayoutError: if there is none of the known form.
     """
     own, factor = _below(checkpoint, _VAE), _LATENT_FACTOR_XL if _is_xl(checkpoint) else _LATENT_FACTOR
-    try:
+    with _known("VAE"):
         return _tiny_vae(own, factor) if "taesd_encoder.0.weight" in own else _kl_vae(own, checkpoint, factor)
-    except KeyError as error:
-        raise _unknown("VAE", f"{error} is not there") from error
 
 
 def _tiny_vae(own: Tensors, factor: float) -> Any:
@@ -314,6 +312,22 @@ def _no_weights() -> Any:
     from accelerate import init_empty_weights
 
     return init_empty_weights(include_buffers=False)
+
+
+@contextmanager
+def _known(part: str) -> Iterator[None]:
+    """Turns what tensors of another form raise, here and in diffusers, into one sentence.
+
+    Raises:
+        LayoutError: see `_unknown`.
+    """
+    try:
+        yield
+    except LayoutError:
+        raise
+    except (ArithmeticError, *GARBLED) as error:
+        why = f"{error} is not there" if isinstance(error, KeyError) else reason(error)
+        raise _unknown(part, why) from error
 
 
 def _filled(module: Any, state: Tensors, part: str) -> Any:
