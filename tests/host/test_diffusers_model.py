@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from miniature.checkpoint import convert_hypernet, expand, write_diffusers
 
@@ -136,3 +139,32 @@ def test_people_of_the_training_look_the_same_in_the_host(host, run, apply, trai
 def test_an_incomplete_folder_says_what_is_missing(host, folder):
     with pytest.raises(FileNotFoundError, match=r"lacks unet.*--model"):
         host.module("hdb_core.train.base.denoiser").load_base_model(folder / "unet", torch.device("cpu"), torch.float32)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def without_a_weight(path):
+    tensors = load_file(path)
+    save_file({name: tensors[name] for name in sorted(tensors)[1:]}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("text_encoder/model.safetensors", cut, r"A part of .* is damaged \("),
+        ("text_encoder/model.safetensors", without_a_weight, "text_encoder lacks 1 weights, '.*' among them"),
+        ("vae/diffusion_pytorch_model.safetensors", without_a_weight, "vae lacks 1 weights, '.*' among them"),
+        ("vae/config.json", lambda path: path.write_text("{}"), r"A part of .* is damaged \("),
+        ("tokenizer/tokenizer.json", cut, r"The tokenizer in .* is damaged \("),
+    ],
+)
+def test_a_damaged_folder_is_no_model_with_random_weights(host, folder, tmp_path, name, damage, said):
+    whole = tmp_path / "model"
+    shutil.copytree(folder, whole, copy_function=os.link)
+    (whole / name).unlink()
+    shutil.copyfile(folder / name, whole / name)
+    damage(whole / name)
+    with pytest.raises(host.module("hdb_core.errors").LayoutError, match=said):
+        host.module("hdb_core.train.base.denoiser").load_base_model(whole, torch.device("cpu"), torch.float32)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import LayoutError
+from ...errors import HDBError, LayoutError
+from ...files.reading import GARBLED, reason
 from ...layout import FAMILIES, FAMILY_BY_CONTEXT, find_targets, layout_of
 from .single_file import Parts, TextEncoder, load_tokenizer, read_single_file
 
@@ -178,7 +179,7 @@ def load_base_model(
 
     Raises:
         FileNotFoundError: if there is no such model, it lacks a part, or there is no tokenizer.
-        LayoutError: if the model is of no known family.
+        LayoutError: if the model is of no known family, or damaged.
     """
     if model.is_file():
         parts = read_single_file(model, dtype, tokenizer, prediction_type)
@@ -210,18 +211,37 @@ def _read_folder(folder: Path, dtype: torch.dtype, tokenizer: Path | None) -> Pa
             f"{', '.join(_PARTS)} (SDXL: and {', '.join(_SECOND_PARTS)}), or a .safetensors checkpoint."
         )
     kinds: list[tuple[Any, str]] = [(CLIPTextModel, ""), (CLIPTextModelWithProjection, "_2")]
-    texts = [
-        TextEncoder(
-            kind.from_pretrained(paths[f"text_encoder{end}"], dtype=dtype, **local),
-            load_tokenizer(paths[f"tokenizer{end}"]),
+    try:
+        texts = [
+            TextEncoder(
+                _whole(kind, paths[f"text_encoder{end}"], dtype=dtype, **local),
+                load_tokenizer(paths[f"tokenizer{end}"]),
+            )
+            for kind, end in kinds[: 1 + second]
+        ]
+        tiny = AutoencoderTiny.load_config(paths["vae"], **local)["_class_name"] == "AutoencoderTiny"
+        return Parts(
+            _whole(UNet2DConditionModel, paths["unet"], torch_dtype=dtype, **local),
+            tuple(texts),
+            # A full VAE overflows in float16.
+            _whole(AutoencoderTiny if tiny else AutoencoderKL, paths["vae"], **local),
+            DDPMScheduler.from_pretrained(paths["scheduler"], **local),
         )
-        for kind, end in kinds[: 1 + second]
-    ]
-    tiny = AutoencoderTiny.load_config(paths["vae"], **local)["_class_name"] == "AutoencoderTiny"
-    return Parts(
-        UNet2DConditionModel.from_pretrained(paths["unet"], torch_dtype=dtype, **local),
-        tuple(texts),
-        # A full VAE overflows in float16.
-        (AutoencoderTiny if tiny else AutoencoderKL).from_pretrained(paths["vae"], **local),
-        DDPMScheduler.from_pretrained(paths["scheduler"], **local),
-    )
+    except HDBError:
+        raise
+    except GARBLED as error:
+        raise LayoutError(f"A part of {folder} is damaged ({reason(error)}). Download the model again.") from error
+
+
+def _whole(kind: Any, folder: Path, **options: Any) -> Any:
+    """A part of a diffusers folder; where weights are missing, diffusers and transformers would make up random ones.
+
+    Raises:
+        LayoutError: if some are missing.
+    """
+    module, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise LayoutError(
+            f"{folder} lacks {len(missing)} weights, {missing[0]!r} among them. Download the model again."
+        )
+    return module

@@ -111,12 +111,16 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         FileNotFoundError: if it has none.
+        LayoutError: if it is damaged.
     """
     from transformers import CLIPTokenizer
 
     if not _is_tokenizer(folder):
         raise FileNotFoundError(f"{folder} holds no tokenizer. {_GIVE_TOKENIZER}")
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except GARBLED as error:
+        raise LayoutError(f"The tokenizer in {folder} is damaged ({reason(error)}). {_GIVE_TOKENIZER}") from error
 
 
 def unet_of(checkpoint: Tensors) -> Any:
