@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from utils.extra_config import load_extra_path_config
 
-from ...hdb_core.errors import HyperNetError
+from ...hdb_core.errors import HDBError, HyperNetError
+from ...hdb_core.files.reading import GARBLED, reason
 from ...hdb_core.train.base.model import BaseModel, BatchDenoiser
 from ...hdb_core.train.settings import Settings
 from .batches import ManyDenoiser
@@ -51,7 +52,7 @@ def loaded(settings: Settings) -> Iterator[BaseModel]:
     """The base model of a training, valid within the context.
 
     Raises:
-        HyperNetError: a file is missing or of another kind, or a setting is of diffusers alone.
+        HyperNetError: a file is missing, damaged or of another kind, or a setting is of diffusers alone.
     """
     if settings.prediction_type or settings.tokenizer:
         raise HyperNetError(
@@ -60,8 +61,16 @@ def loaded(settings: Settings) -> Iterator[BaseModel]:
     extra = Path(folder_paths.base_path, "extra_model_paths.yaml")
     if extra.is_file():
         load_extra_path_config(str(extra))
-    with torch.inference_mode():
-        parts = _of_three(settings) if settings.text_encoders or settings.vae else _of_checkpoint(settings)
+    try:
+        with torch.inference_mode():
+            parts = _of_three(settings) if settings.text_encoders or settings.vae else _of_checkpoint(settings)
+    except HDBError:
+        raise
+    except GARBLED as error:
+        raise HyperNetError(
+            f"ComfyUI cannot load {settings.model} or a file beside it ({reason(error).splitlines()[0]}). Download it again, "
+            "or give another model."
+        ) from error
     with opened(*parts, settings.convolutions) as base:
         yield base
 

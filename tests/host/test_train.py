@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
 
 from miniature.checkpoint import expand
 from miniature.photos import FIRST, write_person
@@ -79,6 +80,20 @@ def test_refusals(train, capsys):
     assert "no 'none.safetensors' in models/checkpoints" in capsys.readouterr().err
     assert train("host", "to_train.safetensors", "tokenizer=somewhere")[0] == 1
     assert "Leave prediction_type and tokenizer out" in capsys.readouterr().err
+
+
+DAMAGED = {
+    "cut": lambda path: path.write_bytes((WEIGHTS / "miniature_vae.safetensors").read_bytes()[:1000]),
+    "page": lambda path: path.write_text("<html>"),
+    "another": lambda path: save_file({"a.lora_up.weight": torch.zeros(1)}, path),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_file_that_comfyui_cannot_load(train, tmp_path, capsys, name):
+    DAMAGED[name](path := tmp_path / f"{name}.safetensors")
+    assert train("host", path)[0] == 1
+    assert f"ComfyUI cannot load {path}" in (said := capsys.readouterr().err.splitlines()[-1]) and said.endswith(".")
 
 
 @pytest.mark.parametrize("family", ["Z-Image", "Flux.1", "Qwen-Image"])
