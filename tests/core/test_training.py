@@ -162,13 +162,18 @@ def test_shards_that_cannot_be_read(tmp_path):
         find_people(tmp_path)
 
 
-CLAIMS = {"sparse": {"GNU.sparse.size": str(10**13), "GNU.sparse.map": "0,10"}, "negative": {"size": "-5"}}
+CLAIMS = {
+    "sparse": {"GNU.sparse.size": str(10**13), "GNU.sparse.map": "0,10"},
+    "negative": {"size": "-5"},
+    "the same file again": {"size": "-1536"},
+}
 
 
 @pytest.mark.parametrize("claims", CLAIMS.values(), ids=CLAIMS)
 def test_a_shard_that_claims_more_than_it_holds(tmp_path, claims):
-    """To read so much would take all memory."""
+    """To read so much would take all memory; to read the same file again and again, for ever."""
     with tarfile.open(tmp_path / "shard.tar", "w") as file:
+        file.addfile(tarfile.TarInfo("0.png"))
         header = tarfile.TarInfo("a.png")
         header.size, header.pax_headers = 10, claims
         file.addfile(header, io.BytesIO(bytes(10)))

@@ -212,10 +212,13 @@ def _files_of(shard: Path) -> dict[str, Place]:
     """Name → place of the files of a shard."""
     try:
         size = regular(shard).stat().st_size
+        members = []
         with tarfile.open(shard, "r:") as file:
-            members = [member for member in file if member.isfile()]
-        if odd := next((m for m in members if m.issparse() or not 0 <= m.size <= size - m.offset_data), None):
-            raise ValueError(f"{odd.name!r:.100} is not in it as a whole")
+            for member in file:
+                is_whole = not member.issparse() and member.size <= size - member.offset_data
+                if member.size < 0 or (member.isfile() and not is_whole):  # below 0, the same could come again for ever
+                    raise ValueError(f"{member.name!r:.100} is not in it as a whole")
+                members += [member] if member.isfile() else []
     except (tarfile.TarError, OSError, *GARBLED) as error:
         raise HyperNetError(
             f"{shard} is damaged or compressed ({reason(error)}). Write it again as a plain .tar."
