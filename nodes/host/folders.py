@@ -139,6 +139,8 @@ def _files(shelf: Shelf) -> dict[str, Path]:
     for folder in folder_paths.get_folder_paths(shelf.category):
         for path in _below(folder):
             name = portable(os.path.relpath(path, folder))
+            if "<" in name:  # the front end's menus take names as HTML; no file of ours is called so
+                continue
             with suppress(UnicodeError):
                 name.encode()  # one that is no text cannot be sent to the browser
                 found.setdefault(name, Path(path))

@@ -100,6 +100,17 @@ def test_names_that_are_no_text_are_not_listed(shelf, honest):
 
 
 @EVERY
+@pytest.mark.skipif(os.name == "nt", reason="no file has such a name")
+def test_names_that_a_menu_would_run_are_not_listed(shelf, honest):
+    """The front end's menus take names as HTML."""
+    folder, listed = shelf
+    (folder / "<b>").mkdir()
+    for name in ("<img src=x onerror=alert(1)>.safetensors", "<b>/a.safetensors", "a & b.safetensors"):
+        (folder / name).write_bytes(honest)
+    assert listed() == ["a & b.safetensors"]
+
+
+@EVERY
 def test_links(run, host, shelf, honest, category, tmp_path):
     folder, listed = shelf
     elsewhere = tmp_path / "elsewhere"
