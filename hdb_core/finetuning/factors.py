@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..adapters import Adapters, Factors
 from ..basis import BasisRecipe
 from ..errors import FinetuneError
+from ..files.lidb import MAX_COUNT
 from ..layout import Layout
 from ..lidb import About, LiDB, extend, start_down
 from ..recommended import BY_TOKEN, FROM_PREDICTION, RECOMMENDED, made_from
@@ -88,6 +89,6 @@ def describe(config: FinetuneConfig, photos: int, init: LiDB | None, steps: int)
         prompt=config.prompt,
         token=config.token,
         photos=photos,
-        steps=before.steps + steps,
+        steps=min(before.steps + steps, MAX_COUNT),  # more, and they could not be saved
         strengths=BY_TOKEN if by_token else RECOMMENDED[source].strengths,
     )

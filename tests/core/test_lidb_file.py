@@ -13,7 +13,9 @@ import torch
 from hdb_core.basis import BasisRecipe
 from hdb_core.errors import LiDBError, LiDBFileError
 from hdb_core.files import container
-from hdb_core.files.lidb import COMPACT, DEFAULT_RANK, FULL, HALF, load, read_header, save
+from hdb_core.files.lidb import COMPACT, DEFAULT_RANK, FULL, HALF, MAX_COUNT, load, read_header, save
+from hdb_core.finetuning import FinetuneConfig
+from hdb_core.finetuning.factors import describe
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import About, LiDB, core, cosine, norm, strongest, truncate
 from hdb_core.recommended import Strengths
@@ -387,3 +389,12 @@ def test_what_could_not_be_read_is_not_written(tmp_path, make_lidb, about, messa
     with pytest.raises(LiDBFileError, match=rf"(?s){message}.*nothing was written"):
         save(replace(make_lidb(), about=about), tmp_path / "p.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_who_goes_on_from_a_file_of_the_most_steps_can_be_saved(tmp_path, make_lidb):
+    """A stranger's file may say so."""
+    lidb = make_lidb()
+    old = replace(lidb, about=replace(lidb.about, steps=MAX_COUNT))
+    new = replace(lidb, about=describe(FinetuneConfig(), 1, old, 5))
+    save(new, tmp_path / "p.safetensors")
+    assert load(tmp_path / "p.safetensors").about.steps == MAX_COUNT
