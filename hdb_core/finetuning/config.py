@@ -68,6 +68,9 @@ class FinetuneConfig:
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, "0 or a positive number", value)
         _require(bool(self.prompt.strip()), "prompt", "some words such as 'a [v] face'", self.prompt)
+        for name in ("prompt", "photo_words", "class_prompt"):
+            text = getattr(self, name)  # half of a character cannot be encoded
+            _require(text.encode(errors="ignore").decode() == text, name, "whole characters", text)
         needs_class = self.prior_weight > 0
         _require(not needs_class or bool(self.class_prompt.strip()), "class_prompt", "some words", self.class_prompt)
 

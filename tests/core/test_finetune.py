@@ -543,6 +543,8 @@ def test_automatic_steps_are_the_recommended_ones(toy, latents, make_lidb, confi
         {"down_rate": math.nan},
         {"prior_weight": -0.1},
         {"prompt": "  "},
+        {"prompt": "a \ud83d face"},
+        {"photo_words": "\ud83d"},
         {"class_prompt": "", "prior_weight": 1.0},
     ],
     ids=str,
