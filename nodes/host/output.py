@@ -95,10 +95,10 @@ def output_name(prefix: str) -> str:
     return checked_prefix(with_dates(prefix, datetime.now()), len(_NUMBER.format(0)))
 
 
-def refusal(prefix: str | None) -> bool | str:
-    """What a node's validate_inputs returns for a filename_prefix; None comes over a wire."""
+def refusal(prefix: object) -> bool | str:
+    """What a node's validate_inputs returns for a filename_prefix; what is no text comes over a wire."""
     try:
-        return prefix is None or bool(output_name(prefix))
+        return not isinstance(prefix, str) or bool(output_name(prefix))
     except LiDBFileError as error:
         return str(error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import wraps
 from inspect import signature
+from numbers import Integral, Real
 from typing import Any
 
 from comfy_api.latest import io
@@ -28,6 +29,7 @@ _CLASSES = {
     "APPLY_OPTIONS": Strengths,
 }
 _NOT_OF_HOST = (*_JSON, *_CLASSES.values())
+_WIDGETS = {"STRING": str, "INT": Integral, "FLOAT": Real}  # some nodes give anything to them, or nothing
 _SAID_ELSEWHERE = {"CLIP", "IMAGE"}  # where null is what a checkpoint or a loader may give
 _NULL = str(None)  # what the host makes of null in a text
 
@@ -37,7 +39,7 @@ class SocketError(HDBError, ValueError):
 
 
 def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The same node, which refuses what is no object of a socket's type and no number before it does anything.
+    """The same node, which refuses what is no object of an input's type and no number before it does anything.
 
     A text that is null is the input's default.
     """
@@ -60,16 +62,16 @@ def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
 def _taken(schema: io.Schema, one: Any, value: Any) -> Any:
     """A value of an input as the node takes it."""
     kind = one.get_io_type()
-    if kind == "STRING" and value == _NULL:
+    if kind == "STRING" and str(value) == _NULL:
         return one.default
     if kind == "FLOAT" and isinstance(value, float) and not math.isfinite(value):
         raise SocketError(f"{schema.display_name} got {value} for {one.id}. Give it a number.")
     if value is None:
-        fits = one.optional or kind in _SAID_ELSEWHERE or kind not in _OF_HOST | _CLASSES.keys()
+        fits = one.optional or kind in _SAID_ELSEWHERE or kind not in _OF_HOST | (_CLASSES | _WIDGETS).keys()
     elif kind in _OF_HOST:
         fits = not isinstance(value, _NOT_OF_HOST)
     else:
-        fits = isinstance(value, _CLASSES.get(kind, object))
+        fits = isinstance(value, (_CLASSES | _WIDGETS).get(kind, object))
     if not fits:
         got = repr(value) if isinstance(value, _JSON) else "null" if value is None else type(value).__name__
         raise SocketError(

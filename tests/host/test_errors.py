@@ -218,8 +218,35 @@ def test_no_number_in_a_widget(run, host, number):
     assert found >= 10
 
 
-def test_null_in_a_text_is_its_default(run, host, person):
-    """Of which the host makes the word None."""
-    (path,) = run("SaveLiDB", lidb=person(7), filename_prefix="None", name="None")
+@pytest.mark.parametrize("null", ["None", None])
+def test_null_in_a_text_is_its_default(run, host, person, null):
+    """Of which the host makes the word None; other nodes give it over a wire."""
+    (path,) = run("SaveLiDB", lidb=person(7), filename_prefix=null, name=null)
     assert Path(path).parent.name == "lidb" and Path(path).name.startswith("person_")
     assert host.module("hdb_core.files.lidb").load(path).about.name == ""
+
+
+@pytest.mark.parametrize("other", [[], {}, b"x", torch.ones(2)], ids=str)
+@pytest.mark.parametrize(
+    ("node_id", "name"),
+    [
+        ("FastFinetune", "photo_words"),
+        ("FastFinetune", "steps"),
+        ("SaveLiDB", "filename_prefix"),
+        ("BlendLiDB", "blend"),
+    ],
+)
+def test_another_type_in_a_widget(run, host, node_id, name, other):
+    """As a node of any type can give it."""
+    schema = host.nodes[node_id].GET_SCHEMA()
+    kind = next(i.get_io_type() for i in schema.inputs if i.id == name)
+    given = [other] if schema.is_input_list else other
+    with pytest.raises(
+        host.module("nodes.host.sockets").SocketError, match=rf"for {name}\. Connect an output of the type {kind}"
+    ):
+        run(node_id, **{name: given})
+
+
+def test_a_list_of_texts_may_hold_nothing(train):
+    """Where a node that describes photos found no words."""
+    assert train(image=image(batch=2), photo_words=["smiling", None], steps=1).rank == 4
