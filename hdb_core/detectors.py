@@ -8,6 +8,7 @@ Source: Wu et al., YuNet: A Tiny Millisecond-level Face Detector, Machine Intell
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,14 +49,27 @@ def yunet(path: Path) -> Detector:
             return yunet_by_opencv(path)
         if kind == ".safetensors":
             return yunet_by_kornia(safetensors.torch.load(path.read_bytes()))
+        _require_no_bomb(path)
         return yunet_by_kornia(dict(torch.load(path, map_location="cpu", weights_only=True)))
     except FaceError:
         raise
-    except (OSError, EOFError, AssertionError, pickle.UnpicklingError, *GARBLED) as error:
+    except (OSError, EOFError, AssertionError, pickle.UnpicklingError, zipfile.BadZipFile, *GARBLED) as error:
         why = f" ({reason(error)})" if isinstance(error, OSError) else ""
         raise FaceError(
             f"{path.name!r} is no YuNet file{why}. Take yunet_final.pth or YuNet's .onnx file, or remove it."
         ) from error
+
+
+def _require_no_bomb(path: Path) -> None:
+    """Refuse a zip that is larger unpacked; torch.save compresses nothing.
+
+    Raises:
+        ValueError, zipfile.BadZipFile: it is, or it is damaged.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if sum(part.file_size for part in file.infolist()) > path.stat().st_size:
+                raise ValueError("it is larger unpacked")
 
 
 def yunet_by_kornia(weights: Mapping[str, Tensor]) -> Detector:

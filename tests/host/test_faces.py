@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -197,6 +198,14 @@ def zip_of_weights():
     return file.getvalue()
 
 
+def compressed(archive):
+    """The same zip, smaller."""
+    with zipfile.ZipFile(BytesIO(archive)) as old, zipfile.ZipFile(file := BytesIO(), "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return file.getvalue()
+
+
 def garbled_weights_of_old():
     """In the format before the zip, with numbers under another name than the one that asks for them."""
     torch.save({"weight": torch.zeros(4)}, file := BytesIO(), _use_new_zipfile_serialization=False)
@@ -218,6 +227,14 @@ def test_a_damaged_file_of_a_detector(run, host, base_directory, error, name):
         assert seen == [str(caught.value)] and "weights_only" not in seen[0]
     finally:
         path.unlink()
+
+
+def test_a_file_that_is_larger_unpacked_is_not_unpacked(host, error, tmp_path, monkeypatch):
+    """A megabyte can hold a gigabyte."""
+    (path := tmp_path / "yunet.pth").write_bytes(compressed(zip_of_weights()))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+    with pytest.raises(error, match="no YuNet file"):
+        host.module("hdb_core.detectors").yunet(path)
 
 
 def test_what_is_no_file_is_no_detector(host, base_directory):
