@@ -76,6 +76,13 @@ def test_a_picture_may_have_the_ending_of_another_kind(tmp_path, kind):
     assert Photo(tmp_path / "a.jpg").whole().shape == (3, 20, 30)
 
 
+def test_a_grey_picture_of_16_bits(tmp_path):
+    grey = np.linspace(0, 65535, 30 * 20).reshape(30, 20)
+    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "a.png")
+    expected = torch.from_numpy(grey / 65535).float().expand(3, -1, -1)
+    torch.testing.assert_close(Photo(tmp_path / "a.png").whole(), expected, atol=1 / 255, rtol=0)
+
+
 @pytest.mark.parametrize("shape", [(70, 50), (50, 70), (32, 32), (20, 24)])
 def test_a_file_and_its_image_are_the_same_to_the_encoder(tmp_path, shape):
     """Training reads the file, Predict LiDB the IMAGE that Load Image makes of it."""

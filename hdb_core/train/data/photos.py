@@ -119,6 +119,8 @@ class Photo:
         """
         with self._opened() as file:
             image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits of grey, of which Pillow makes white from 255 on
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
