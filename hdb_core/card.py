@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .files.reading import require_few_scans
 from .images import resize_to_cover
 from .layout import FAMILIES
 from .lidb import About, LiDB
@@ -19,7 +20,6 @@ from .recommended import FROM_PREDICTION, IN_LEARNED_BASIS
 
 SIDE = 256  # of a thumbnail, which then takes some 10 KB
 LARGEST = 1024  # of one in somebody else's file
-_SCAN, _MOST_SCANS = b"\xff\xda", 16  # of a JPEG; each goes over the whole picture, and ours have one
 QUALITY = 85
 LONGEST = 300  # characters of a line that is shown
 _TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # the order of letters
@@ -44,8 +44,9 @@ def picture_of(about: About) -> Tensor | None:
     """The thumbnail as (H, W, 3) in 0..1; None if there is none, or it is no such picture."""
     try:
         data = base64.b64decode(about.thumbnail, validate=True)
+        require_few_scans(data)
         with Image.open(BytesIO(data), formats=["JPEG"]) as image:
-            if max(image.size) > LARGEST or data.count(_SCAN) > _MOST_SCANS:
+            if max(image.size) > LARGEST:
                 return None
             return torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32) / 255)
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError):  # of a damaged picture

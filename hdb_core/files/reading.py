@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import struct
 import zlib
@@ -17,6 +18,7 @@ GARBLED = (
     zlib.error, SafetensorError,
 )  # fmt: skip
 _MOST_HOLLOW = 1 << 20
+_SCAN, _MOST_SCANS = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e]"), 100  # of a JPEG; writers make about ten
 
 
 def regular(path: Path) -> Path:
@@ -46,6 +48,16 @@ def nameable(path: Path) -> Path:
     except UnicodeError:
         pass
     raise _invalid(path, "no file can have this name")
+
+
+def require_few_scans(picture: bytes) -> None:
+    """Refuse a JPEG of endless scans: each takes a dozen bytes and as long as a whole picture.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if len(_SCAN.findall(picture)) > _MOST_SCANS:
+        raise ValueError(f"it has more than {_MOST_SCANS} scans")
 
 
 def reason(error: BaseException) -> str:

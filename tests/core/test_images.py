@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -74,6 +75,18 @@ def test_a_turned_photo_whose_exif_is_garbled(tmp_path):
 def test_a_picture_may_have_the_ending_of_another_kind(tmp_path, kind):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.jpg", kind)
     assert Photo(tmp_path / "a.jpg").whole().shape == (3, 20, 30)
+
+
+def test_a_photo_of_endless_scans(tmp_path):
+    """Of a few bytes each: a photo of 1 MB kept a training for minutes."""
+    Image.new("RGB", (2000, 2000)).save(path := tmp_path / "a.jpg", progressive=True)
+    honest = path.read_bytes()
+    assert Photo(path).whole().shape == (3, 2000, 2000)
+    path.write_bytes(honest[:-2] + 1000 * honest[honest.rindex(b"\xff\xda") : -2] + honest[-2:])
+    begun = time.process_time()
+    with pytest.raises(HyperNetError, match="cannot be read as a picture"):
+        Photo(path).whole()
+    assert time.process_time() - begun < 0.5
 
 
 def test_a_grey_picture_of_16_bits(tmp_path):

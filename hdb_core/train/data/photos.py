@@ -26,7 +26,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from ...errors import HyperNetError
-from ...files.reading import GARBLED, reason, regular
+from ...files.reading import GARBLED, reason, regular, require_few_scans
 from ...images import resize_to_cover
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -130,7 +130,9 @@ class Photo:
     @contextmanager
     def _opened(self) -> Iterator[Image.Image]:
         try:
-            with Image.open(io.BytesIO(read_bytes(self.path)), formats=FORMATS) as file:
+            data = read_bytes(self.path)
+            require_few_scans(data)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as file:
                 yield file
         except (OSError, SyntaxError, Image.DecompressionBombError, *GARBLED) as error:
             raise HyperNetError(
