@@ -56,7 +56,7 @@ def main() -> int:
         "--seeds", type=int, default=4, help="pictures for each prompt, all judged (default: %(default)s)"
     )
     parser.add_argument(
-        "--people", type=int, default=0, help="also draw so many people into demo_people.png (default: %(default)s)"
+        "--people", type=int, default=0, help="also draw so many people into demo_people.jpg (default: %(default)s)"
     )
     add_option(parser, default="cpu")
     args = parser.parse_args()
@@ -112,7 +112,7 @@ def run(host: Host, steps: int | None, seeds: int, device: str, people: int = 0)
         OUTPUT / "demo.png"
     )
     if people:
-        sheet(side_by_side(rows)).save(OUTPUT / "demo_people.png")
+        sheet(side_by_side(rows)).save(OUTPUT / "demo_people.jpg", quality=88)
     (OUTPUT / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(summary(report))
 
