@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 CLASS_PROMPT = "a face"
+MOST_CHARACTERS = 2000  # of a prompt; encoding takes as long as it is, and a stranger's file brings one
 
 
 def rare_token(prompt: str, class_prompt: str = CLASS_PROMPT) -> str:

@@ -15,6 +15,7 @@ from ..errors import HyperNetFileError
 from ..hypernet import HyperNet, HyperNetConfig
 from ..hypernet.encoder import SUMMED_WIDTH
 from ..layout import Layout
+from ..prompt import MOST_CHARACTERS
 from . import container
 from .fields import read_dataclass, whole_number
 
@@ -138,6 +139,8 @@ def read_config(sizes: Any, layout: Layout, basis: BasisRecipe) -> HyperNetConfi
         for name, limit in LIMITS.items():
             if hasattr(one, name):
                 whole_number(getattr(one, name), 0, limit, name)
+    if len(config.prompt) > MOST_CHARACTERS:
+        raise ValueError("prompt")
     stages = config.encoder.stem
     if len(stages) > LIMITS["stages"] or any(not 1 <= w <= LIMITS["width"] or n > LIMITS["depth"] for w, n in stages):
         raise ValueError("stem")

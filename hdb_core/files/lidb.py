@@ -22,6 +22,7 @@ from ..basis import BasisRecipe
 from ..errors import LiDBError, LiDBFileError, require
 from ..layout import Layout
 from ..lidb import About, LiDB, is_finite, strongest, truncate
+from ..prompt import MOST_CHARACTERS
 from ..recommended import RECOMMENDED
 from . import container
 from .fields import as_type, read_dataclass, whole_number
@@ -178,6 +179,8 @@ def read_about(fields: Any) -> About:
         TypeError, ValueError: if a field is unknown, of another type, or out of its range.
     """
     about = read_dataclass(About, fields)
+    if max(len(about.prompt), len(about.token)) > MOST_CHARACTERS:
+        raise ValueError("prompt")
     if about.made_from not in RECOMMENDED:
         raise ValueError("made_from")
     whole_number(about.photos, 0, MAX_COUNT, "photos")

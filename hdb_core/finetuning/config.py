@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ..basis import BasisRecipe
 from ..diffusion import NoiseLevels
 from ..errors import FinetuneError, require
-from ..prompt import CLASS_PROMPT, caption, rare_token
+from ..prompt import CLASS_PROMPT, MOST_CHARACTERS, caption, rare_token
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class FinetuneConfig:
         for name in ("prompt", "photo_words", "class_prompt"):
             text = getattr(self, name)  # half of a character cannot be encoded
             _require(text.encode(errors="ignore").decode() == text, name, "whole characters", text)
+        for name in ("prompt", "class_prompt"):
+            length = len(getattr(self, name))
+            _require(length <= MOST_CHARACTERS, name, f"at most {MOST_CHARACTERS:,} characters", length)
         needs_class = self.prior_weight > 0
         _require(not needs_class or bool(self.class_prompt.strip()), "class_prompt", "some words", self.class_prompt)
 

@@ -16,7 +16,7 @@ from ..files import container
 from ..files import hypernet as hypernet_file
 from ..files.fields import as_type
 from ..hypernet import EncoderConfig
-from ..prompt import CLASS_PROMPT
+from ..prompt import CLASS_PROMPT, MOST_CHARACTERS
 from .encoder_loss import PretrainConfig
 from .evaluate import EvaluateConfig
 from .fit import FitConfig
@@ -176,6 +176,8 @@ class Settings:
                 most = LIMITS.get(name.rpartition(".")[2], MOST)
                 _require(0 <= value <= most, name, f"from 0 to {most:,}", value)
         _require(self.mixed_precision in PRECISIONS, "mixed_precision", " or ".join(PRECISIONS), self.mixed_precision)
+        longest = max(len(self.prompt), len(self.class_prompt))
+        _require(longest <= MOST_CHARACTERS, "prompts", f"at most {MOST_CHARACTERS:,} characters", longest)
         known = self.prediction_type in PREDICTION_TYPES
         _require(known, "prediction_type", "epsilon, v_prediction or nothing", self.prediction_type)
         for name in ("image_size", "rank", "group", "accumulate"):

@@ -545,6 +545,7 @@ def test_automatic_steps_are_the_recommended_ones(toy, latents, make_lidb, confi
         {"prompt": "  "},
         {"prompt": "a \ud83d face"},
         {"photo_words": "\ud83d"},
+        {"prompt": "face " * 401},
         {"class_prompt": "", "prior_weight": 1.0},
     ],
     ids=str,

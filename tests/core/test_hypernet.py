@@ -225,6 +225,7 @@ def test_refuses_damage(path):
         (lambda fields: fields["sizes"]["encoder"].update(heads=5), "heads divide"),
         (lambda fields: fields["sizes"]["encoder"].update(token_width=32), "do not fit its sizes"),
         (lambda fields: fields["sizes"]["encoder"].update(stem=[[16, 1]] * 9), "divides"),
+        (lambda fields: fields["sizes"].update(prompt="face " * 401), "prompt"),
         (lambda fields: fields["sizes"].update(colour="red"), "garbles a field"),
         (lambda fields: fields["sizes"]["encoder"].update(kind="resnet"), "kind vit or clip_vision"),
     ],

@@ -382,8 +382,8 @@ def test_sizes_that_overflow_are_damage(path):
     ("about", "message"),
     [(About(thumbnail="A" * 1_100_000), "header"), (About(strengths=Strengths(101, 1, 1)), "strengths"),
      (About(photos=-1), "photos"), (About(made_from="clay"), "made_from"), (About(strengths=Strengths(1, 1, 0.5)), "strengths"),
-     (About(name="\ud800"), "surrogates"), (About(model=object()), "not JSON")],
-    ids=["thumbnail", "strengths", "photos", "made_from", "guidance", "half a character", "no text"],
+     (About(prompt="face " * 401), "prompt"), (About(token="v" * 2001), "prompt"), (About(name="\ud800"), "surrogates"), (About(model=object()), "not JSON")],
+    ids=["thumbnail", "strengths", "photos", "made_from", "guidance", "prompt", "token", "half a character", "no text"],
 )  # fmt: skip
 def test_what_could_not_be_read_is_not_written(tmp_path, make_lidb, about, message):
     with pytest.raises(LiDBFileError, match=rf"(?s){message}.*nothing was written"):

@@ -95,6 +95,12 @@ def test_a_broken_file_of_settings_is_an_error(tmp_path, text):
         Run.open(tmp_path, NEW)
 
 
+@pytest.mark.parametrize("name", ["prompt", "class_prompt"])
+def test_a_prompt_that_no_hypernetwork_could_be_saved_with_is_refused(name):
+    with pytest.raises(HyperNetError, match=r"prompts: at most 2,000 characters, got 2005"):
+        changed(Settings(), {**NEW, name: "face " * 401})
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
 @pytest.mark.parametrize("name", ["config.json", "log.csv", "begin"])
 def test_pipes_in_a_run_are_refused_and_not_waited_for(tmp_path, name):
