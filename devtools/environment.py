@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -375,9 +375,8 @@ def _ensure_models(host: Host) -> None:
 
 def _make_model(host: Host, command: str, target: Path) -> None:
     arguments = ("--weights", str(ROOT / "weights"), "--target", str(target))
-    _run(
-        module(host.python, "miniature.checkpoint", command, *arguments), f"{target.name} could not be made of weights/"
-    )
+    started = module(host.python, "miniature.checkpoint", command, *arguments)
+    _run(started, f"{target.name} could not be made of weights/", host.environ())
 
 
 @contextlib.contextmanager
@@ -403,8 +402,9 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _run(command: list[str], failure: str) -> None:
-    """Runs a command with its output in `.comfyui/install.log`; raises SetupError with the likely cause.
+def _run(command: list[str], failure: str, more: Mapping[str, str] | None = None) -> None:
+    """Runs a command, with more variables, with its output in `.comfyui/install.log`; raises SetupError with the likely
+    cause.
 
     On a console the last line of output is shown while it runs.
     """
@@ -415,7 +415,9 @@ def _run(command: list[str], failure: str) -> None:
     with (
         log.open("w", **text_mode) as out,
         # The child inherits the lock: should it outlive a killed parent, the next run waits for it.
-        subprocess.Popen(command, cwd=ROOT, close_fds=False, **pipes, **text_mode) as child,
+        subprocess.Popen(
+            command, cwd=ROOT, close_fds=False, env={**os.environ, **(more or {})}, **pipes, **text_mode
+        ) as child,
     ):
         try:
             for line in child.stdout or ():

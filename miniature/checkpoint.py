@@ -229,9 +229,14 @@ def write_people(hypernet: Path, target: Path, photos: Path = PHOTOS) -> None:
 
 @torch.no_grad()
 def _see_training_photos(net: HyperNet, count: int = 500) -> None:
-    """Sets how photos of people like those it was trained on look, which its file did not keep: two of each person."""
-    from .photos import FIRST, training_photo
+    """Sets how photos of people like those it was trained on look, which its file did not keep: two of each person.
 
+    Where there is nothing to draw people with, as in a ComfyUI of the user's own, it stays unknown.
+    """
+    try:
+        from .photos import FIRST, training_photo
+    except ModuleNotFoundError:
+        return
     pictures = (training_photo(FIRST + number // 2, 1 + number % 2) for number in range(count))
     pixels = torch.stack([torch.from_numpy(picture.copy()).float() / 255 for picture in pictures])
     net.set_seen(torch.cat([net.look(preprocess(some, net.config.encoder)) for some in pixels.split(50)]))

@@ -249,3 +249,14 @@ def test_a_child_finds_the_packages_first(monkeypatch, tmp_path):
     host = environment.Host(tmp_path, Path(sys.executable), packages=tmp_path / "packages")
     assert host.environ()["PYTHONPATH"] == os.pathsep.join([str(tmp_path / "packages"), "before"])
     assert "PYTHONPATH" not in environment.Host(tmp_path, Path(sys.executable)).environ()
+
+
+def test_models_are_made_with_the_packages_of_the_wheels(sandbox, monkeypatch):
+    packages = sandbox / "packages"
+    packages.mkdir()
+    (packages / "hdb_of_a_wheel.py").touch()
+    monkeypatch.setattr(environment, "module", lambda python, *_: [str(python), "-c", "import hdb_of_a_wheel"])
+    host = environment.Host(sandbox, Path(sys.executable), packages=packages)
+    environment._make_model(host, "hypernet", sandbox / "made")
+    with pytest.raises(SetupError, match="made could not be made of weights/: ModuleNotFoundError"):
+        environment._make_model(environment.Host(sandbox, Path(sys.executable)), "hypernet", sandbox / "made")
