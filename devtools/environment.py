@@ -42,8 +42,8 @@ IMPORTED_BY_HOST = (
 OF_THE_MINIATURE = ("accelerate", "diffusers", "python_avatars", "resvg_py")
 # Without a package index: what a host in process and the miniature import, and the name of what brings it.
 OFFLINE = {
-    **{name: name for name in ("aiohttp", "einops", "numpy", "psutil", "safetensors", "scipy", "torch", "torchsde")},
-    **{name: name for name in ("torchvision", "tqdm", "trampoline", "transformers", *OF_THE_MINIATURE)},
+    **{name: name for name in ("aiohttp", "einops", "numpy", "psutil", "requests", "safetensors", "scipy", "torch")},
+    **{name: name for name in ("torchsde", "torchvision", "tqdm", "trampoline", "transformers", *OF_THE_MINIATURE)},
     "PIL": "pillow",
     "yaml": "pyyaml",
 }

@@ -14,6 +14,7 @@ from PIL import Image
 
 from devtools.inprocess import InProcessHost
 
+from .memory import clean
 from .models import SIZES, Training, opened, random_models, size_of, watched_training
 from .part import Part
 
@@ -98,6 +99,7 @@ def main() -> None:
                     report(part, family, seen, people, most)
                     part.add(f"{family}, {people} people a step", done=True)
                     break
+                clean()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -204,3 +207,21 @@ def test_the_rates_of_a_training(host, tmp_path):
     rows = {row["what"]: row for row in part.rows}
     assert rows["mini, train"]["share_of_peak"] > 0
     assert rows["mini, all"]["with_fitted_people"] > rows["mini, all"]["hours_for_15000"] > 0
+
+
+def test_a_training_that_does_not_fit_leaves_room_for_a_smaller_one(host, tmp_path, monkeypatch):
+    begun = []
+
+    def trained(part, host, family, folder, people, steps):
+        assert not any(before() for before in begun)
+        layer = torch.nn.Linear(1, 1)
+        layer.parts = [layer]  # as an Accelerator and what it prepared
+        begun.append(weakref.ref(layer))
+        raise torch.OutOfMemoryError(f"no room for {people}")
+
+    monkeypatch.setattr(sys, "argv", ["training", "--json", str(tmp_path / "rates.json"), "--device", "cpu"])
+    for name, value in (("opened", lambda *_: host), ("peak", lambda _: 1e12), ("trained", trained)):
+        monkeypatch.setattr(training, name, value)
+    training.main()
+    rows = json.loads((tmp_path / "rates.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["failed"] for row in rows] == [f"OutOfMemoryError: no room for {people}" for people in (32, 8, 2)]
