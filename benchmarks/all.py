@@ -26,6 +26,7 @@ from .gpu import process
 from .hypernet import FEW_AND_MANY
 
 REPORTING = 30.0  # seconds that are left of a table's time for its report
+TOLD = 8000  # characters of the log's end that a failure shows
 ROWS = (
     "base", "caption", "hyper", "hyper_as_lora", "hyper_3photos",
     *(f"hyper_{steps}_described" for steps in FEW_AND_MANY),
@@ -120,8 +121,11 @@ def main() -> int:
         since = time.monotonic()
         ends[job.name] = run(job, shared, args.workers, seconds, log)
         print(f"{job.name}: {ends[job.name]}, {time.monotonic() - since:.0f} s", flush=True)
+    failed = any(end != "finished" for end in ends.values())
+    if failed and log.is_file():  # which stays on this machine
+        print(log.read_text(encoding="utf-8", errors="replace")[-TOLD:])
     print(f"The log: {log.relative_to(ROOT) if log.is_relative_to(ROOT) else log}")
-    return int(any(end != "finished" for end in ends.values()))
+    return int(failed)
 
 
 if __name__ == "__main__":
