@@ -234,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
     commands = options.add_subparsers(dest="command", required=True)
     make = commands.add_parser("bundle", help="collect what a check needs")
     make.add_argument("check", choices=CHECKS)
-    make.add_argument("--limit-mib", type=float, default=56, help="of a load (default: %(default)s)")
+    make.add_argument("--limit-mib", type=float, default=52, help="of a load (default: %(default)s)")
     make.add_argument("--for-python", default="3.12", help="of the machine with the GPU (default: %(default)s)")
     make.add_argument("--target", type=Path, help="folder, replaced (default: .bundle/CHECK)")
     start = commands.add_parser(
