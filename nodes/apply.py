@@ -23,7 +23,7 @@ def strength_inputs() -> list[io.Input]:
             min=0.0,
             max=2.0,
             step=0.05,
-            tooltip="How much of the person: 0 is the base model, 1 is what suits the way this person was made. The LiDB knows that.",
+            tooltip="How much of the person: 0 is the base model, 1 is the strength that the LiDB recommends.",
         ),
         APPLY_OPTIONS.Input(
             "options",
@@ -41,7 +41,7 @@ def strengths_of(lidb: LiDB, strength: float, options: Strengths | None) -> Stre
 def in_words(strengths: Strengths, strength: float, options: Strengths | None) -> str:
     """What a person is applied with, as the inputs of Apply Options are called, and where it comes from."""
     model, clip, guidance = strengths
-    source = "what suits this person" if options is None else "those of Apply Options"
+    source = "recommended for this person" if options is None else "those of Apply Options"
     times = "" if strength == 1 else f", times a strength of {strength:g}"
     return f"strength_model {model:.3g}, strength_clip {clip:.3g}, person_guidance {guidance:.3g}: {source}{times}"
 
@@ -56,7 +56,7 @@ class ApplyLiDBToModel(io.ComfyNode):
             description="Applies a person to a MODEL and a CLIP, as a LoRA loader does. Both inputs stay as they are.",
             **if_known(io.Schema, search_aliases=["apply person", "apply LoRA", "identity", "likeness", "FaceID"]),
             inputs=[
-                io.Model.Input("model", tooltip="The base model of the family that the LiDB was made for."),
+                io.Model.Input("model", tooltip="A base model of the family that the LiDB was made for."),
                 io.Clip.Input(
                     "clip", tooltip="The text encoder of the same checkpoint. Encode your prompt with the output."
                 ),
@@ -118,10 +118,10 @@ class ApplyOptions(io.ComfyNode):
                     min=1.0,
                     max=10.0,
                     step=0.1,
-                    tooltip="How far guidance leads to the person: 1 as with an ordinary LoRA, 2 twice as far. Works up to nearly twice the cfg of the sampler; at a cfg of 1 the person is applied more strongly instead.",
+                    tooltip="How strongly guidance (cfg) pulls towards the person: 1 is as with an ordinary LoRA, 2 twice that. Works up to nearly twice the cfg of the sampler; at a cfg of 1 the person is applied more strongly instead.",
                 ),
             ],
-            outputs=[APPLY_OPTIONS.Output(display_name="options", tooltip="Connect Apply LiDB to Model.")],
+            outputs=[APPLY_OPTIONS.Output(display_name="options", tooltip="Connect to Apply LiDB to Model.")],
         )
 
     @classmethod

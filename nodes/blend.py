@@ -17,7 +17,7 @@ class BlendLiDB(io.ComfyNode):
             node_id="BlendLiDB",
             display_name="Blend LiDB (mix people)",
             category=CATEGORY,
-            description="Mixes two persons of the same model family, or two results for one person, into one LiDB.",
+            description="Mixes two people of the same model family, or two results for one person, into one LiDB.",
             **if_known(io.Schema, search_aliases=["mix people", "merge persons"]),
             inputs=[
                 LIDB.Input("lidb_a", tooltip="The first person."),

@@ -21,7 +21,7 @@ class CompareLiDB(io.ComfyNode):
             node_id="CompareLiDB",
             display_name="Compare LiDB",
             category=CATEGORY,
-            description="Says how alike two persons of one base model are: the cosine of their changes to the model, in all and in each of its blocks.",
+            description="Says how alike two people of one base model are: the cosine of their changes to the model, overall and in each of its blocks.",
             **if_known(io.Schema, search_aliases=["compare people", "same person", "person distance"]),
             inputs=[
                 LIDB.Input("lidb_a", tooltip="One person."),
@@ -31,7 +31,7 @@ class CompareLiDB(io.ComfyNode):
                 io.Float.Output(
                     display_name="cosine", tooltip="1: the same direction, 0: nothing in common, below 0: opposite."
                 ),
-                io.String.Output(display_name="text", tooltip="The cosine in all, and of each block."),
+                io.String.Output(display_name="text", tooltip="The cosine overall and in each block."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -52,7 +52,7 @@ class SimilarityToPhoto(io.ComfyNode):
             node_id="SimilarityToPhoto",
             display_name="Similarity to Photo",
             category=CATEGORY,
-            description="Says how much pictures are like a photo to a CLIP Vision model. It sees the whole picture, clothes and background as well: a general likeness, no face recognition.",
+            description="Says how much pictures are like a photo to a CLIP Vision model. It sees the whole picture, clothes and background as well: a general likeness, not face recognition.",
             **if_known(io.Schema, search_aliases=["likeness", "compare pictures", "person similarity"]),
             inputs=[
                 io.ClipVision.Input(
@@ -66,7 +66,7 @@ class SimilarityToPhoto(io.ComfyNode):
             ],
             outputs=[
                 io.Float.Output(display_name="similarity", tooltip="The mean of all pictures; 1 is the photo itself."),
-                io.String.Output(display_name="text", tooltip="The number of each picture."),
+                io.String.Output(display_name="text", tooltip="The similarity of each picture."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

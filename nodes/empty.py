@@ -18,7 +18,7 @@ class EmptyLiDB(io.ComfyNode):
             node_id="EmptyLiDB",
             display_name="Empty LiDB",
             category=CATEGORY,
-            description="An untrained LiDB in a basis that was learned from people. Fast Finetune needs a third of the steps from there.",
+            description="An untrained LiDB in a basis that was learned from people. Fast Finetune needs a third of the steps with it.",
             **if_known(io.Schema, search_aliases=["learned basis", "new person"]),
             inputs=[
                 io.Combo.Input(
@@ -29,7 +29,7 @@ class EmptyLiDB(io.ComfyNode):
             ],
             outputs=[
                 LIDB.Output(
-                    display_name="lidb", tooltip="Connect the lidb of Fast Finetune. It has no effect by itself."
+                    display_name="lidb", tooltip="Connect to the lidb of Fast Finetune. It has no effect by itself."
                 )
             ],
         )

@@ -48,7 +48,7 @@ class CropToFace(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.05,
-                    tooltip="More around the face, in shares of the square. Leave it at 0 for a hypernetwork.",
+                    tooltip="Extra space on each side, as a share of the square: 0.1 is a tenth. Leave it at 0 for a hypernetwork.",
                 ),
                 box_input("bboxes", "Faces that another node has found, instead of looking for them here."),
                 io.Mask.Input(
@@ -62,7 +62,7 @@ class CropToFace(io.ComfyNode):
                 io.Mask.Output(
                     display_name="face mask",
                     is_output_list=True,
-                    tooltip="Where the square shows the face. For Paste Face; or for the mask of Fast Finetune, which then learns the face alone and not the hair. It works without.",
+                    tooltip="Where the face is in the square. For Paste Face, or for the mask of Fast Finetune, which then learns the face without the hair. Optional.",
                 ),
                 BOUNDING_BOX.Output(
                     display_name="box",
@@ -98,11 +98,11 @@ class PasteFace(io.ComfyNode):
             node_id="PasteFace",
             display_name="Paste Face",
             category=CATEGORY,
-            description="Puts a face that was sampled anew back into the photo that Crop to Face cut it from.",
+            description="Puts a newly sampled face back into the photo that Crop to Face cut it from.",
             **if_known(io.Schema, search_aliases=["uncrop face", "composite face", "face detailer", "inpaint person"]),
             inputs=[
                 io.Image.Input("image", tooltip="The photo that Crop to Face was given."),
-                io.Image.Input("face", tooltip="The new face, of any size. Of a batch each makes a picture."),
+                io.Image.Input("face", tooltip="The new face, of any size. Each face of a batch makes a picture."),
                 box_input("box", "From Crop to Face: where its square lies in the photo.", optional=False),
                 io.Mask.Input(
                     "mask",

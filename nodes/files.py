@@ -49,12 +49,12 @@ class SaveLiDB(io.ComfyNode):
                     default="",
                     optional=True,
                     placeholder="Anna",
-                    tooltip="What you call the person. Stands in the file, which is then called so, too: lidb/Anna instead of lidb/person.",
+                    tooltip="What you call the person. It is written into the file and names it: lidb/Anna instead of lidb/person.",
                 ),
                 io.Image.Input(
                     "thumbnail",
                     optional=True,
-                    tooltip="A picture to know the person by: its middle square is put into the file at 256 × 256 pixels, for everybody who gets the file. Without it, the file has no picture.",
+                    tooltip="A picture to recognise the person by. Its middle square is put into the file at 256 × 256 pixels; everybody who gets the file can see it.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written, or that was there.")],
@@ -100,8 +100,10 @@ class LoadLiDB(io.ComfyNode):
                 ),
             ],
             outputs=[
-                LIDB.Output(display_name="lidb", tooltip="The person. Connect Apply LiDB to Model."),
-                io.String.Output(display_name="prompt", tooltip="The prompt it was made with, with its token."),
+                LIDB.Output(display_name="lidb", tooltip="The person. Connect to Apply LiDB to Model."),
+                io.String.Output(
+                    display_name="prompt", tooltip="The prompt that the person was learned with, token included."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -81,7 +81,7 @@ class FastFinetune(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Only the marked part of the photo is learned, for example the face mask of Crop to Face. Without one, all of the photo, which mostly is what you want.",
+                    tooltip="Only the marked part of the photo is learned, for example the face mask of Crop to Face. Without one, the whole photo, which is usually what you want.",
                 ),
                 LIDB.Input("lidb", optional=True, tooltip="Start from this person, for example from Predict LiDB."),
                 FINETUNE_OPTIONS.Input(
@@ -89,7 +89,7 @@ class FastFinetune(io.ComfyNode):
                 ),
             ],
             outputs=[
-                LIDB.Output(display_name="lidb", tooltip="The person. Connect Apply LiDB to Model and Save LiDB."),
+                LIDB.Output(display_name="lidb", tooltip="The person. Connect to Apply LiDB to Model and Save LiDB."),
                 io.Image.Output(display_name="loss plot", tooltip="The loss of every step."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -150,7 +150,7 @@ class FastFinetuneOptions(io.ComfyNode):
                     default=DEFAULTS.batch_size,
                     min=1,
                     max=64,
-                    tooltip="Noise levels per step. More are steadier, slower and take more memory.",
+                    tooltip="Noise levels per step. More are steadier and slower.",
                 ),
                 io.Boolean.Input(
                     "convolutions",
@@ -178,7 +178,7 @@ class FastFinetuneOptions(io.ComfyNode):
                 io.Image.Input(
                     "class_images",
                     optional=True,
-                    tooltip="Pictures of class_prompt for prior_weight, as DreamBooth has it. Without them it is what the base model itself makes of the photos.",
+                    tooltip="Pictures of class_prompt for prior_weight, as in DreamBooth. Without them, the base model's own answers on the photos take their place.",
                 ),
                 io.Int.Input(
                     "sample_every",
@@ -189,7 +189,7 @@ class FastFinetuneOptions(io.ComfyNode):
                     tooltip="Show a picture of the prompt every so many steps, in Fast Finetune while it runs. Each takes about as long as a step. 0 is off.",
                 ),
             ],
-            outputs=[FINETUNE_OPTIONS.Output(display_name="options", tooltip="Connect Fast Finetune.")],
+            outputs=[FINETUNE_OPTIONS.Output(display_name="options", tooltip="Connect to Fast Finetune.")],
         )
 
     @classmethod

@@ -19,13 +19,13 @@ class LiDBHook(io.ComfyNode):
             node_id="LiDBHook",
             display_name="LiDB Hook (two people in one picture)",
             category=CATEGORY,
-            description="A person for one prompt alone, so that a mask or a range of steps can hold them. Connect Set CLIP Hooks, and encode the positive prompt with its CLIP.",
+            description="A person for one prompt only, so that a mask or a range of steps can limit them. Connect to Set CLIP Hooks, and encode the positive prompt with its CLIP.",
             **if_known(
                 io.Schema,
                 search_aliases=["two people", "couple", "regional person", "regional prompt", "person by mask"],
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The base model. The sampler gets the same one."),
+                io.Model.Input("model", tooltip="The base model. Connect the same one to the sampler."),
                 io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint."),
                 LIDB.Input("lidb", tooltip="The person, from Load LiDB, Fast Finetune or Predict LiDB."),
                 io.Float.Input(
@@ -35,12 +35,12 @@ class LiDBHook(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="The cfg of your KSampler. It makes more of the person, since the negative prompt knows nothing of them; the hook takes that into account.",
+                    tooltip="The cfg of your KSampler. The negative prompt does not know the person, so cfg strengthens them; the hook takes that into account.",
                 ),
                 *strength_inputs(),
             ],
             outputs=[
-                io.Hooks.Output(tooltip="For Set CLIP Hooks. Use it for the positive prompt alone."),
+                io.Hooks.Output(tooltip="For Set CLIP Hooks. Use it for the positive prompt only."),
             ],
         )
 

@@ -39,7 +39,7 @@ class LoadHyperNet(io.ComfyNode):
                     tooltip="Only for a hypernetwork that was trained with a CLIP Vision model; it says so if it needs one.",
                 ),
             ],
-            outputs=[HYPERNET.Output(display_name="hypernet", tooltip="Connect Predict LiDB.")],
+            outputs=[HYPERNET.Output(display_name="hypernet", tooltip="Connect to Predict LiDB.")],
         )
 
     @classmethod
@@ -80,7 +80,9 @@ class PredictLiDB(io.ComfyNode):
                 ),
             ],
             outputs=[
-                LIDB.Output(display_name="lidb", tooltip="The person. Connect Apply LiDB to Model, or Fast Finetune."),
+                LIDB.Output(
+                    display_name="lidb", tooltip="The person. Connect to Apply LiDB to Model or Fast Finetune."
+                ),
                 io.String.Output(display_name="prompt", tooltip="A prompt for this person, with the token."),
             ],
             hidden=[io.Hidden.unique_id],

@@ -211,10 +211,10 @@ def test_the_node_says_where_its_strengths_come_from(host, loaded, run, person, 
     lidb = replace(person(1), about=replace(person(1).about, strengths=own))
     models = {"model": loaded.model, "clip": loaded.clip}
     run("ApplyLiDBToModel", **models, lidb=lidb, strength=1.0)
-    assert said[-1] == "strength_model 0.35, strength_clip 0.5, person_guidance 4.5: what suits this person"
+    assert said[-1] == "strength_model 0.35, strength_clip 0.5, person_guidance 4.5: recommended for this person"
     run("ApplyLiDBToModel", **models, lidb=lidb, strength=0.5)
     half = "strength_model 0.175, strength_clip 0.25, person_guidance 2.75"
-    assert said[-1] == f"{half}: what suits this person, times a strength of 0.5"
+    assert said[-1] == f"{half}: recommended for this person, times a strength of 0.5"
     run("ApplyLiDBToModel", **models, lidb=lidb, strength=0.5, options=own)
     assert said[-1] == f"{half}: those of Apply Options, times a strength of 0.5"
 
