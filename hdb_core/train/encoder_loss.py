@@ -34,11 +34,11 @@ class PretrainConfig(LoopConfig):
     """The stage pretrain, which teaches the image encoder who is who.
 
     Attributes:
-        steps: of training the image encoder. It pays to be patient: for thousands of steps it learns little but colours
-            and the width of a face, then one shape after the other. 0 leaves the stage out.
-        people: in the batch of a step, over all processes.
-        portraits: set it where everybody's first photo is of one kind, such as a passport photo: it is always the one
-            that is predicted, which teaches the fine shapes of faces soonest.
+        steps: training steps of the image encoder. Patience pays: for thousands of steps it learns little more than
+            colours and the width of a face, then one shape after the other. 0 skips the stage.
+        people: people in a step, over all processes.
+        portraits: set it if everybody's first photo is of one kind, such as a passport photo. The encoder then always
+            predicts this photo, which teaches it the fine shapes of faces soonest.
     """
 
     steps: int = 2000

@@ -24,9 +24,9 @@ class EvaluateConfig:
     """The stage evaluate.
 
     Attributes:
-        photos: people are predicted from 1 to so many of their photos.
-        draws: noise levels at which each person is judged; more are more exact.
-        noise: part of the noise schedule that is drawn from, from its lower to its upper end, 0 to 1.
+        photos: predict people from 1 to this many of their photos.
+        draws: noise levels on which each person is measured; more are more exact.
+        noise: part of the noise schedule that is measured on, its lower and its upper end, 0 to 1.
     """
 
     photos: int = 1

@@ -24,9 +24,9 @@ class FitConfig:
     """People fitted in precompute, for the L2 loss on their weights beside the diffusion loss, as in the paper.
 
     Attributes:
-        steps: optimiser steps for each person; 40 with ``train.regression_weight`` 1 is the paper's way. 0 fits no one.
-        learning_rate: of the up side (Adam).
-        noise: part of the noise schedule that is drawn from, from its lower to its upper end, 0 to 1.
+        steps: optimiser steps for each person; the paper's way is 40, with ``train.regression_weight`` 1. 0 is off.
+        learning_rate: learning rate of the up side (Adam).
+        noise: part of the noise schedule that is trained on, its lower and its upper end, 0 to 1.
     """
 
     steps: int = 0

@@ -37,11 +37,11 @@ class LoopConfig:
 
     Attributes:
         steps: optimiser steps; the rate falls to zero over them as a cosine.
-        people: in the batch of a step, over all processes.
-        learning_rate: peak, of AdamW. Lower it if the training diverges.
-        warmup: steps until the peak.
-        weight_decay: of AdamW.
-        max_grad_norm: of the clipped gradient.
+        people: people in a step, over all processes.
+        learning_rate: peak learning rate of AdamW. Lower it if the training diverges.
+        warmup: steps until the peak of the learning rate.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: gradients are clipped to this norm.
 
     Raises:
         HyperNetError: if a setting makes no sense.

@@ -29,19 +29,19 @@ class TrainConfig(LoopConfig):
     """The stage train.
 
     Attributes:
-        steps: of training the hypernetwork. More for more people; the rate falls to zero over them.
-        people: in the batch of a step, over all processes. Fewer are faster and noisier.
-        regression_weight: of the L2 loss on the weights of fitted people, see ``fit.steps``.
-        diffusion_weight: of the diffusion loss through the frozen base model.
-        class_weight: of what keeps the class prompt, the one without the token, as the base model answers it, where 0
-            leaves it out. It costs another pass and a half of the base model, and is what lets other people be drawn
-            beside a person.
-        noise: part of the noise schedule that is drawn from, from its lower to its upper end, 0 to 1.
-        rest: how much the places that a photo's mask leaves out count, where its white counts 1. At 0 nothing keeps a
-            person out of them, and backgrounds suffer.
-        max_photos: a person is predicted from 1 to so many photos.
-        max_iterations: and with 1 to so many refinements.
-        augment: change the photos that people are predicted from at random: some of crop, flip, color (needs
+        steps: training steps of the hypernetwork. Take more for more people; the rate falls to zero over them.
+        people: people in a step, over all processes. Fewer are faster and noisier.
+        regression_weight: weight of the L2 loss on the weights of fitted people, see ``fit.steps``.
+        diffusion_weight: weight of the diffusion loss through the frozen base model.
+        class_weight: weight of the loss that keeps the base model's answers to the class prompt, the one without the
+            token, so that other people can be drawn while a person is applied. It costs one and a half more passes of
+            the base model; 0 is off.
+        noise: part of the noise schedule that is trained on, its lower and its upper end, 0 to 1.
+        rest: weight of what a photo's mask leaves out; its white counts 1. At 0 the person spreads into the rest, and
+            backgrounds suffer.
+        max_photos: predict each person from 1 to this many photos.
+        max_iterations: predict with 1 to this many refinements.
+        augment: random changes of the photos that people are predicted from: some of crop, flip, color (needs
             torchvision). For people with a single photo.
 
     Raises:

@@ -26,14 +26,14 @@ _INK, _PAPER = (30, 30, 30), (255, 255, 255)
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Sample grids while training, ``RUN/samples/step_000500.png`` and so on, and at its end.
+    """Sample grids during training and at its end, ``RUN/samples/step_000500.png`` and so on.
 
     Attributes:
-        every: steps of training between two grids; 0 draws none.
-        people: in a grid, of those kept from training.
-        steps: of the sampler.
-        guidance: classifier-free; 1 is none.
-        words: follow the prompt in the second half of the grid.
+        every: steps of training between two grids; 0 makes none.
+        people: people in a grid, of those who are not trained on.
+        steps: steps of the sampler.
+        guidance: cfg of the sampler; 1 is no guidance.
+        words: words after the prompt, in the second half of the grid.
     """
 
     every: int = 500

@@ -41,11 +41,11 @@ class BasisSettings:
     """The frozen bases of all people.
 
     Attributes:
-        seed: of the random bases.
-        down_dim: a, the dimension of the input side. Fewer make smaller files and less alike people.
+        seed: seed of the random bases.
+        down_dim: a, the dimension of the input side. Lower makes smaller files and less likeness.
         up_dim: b, the dimension of the output side.
-        learn_from: learn the basis from the photos of so many people instead of drawing it; 64 are enough. 0 draws it.
-        file: a learned basis of another run, ``RUN/basis.safetensors``.
+        learn_from: learn the basis from the photos of this many people; 64 are enough. 0 takes a random basis.
+        file: use the learned basis of another run, ``RUN/basis.safetensors``.
     """
 
     seed: int = BasisRecipe.seed
@@ -57,20 +57,19 @@ class BasisSettings:
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """The image encoder that the stage pretrain trains; without effect behind ``clip_vision``.
+    """The image encoder that the stage pretrain trains; not used with ``clip_vision``.
 
     Attributes:
-        image_size: side of the square that photos are cut to for the encoder, pixels.
+        image_size: side of the square photos that the encoder reads, pixels.
         token_width: width of the face tokens.
-        patch_size: of the ViT, pixels; with a stem, of its first convolution.
+        patch_size: patch of the ViT, pixels; with a stem, that of its first convolution.
         stem: residual convolutions before the ViT, (width, blocks) of each stage; every stage after the first halves
             the map.
-        summary: tokens that a photo is summed up in, at least 1.
+        summary: tokens that summarise a photo, at least 1.
         depth: layers of the ViT.
         heads: attention heads of the ViT.
-        cut: how the photos were cut before training, which is how they have to be cut for the hypernetwork: face, by
-            ``python -m hdb_core.train.photos --cut face``, which sets it, or as FFHQ and CelebA-HQ are; centre is not at
-            all.
+        cut: how the training photos were cut, and photos for the hypernetwork must be cut: face, by ``python -m
+            hdb_core.train.photos --cut face``, which sets it, or like FFHQ and CelebA-HQ; centre is not cut to the face.
     """
 
     image_size: int = EncoderConfig.image_size
@@ -88,12 +87,12 @@ class NetSettings:
     """The transformer that predicts a person.
 
     Attributes:
-        width: of the decoder's tokens.
+        width: width of the decoder's tokens.
         depth: decoder layers.
         heads: attention heads.
-        code: numbers of the face code, from which every prediction starts.
+        code: size of the face code, from which every prediction starts.
         predict_down: predict the down side of each person, too, instead of sharing one. It pays where layers are much wider
-            than the basis, as those of real base models are, and makes a file up to three times as large.
+            than the basis, as in real base models, and makes a file up to three times as large.
     """
 
     width: int = 256
@@ -111,12 +110,12 @@ class Settings:
         model: base model on this disk, SD 1.x, SD 2.x or SDXL: a .safetensors checkpoint or a diffusers folder. For
             ComfyUI's loader, whatever it can load.
         photos: folder with a sub-folder of face photos for each person, or with single photos.
-        prediction_type: epsilon or v_prediction; only an SD 2.x checkpoint file needs it, which does not say it.
+        prediction_type: epsilon or v_prediction; only an SD 2.x checkpoint file needs it, because it does not say.
         tokenizer: folder of CLIP's vocabulary, if neither the model nor a ComfyUI around it has one.
-        text_encoders: files of the text encoders, where ``model`` is a diffusion model alone, as for *Load CLIP*;
-            ComfyUI's loader has them (``python -m custom_nodes.PACK.train``).
-        clip_type: the type of *Load CLIP* for them, such as flux or lumina2.
-        vae: file of the VAE, where ``model`` is a diffusion model alone.
+        text_encoders: files of the text encoders, as for *Load CLIP*, if ``model`` is only a diffusion model. Needs
+            ComfyUI's loader (``python -m custom_nodes.PACK.train``).
+        clip_type: their type in *Load CLIP*, such as flux or lumina2.
+        vae: file of the VAE, if ``model`` is only a diffusion model.
         clip_vision: transformers folder of a frozen CLIP, SigLIP or DINOv2 image encoder, instead of training one. Try
             it with few people, or with one photo of each.
         begin_with: an image encoder or a whole hypernetwork of another run to go on from, its ``encoder.safetensors`` or
@@ -126,17 +125,17 @@ class Settings:
         convolutions: adapt the convolutions of the UNet's residual blocks, too. Leave them out for smaller files and
             faster steps.
         image_size: side of the photos for the base model, pixels. Take what the base model was trained at.
-        rank: of the predicted people. 4 leaves them more freedom, in a file four times as large.
-        prompt: what every person is called, with the rare token.
+        rank: rank of the predicted people. 4 can hold more of a person, in a file four times as large.
+        prompt: the prompt of every person, with the rare token.
         class_prompt: the same without the token.
-        held_out: share of the people kept from training, for evaluate and the sample grids.
-        overfit: a check before a long training, in a run folder of its own: train on the first N people alone, and
-            evaluate on them. 16 should be learned by heart in a few hundred steps. 0 is no check.
-        group: people in a file of precomputed latents, who are fitted together.
-        accumulate: take the people of a step in so many parts, where memory is short; the result is the same.
+        held_out: share of the people who are not trained on, for evaluate and the sample grids.
+        overfit: a check before a long training, in a run folder of its own: train on the first N people only, and
+            evaluate on them. It should memorise 16 in a few hundred steps. 0 is no check.
+        group: people in each file of precomputed latents; they are fitted together.
+        accumulate: split the people of a step into this many parts, if memory is short; the result is the same.
         mixed_precision: bf16, fp16 (older GPUs), or no, which takes twice the memory.
         cpu: compute on the CPU even if there is a GPU.
-        seed: of everything that is drawn.
+        seed: seed of everything random.
     """
 
     model: str = ""
