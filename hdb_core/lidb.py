@@ -311,7 +311,7 @@ def weighted_sum(lidbs: Sequence[LiDB], weights: Sequence[float], rank: int | No
         LiDBError: if the persons do not belong together or the numbers of weights differ.
     """
     if not lidbs or len(lidbs) != len(weights):
-        raise LiDBError(f"Expected one weight for each person, got {len(lidbs)} persons and {len(weights)} weights.")
+        raise LiDBError(f"Expected one weight for each person, got {len(lidbs)} people and {len(weights)} weights.")
     lidbs = aligned(lidbs)
     first = lidbs[0]
     down = torch.cat([lidb.down for lidb in lidbs], dim=1)
@@ -347,12 +347,12 @@ def require_same_space(lidbs: Sequence[LiDB]) -> None:
         if other.layout != first.layout:
             raise LiDBError(
                 f"Two LiDBs were made for different models ({first.layout.describe()}; {other.layout.describe()}). "
-                "Combine only persons that were made with the same checkpoint family."
+                "Combine only people who were made with the same checkpoint family."
             )
         if other.basis != first.basis:
             raise LiDBError(
                 f"Two LiDBs use different bases ({first.basis}; {other.basis}). "
-                "Combine only persons that were made with the same basis seed and dimensions."
+                "Combine only people who were made with the same basis seed and dimensions."
             )
 
 

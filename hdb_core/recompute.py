@@ -61,8 +61,7 @@ def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
         result = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         if versions != [tensor._version for tensor in given]:
             raise FinetuneError(
-                "Out of memory, and this model writes into what its blocks are given, so they cannot be computed a "
-                "second time. Lower the resolution."
+                "Out of memory, and gradient checkpointing does not work with this model. Lower the resolution."
             )
         return result
 

@@ -121,7 +121,9 @@ class ApplyOptions(io.ComfyNode):
                     tooltip="How strongly guidance (cfg) pulls towards the person: 1 is as with an ordinary LoRA, 2 twice that. Works up to nearly twice the cfg of the sampler; at a cfg of 1 the person is applied more strongly instead.",
                 ),
             ],
-            outputs=[APPLY_OPTIONS.Output(display_name="options", tooltip="Connect to Apply LiDB to Model or LiDB Hook.")],
+            outputs=[
+                APPLY_OPTIONS.Output(display_name="options", tooltip="Connect to Apply LiDB to Model or LiDB Hook.")
+            ],
         )
 
     @classmethod

@@ -93,7 +93,7 @@ class FileKind:
     def other_basis(self, path: Path) -> HDBError:
         """A file whose basis this installation does not reproduce."""
         return self.error(
-            f"{path.name!r} was made with another basis than the one its recipe gives here, so it would decode to "
+            f"{path.name!r} was made with another basis than this installation makes from its header, so the result would be "
             f"noise. Load it with the version of this node pack that made it, or {self.remake}."
         )
 

@@ -32,7 +32,7 @@ def advice(learned: Learned, config: FinetuneConfig, photos: int, enough: float 
         enough: `Learned.gained` that is recommended, if one is.
     """
     if learned.gained < WORSE:
-        return "It knows the photos less than the base model does: take a lower learning_rate."
+        return "It fits the photos worse than the base model does: take a lower learning_rate."
     if not config.photo_words.strip():
         return "Describe in photo_words what else the photo shows: what is not named there becomes part of the person."
     if enough is not None and learned.gained < LITTLE * enough:
@@ -41,7 +41,7 @@ def advice(learned: Learned, config: FinetuneConfig, photos: int, enough: float 
         return "That is little: try another photo, sharp and cropped to the face, or a higher learning_rate."
     if learned.moved > DISTURBED * max(learned.gained, 0.0):
         other = "another photo of the person besides this one" if photos == 1 else "photos that differ more"
-        return f"Other prompts have moved more than that is worth: take a lower learning_rate, fewer steps, or {other}."
+        return f"Other prompts have changed more than the likeness has grown: take a lower learning_rate, fewer steps, or {other}."
     if enough is not None and learned.gained > MUCH * enough:
         return "That is much: if pictures ignore the prompt, take fewer steps."
     return "If pictures do not look like the person, take more steps; if they ignore the prompt, fewer."

@@ -22,8 +22,8 @@ from .predicted import PeopleInBase
 from .settings import NetSettings
 
 NOTHING_LEARNED = (
-    "The image encoder has learned nothing yet, and stays as it is. Run the stage pretrain first, or set begin_with to the "
-    "encoder.safetensors of another run, and pretrain.steps to 0."
+    "The image encoder is untrained. Run the stage pretrain first, or set begin_with to the encoder.safetensors of another "
+    "run, and pretrain.steps to 0."
 )
 
 

@@ -214,7 +214,7 @@ class TrainingLoop:
         if self._skipped > (0 if self.accelerator.scaler is None else MOST_SKIPPED):
             raise HyperNetError(
                 f"The gradients of step {self.step + 1} are not finite: the training diverged. Lower learning_rate, or "
-                f"take --mixed-precision no; {self.state} is of before that, if it was written."
+                f"take --mixed-precision no. {self.state}, if it exists, is from before that step."
             )
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> int:

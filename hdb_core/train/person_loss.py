@@ -61,7 +61,7 @@ class TrainConfig(LoopConfig):
         super().__post_init__()
         if self.regression_weight <= 0 and self.diffusion_weight <= 0:
             raise HyperNetError(
-                "No loss would count. Set train.diffusion_weight or train.regression_weight to a number above 0."
+                "Both losses are off. Set train.diffusion_weight or train.regression_weight to a number above 0."
             )
         if self.class_weight < 0:
             raise HyperNetError(f"Expected train.class_weight of 0 or more, got {self.class_weight}.")

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.write(
         f"{counted['kept']:,} photos of {counted['people']:,} people are in {args.into / 'photos'}.\n"
         f"Dropped: {dropped(counted)}. Look at {args.into / 'report.png'} and {args.into / 'photos.csv'}.\n"
-        f"They are cut to the {args.cut}. A training on them knows it (encoder.cut).\n"
+        f"They are cut to the {args.cut}. A training on them sets encoder.cut itself.\n"
     )
     return 0
 

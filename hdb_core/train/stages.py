@@ -79,7 +79,7 @@ def _measure_basis(job: Job, people: Sequence[Person], config: BasisConfig) -> N
         both.append({name: (down.to(denoiser.device), up.to(denoiser.device)) for name, (down, up) in sides})
     shown = [encode(job.base, person, job.settings.image_size) for person in people]
     held, random = held_share(denoiser, shown, both, config)
-    job.accelerator.print(f"Of what {len(people)} unseen people ask for, the basis holds {held:.1%}, a random one {random:.1%}.")  # fmt: skip
+    job.accelerator.print(f"The basis covers {held:.1%} of the gradients of {len(people)} held-out people, a random one {random:.1%}.")  # fmt: skip
     found = {"unseen_people": len(people), "held": held, "held_by_a_random_basis": random}
     write_text(job.run.folder / "basis.json", json.dumps(found) + "\n")
 
@@ -168,7 +168,7 @@ def _notes(job: Job, base: PeopleInBase) -> dict[str, float]:
     if not job.settings.train.regression_weight or base.energy is None or base.mean is None:
         return {}
     mean = float(mean_predictor_loss(base.mean, base.energy))
-    job.accelerator.print(f"Predicting the mean person costs {mean:.3f} of the L2 loss.")
+    job.accelerator.print(f"Predicting the mean person for everybody has an L2 loss of {mean:.3f}.")
     return {"mean_predictor": mean}
 
 

@@ -114,7 +114,9 @@ def _found(denoiser: HostDenoiser, model: ModelPatcher) -> DryRun:
                 mutates, found = True, gradients()
     live = tuple(name for name, gradient in zip(names, found, strict=True) if gradient is not None)
     if not live:
-        raise LayoutError(f"No layer of the connected MODEL ({class_of(model)}) gets a gradient. Choose another one.")
+        raise LayoutError(
+            f"No layer of the connected MODEL ({class_of(model)}) gets a gradient, so it cannot be trained. Choose another one."
+        )
     return DryRun(live, mutates)
 
 

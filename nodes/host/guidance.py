@@ -123,8 +123,8 @@ class _Guidance:
         _, _, force_patch_weights, *_ = how
         if force_patch_weights:
             log.warning(
-                "A model with a person is saved without their person_guidance, which is no part of the weights. Save "
-                "the LiDB instead, or apply it with a person_guidance of 1 and more strength_model."
+                "The model is saved with the person, but without person_guidance, which is not part of the weights. Save "
+                "the LiDB instead, or apply it with a person_guidance of 1 and a higher strength_model."
             )
 
     def _hook(self, model: nn.Module) -> None:

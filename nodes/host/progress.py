@@ -64,7 +64,7 @@ def progress_text(progress: FinetuneProgress) -> str:
 
 def trained_at(height: int, width: int, resolution: int) -> str:
     """The size that photos are trained at, and that it was chosen if it was."""
-    return f"trained at {width} × {height} pixels{'' if resolution else ', chosen by resolution 0'}"
+    return f"trained at {width} × {height} pixels{'' if resolution else ' (resolution 0 is automatic)'}"
 
 
 def captioned(captions: Sequence[str]) -> str:

@@ -73,7 +73,7 @@ def test_every_step_draws_other_people_and_noise(loss_of, monkeypatch):
 
 
 def test_a_training_without_a_loss_is_refused():
-    with pytest.raises(HyperNetError, match="No loss would count"):
+    with pytest.raises(HyperNetError, match="Both losses are off"):
         TrainConfig(diffusion_weight=0.0)
     assert TrainConfig(warmup=0).rate(0) > 0
 

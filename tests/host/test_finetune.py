@@ -347,7 +347,7 @@ def test_captions_are_shown_each_once_and_not_too_many(host):
 
 def test_the_size_is_shown_and_whether_it_was_chosen(host):
     trained_at = host.module("nodes.host.progress").trained_at
-    assert trained_at(88, 184, 0) == "trained at 184 × 88 pixels, chosen by resolution 0"
+    assert trained_at(88, 184, 0) == "trained at 184 × 88 pixels (resolution 0 is automatic)"
     assert trained_at(512, 512, 512) == "trained at 512 × 512 pixels"
 
 
@@ -473,7 +473,7 @@ def test_a_mask_that_leaves_out_the_middle_is_said_while_training(host, run, loa
         and said[-1].startswith("1 step, too few")
     )
     height, width = photo.shape[1:3]
-    size = f"trained at {width} × {height} pixels, chosen by resolution 0"
+    size = f"trained at {width} × {height} pixels (resolution 0 is automatic)"
     assert all(
         f"\ncaptioned “a [v] face”\n{size}\nthe mask leaves out the middle of the photo" in text for text in said
     )

@@ -294,7 +294,7 @@ def test_pretrained_encoder_is_what_training_starts_from(model, photos, prepared
         (folder / lost).unlink()
     options = ["--set", "pretrain.learning_rate=3e-3", "pretrain.steps=60"]
     assert run(model, photos, folder, *options, stage="train") == 1
-    assert "The image encoder has learned nothing yet" in capsys.readouterr().err
+    assert "The image encoder is untrained" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stopping(patch, 20)
         run(model, photos, folder, *options, stage="pretrain")
@@ -770,7 +770,7 @@ def test_refusals(model, photos, tmp_path, capsys, stage, options, message):
         (["begin_with=hypernet.safetensors", "net.depth=9"], "differs from the hypernetwork to be trained in: net.depth"),
         (["begin_with=encoder.safetensors", "encoder.token_width=64"], "an image encoder of other sizes"),
         (["begin_with=encoder.safetensors", "pretrain.steps=0", "encoder.depth=2"], "an image encoder of other sizes"),
-        (["pretrain.steps=0"], "The image encoder has learned nothing yet"),
+        (["pretrain.steps=0"], "The image encoder is untrained"),
         (["fit.steps=0"], "No person was fitted"),
         (["accumulate=3"], "4 people a step must be a multiple of 1 processes times --accumulate 3"),
         (["pretrain.people=5", "accumulate=2"], "5 people a step must be a multiple"),

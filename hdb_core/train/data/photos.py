@@ -93,7 +93,7 @@ class Photo:
         (wide, high), (mask_wide, mask_high) = self.size(), mask.size()
         if abs(mask_wide * high - mask_high * wide) > max(wide, high):  # a pixel more or less is rounding
             raise HyperNetError(
-                f"{self.mask} is {mask_wide} × {mask_high}, its photo {wide} × {high}: it cannot lie over it. "
+                f"{self.mask} is {mask_wide} × {mask_high}, its photo {wide} × {high}, which has another shape. "
                 "Make the mask from the same, uncut photo."
             )
         white = resize_to_cover(mask.whole()[None, :1], (height, width))[0]

@@ -312,7 +312,7 @@ def _metadata(source: Path) -> dict[str, str]:
     except (OSError, *GARBLED) as error:
         raise HyperNetError(
             f"{path} cannot be read ({reason(error)}): expected lines such as "
-            '{"file_name": "anna/1.jpg", "text": "smiling"}. Mend or remove it.'
+            '{"file_name": "anna/1.jpg", "text": "smiling"}. Correct or remove it.'
         ) from error
     return found
 
