@@ -270,7 +270,7 @@ def test_what_a_saved_checkpoint_lacks_is_said(apply, person, passes, caplog):
     passes(guided)
     assert not caplog.records
     comfy.model_management.load_models_gpu([guided], force_patch_weights=True)
-    assert "without their person_guidance" in caplog.text
+    assert "without person_guidance" in caplog.text
     caplog.clear()
     comfy.model_management.load_models_gpu([apply(person(1), 1.0)], force_patch_weights=True)
     assert not caplog.records
