@@ -197,12 +197,13 @@ class Visit:
         return [*(folder / name for name in stage.keeps), *sorted(folder.glob("*.csv"))]
 
     def _pack(self, files: Sequence[Path]) -> None:
-        """Makes the parcel again if a packed file has changed; logs alone are no reason."""
-        weights = {path: path.stat().st_mtime_ns for path in files if path.is_file() and path.suffix == ".safetensors"}
-        if (weights and weights != self._packed) or self.results[-1]["end"] != "running":
+        """Makes the parcel again if a packed file has changed; logs and pictures alone are no reason."""
+        changing = (path for path in files if path.is_file() and path.suffix not in (".csv", ".png"))
+        kept = {path: path.stat().st_mtime_ns for path in changing}
+        if (kept and kept != self._packed) or self.results[-1]["end"] != "running":
             if any(path.is_file() for path in files):
                 parcel.pack({str(path.relative_to(self.work)): path for path in files}, self.out)
-            self._packed = weights
+            self._packed = kept
 
 
 def seconds_of(stages: Sequence[Stage], left: float) -> float:

@@ -74,6 +74,22 @@ def test_results_are_there_while_a_stage_runs_and_a_hanging_one_is_stopped(made,
     assert unpack(tmp_path / "out", tmp_path / "back")
 
 
+def test_scores_travel_while_more_of_them_are_made(made, tmp_path, monkeypatch):
+    line = "(folder / 'cells.jsonl').open('a').write('1\\n'); time.sleep(1)\n"
+    one = made(table=line * 3)
+    one.stages[0] = replace(one.stages[0], keeps=("cells.jsonl",))
+    publish, brought = one.publish, set()
+
+    def look() -> None:
+        publish()
+        if one.results[-1]["end"] == "running" and parcel.pieces(one.out):
+            unpack(one.out, tmp_path / "back")
+            brought.add((tmp_path / "back" / "table" / "cells.jsonl").read_text())
+
+    monkeypatch.setattr(one, "publish", look)
+    assert one.run() == 0 and {"1\n", "1\n1\n"} <= brought
+
+
 def test_results_that_cannot_be_written_stop_nothing(made, tmp_path, monkeypatch):
     one = made(first="pass", second=WRITE)
     monkeypatch.setattr(one, "_publish", lambda: 1 / 0)
