@@ -1,0 +1,209 @@
+"""Does a person pass through a ControlNet: is the pose that of the control picture, and the person still the same?
+
+``python dev.py bench control --split test`` writes ``control.json``, ``control.md`` and ``control.png`` to
+``benchmarks/results/``. People are predicted from one photo each. Their prompt contradicts the photo and names a plain
+wall, from which the person in a picture is told by colour; the control picture is the silhouette of another photo of
+the same person. Everything goes through the stock nodes. The ControlNet is that of ``python -m miniature.control``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from devtools.environment import ROOT
+from hdb_core.recommended import FROM_PREDICTION, RECOMMENDED
+from miniature.checkpoint import CONTROL_FILE
+from miniature.drawing import photo, silhouette
+from miniature.judge import Judge
+from miniature.prompts import EvaluationPrompt
+from miniature.scores import ceilings, mean_over_people, score_pictures, summarise
+
+from .common import grid
+from .common.bench import Bench, chosen_subjects, load_judges, open_bench, parser
+from .common.cells import Cell
+from .common.files import rounded, write_json, write_text
+from .common.report import percent
+from .common.studio import HYPERNET, Models, as_image, file_hash, hypernet_hash
+from .common.subjects import Subject
+from .pairs import placed
+
+STRENGTHS = RECOMMENDED[FROM_PREDICTION].strengths
+WALLS = "green wall", "pink wall"  # of which a photo shows one at most
+SCORES = "identity", "retrieval", "edit"
+APART = 40  # of 255, in the channel that differs most: more is another colour
+CORNER = 8  # pixels
+SHOWN = 8  # people in the picture: the first ones
+LEGEND = (
+    "*Pose*: what the person and the silhouette cover together, as a share of what either covers; *identity*: 0 a "
+    "stranger, 100 a true picture; *retrieval*: of 1,000 people the right one is the nearest; *edit*: all that is "
+    "prompted is shown. *A true picture* is a drawing of the person that the control picture was made of."
+)
+
+
+def prompt_of(subject: Subject) -> EvaluationPrompt:
+    """Expression, clothes and wall, none of which the photo shows, in a pose of its own."""
+    return placed(subject, next(wall for wall in WALLS if wall != subject.context.background))
+
+
+def figure(pictures: np.ndarray) -> np.ndarray:
+    """Where pictures uint8 (N, H, W, 3) show no wall: bool (N, H, W). The wall has the colour of the upper corners."""
+    top = pictures[:, :CORNER]
+    corners = np.concatenate([top[:, :, :CORNER], top[:, :, -CORNER:]], 2)
+    wall = np.median(corners, (1, 2), keepdims=True)
+    return (np.abs(pictures - wall) > APART).any(3)
+
+
+def overlap(pictures: np.ndarray, shape: np.ndarray) -> np.ndarray:
+    """Intersection over union (N,) of the people in pictures (N, H, W, 3) with a silhouette uint8 (H, W)."""
+    inside, shown = shape > 127, figure(pictures)
+    return (shown & inside).sum((1, 2)) / (shown | inside).sum((1, 2))
+
+
+def shape_of(subject: Subject) -> np.ndarray:
+    """The control picture: uint8 (128, 128), 255 where the person is to be."""
+    return silhouette(subject.person, prompt_of(subject).context)
+
+
+# -- making -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """The pictures of one row.
+
+    Attributes:
+        name: in the table.
+        person: whether the person is applied.
+        control: the file of a ControlNet; None goes without.
+    """
+
+    name: str
+    person: bool
+    control: Path | None
+
+    def settings(self, subject: Subject) -> dict[str, Any]:
+        """What decides the pictures, besides what all benchmarks share."""
+        own: dict[str, Any] = {"prompt": prompt_of(subject).text()}
+        if self.person:
+            own |= {"hypernet": hypernet_hash(HYPERNET), "strengths": STRENGTHS._asdict()}
+        return own | ({"control": file_hash(self.control)} if self.control else {})
+
+    @torch.inference_mode()
+    def made(self, bench: Bench, subject: Subject) -> np.ndarray:
+        """uint8 (pictures, 128, 128, 3)."""
+        studio, models = bench.studio, bench.studio.base
+        if self.person:
+            models = studio.apply(studio.predict(HYPERNET, subject.photo[None]).lidb, STRENGTHS)
+        positive = studio.host.run("CLIPTextEncode", clip=models.clip, text=prompt_of(subject).text())[0]
+        if self.control:
+            positive, models = controlled(bench, models, positive, self.control, shape_of(subject))
+        return studio.sampled(models, positive, subject.seed, bench.seeds)
+
+    def pictures(self, bench: Bench, subject: Subject) -> np.ndarray:
+        """Those of the finished cell."""
+        cell = bench.cells.read(self.name, self.settings(subject), subject.seed)
+        assert cell is not None, "`make` comes first"
+        return cell.pictures[0]
+
+
+def rows_of(control: Path) -> list[Row]:
+    """Base and person, each without and with a ControlNet."""
+    nets = {"": None, ", controlled": control}
+    return [Row(f"{who}{end}", who == "person", net) for who in ("base", "person") for end, net in nets.items()]
+
+
+def make(bench: Bench, rows: Sequence[Row], subjects: Sequence[Subject], report_only: bool) -> None:
+    """Makes the cells that are not there yet.
+
+    Raises:
+        SystemExit: some are missing, and nothing new is to be made.
+    """
+    for subject in subjects:
+        for row in rows:
+            own = row.settings(subject)
+            if bench.cells.path(row.name, own, subject.seed).exists():
+                continue
+            if report_only:
+                raise SystemExit(f"The pictures of {subject.seed}, {row.name}, are not made yet.")
+            cell = Cell(row.made(bench, subject)[None], {"prompts": [own["prompt"]], "made_on": bench.studio.made_on})
+            bench.cells.write(row.name, own, subject.seed, cell)
+            print(f"{row.name}: {subject.seed}", flush=True)
+
+
+def controlled(bench: Bench, models: Models, positive: Any, control: Path, shape: np.ndarray) -> tuple[Any, Models]:
+    """Positive conditioning, and the models with the negative one, behind the stock ControlNet nodes."""
+    studio = bench.studio
+    studio.host.folder_paths.add_model_folder_path("controlnet", str(control.parent))
+    net = studio.host.run("ControlNetLoader", control_net_name=control.name)[0]
+    image = as_image(shape[None, :, :, None].repeat(3, 3))
+    given = {"positive": positive, "negative": models.negative or studio.negative(models.clip), "control_net": net}
+    strength = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    positive, negative = studio.host.run("ControlNetApplyAdvanced", **given, image=image, **strength)
+    return positive, models._replace(negative=negative)
+
+
+# -- judging ----------------------------------------------------------------------------------------------------------
+
+
+def scores(judge: Judge, subject: Subject, pictures: np.ndarray) -> dict[str, float]:
+    """Means over the pictures uint8 (N, 128, 128, 3) of a person."""
+    prompts = [prompt_of(subject)] * len(pictures)
+    ceiling = np.repeat(ceilings(judge, subject.person, prompts[:1]), len(pictures))
+    readings = judge.read(np.ascontiguousarray(pictures))
+    means = summarise(score_pictures(readings, subject.person, subject.context, prompts, ceiling))
+    return {"pose": float(overlap(pictures, shape_of(subject)).mean())} | {name: means[name].value for name in SCORES}
+
+
+def table(judge: Judge, bench: Bench, rows: Sequence[Row], subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:
+    """Row → score → mean over people and its standard error; the last row is of true pictures."""
+    pictures = {row.name: [row.pictures(bench, subject) for subject in subjects] for row in rows}
+    pictures["a true picture"] = [photo(one.person, prompt_of(one).context)[None] for one in subjects]
+    found = {}
+    for name, own in pictures.items():
+        each = [scores(judge, *one) for one in zip(subjects, own, strict=True)]
+        found[name] = {score: asdict(mean_over_people(one[score] for one in each)) for score in each[0]}
+    return found
+
+
+def text_of(rows: Mapping[str, Mapping[str, Any]], people: int, pictures: int) -> str:
+    """The Markdown table of the first judge."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"| %, of {people} people | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for row, own in rows.items():
+        lines.append(f"| {row} | " + " | ".join(percent(own[c]["value"], own[c]["error"]) for c in columns) + " |")
+    counted = f"{pictures} pictures of each person and row; means over people with standard errors."
+    return "\n".join([*lines, "", f"{counted} {LEGEND}", ""])
+
+
+def main() -> None:
+    options = parser(__doc__, people=40, name="control")
+    options.add_argument(
+        "--control", type=Path, default=ROOT / ".runs" / "control" / CONTROL_FILE, help="the ControlNet"
+    )
+    args = options.parse_args()
+    if not args.control.is_file():
+        raise SystemExit(f"No ControlNet {args.control}: make one with python -m miniature.control.")
+    bench, subjects, rows = open_bench(args), chosen_subjects(args), rows_of(args.control.resolve())
+    make(bench, rows, subjects, args.report_only)
+    tables = {name: table(judge, bench, rows, subjects) for name, judge in load_judges(args.weights).items()}
+    text = text_of(next(iter(tables.values())), len(subjects), bench.seeds)
+    print(text)
+    result = {"people": len(subjects), "pictures": bench.seeds, "sampling": asdict(bench.sampling), "judges": tables}
+    write_json(args.results / "control.json", rounded(result))
+    write_text(args.results / "control.md", text)
+    lines = []
+    for one in subjects[:SHOWN]:
+        pictures = [one.photo, shape_of(one)[:, :, None].repeat(3, 2), *(row.pictures(bench, one)[0] for row in rows)]
+        lines.append((prompt_of(one).text(), pictures))
+    columns = ["the photo", "the control picture", *(row.name for row in rows)]
+    grid.save(grid.grid(lines, columns), args.results / "control.png")
+
+
+if __name__ == "__main__":
+    main()
