@@ -99,7 +99,7 @@ def save(lidb: LiDB, path: str | os.PathLike[str], rank: int | None = None, bits
             f"Expected finite numbers, got NaN or infinity in the LiDB for {path.name!r}; nothing was written. "
             "Make the person again with a lower learning rate."
         )
-    factors, ranks = _components(lidb, rank)
+    factors, ranks = _components(lidb, rank, bits)
     tensors = factors if bits == FULL else _scaled(factors, bits)
     fields = container.space_fields(lidb.layout, lidb.basis) | {
         "ranks": ranks,
@@ -190,16 +190,32 @@ def read_about(fields: Any) -> About:
     return about
 
 
-def _components(lidb: LiDB, rank: int | None) -> tuple[dict[str, Tensor], list[int]]:
+def _components(lidb: LiDB, rank: int | None, bits: int) -> tuple[dict[str, Tensor], list[int]]:
     """The factors of the file, rows of all layers one after the other, and how many of them are a layer's."""
     count = math.inf if rank is None else rank * len(lidb.layout.layers)
-    fits = lidb.rank * len(lidb.layout.layers) <= count
-    kept = truncate(lidb, lidb.rank) if fits else strongest(lidb, int(count))
-    filled = (kept.down.abs().amax(2) > 0) & (kept.up.abs().amax(1) > 0)
-    if not filled.any():  # a person that changes nothing
+    factors, ranks = _rows(lidb)
+    # A person of such a file stays as they are; in balance, they would be rounded anew each time, and lose a little.
+    if bits == COMPACT and sum(ranks) <= count and _is_compact(factors):
+        return factors, ranks
+    return _rows(truncate(lidb, lidb.rank) if lidb.rank * len(ranks) <= count else strongest(lidb, int(count)))
+
+
+def _rows(lidb: LiDB) -> tuple[dict[str, Tensor], list[int]]:
+    """The components that are not zero, as `_components` gives them; of a person that changes nothing, one."""
+    filled = (lidb.down.abs().amax(2) > 0) & (lidb.up.abs().amax(1) > 0)
+    if not filled.any():
         filled[0, 0] = True
-    rows = {"down": kept.down[filled], "up": kept.up.mT[filled]}
+    rows = {"down": lidb.down[filled], "up": lidb.up.mT[filled]}
     return {name: own.detach().cpu().float() for name, own in rows.items()}, filled.sum(1).tolist()
+
+
+def _is_compact(factors: Mapping[str, Tensor]) -> bool:
+    """Whether 6 bits a number hold rows (N, d) exactly."""
+    stored = _scaled(factors, COMPACT)
+    return all(
+        torch.equal(_as_float(stored, name, (len(rows), rows.shape[1]), _DTYPES[COMPACT]), rows)
+        for name, rows in factors.items()
+    )
 
 
 def _scaled(factors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from hdb_core.files.lidb import COMPACT, DEFAULT_RANK, FULL, HALF, MAX_COUNT, lo
 from hdb_core.finetuning import FinetuneConfig
 from hdb_core.finetuning.factors import describe
 from hdb_core.layout import Layer, Layout
-from hdb_core.lidb import About, LiDB, core, cosine, norm, strongest, truncate
+from hdb_core.lidb import About, LiDB, core, norm, strongest, truncate
 from hdb_core.recommended import Strengths
 
 
@@ -76,10 +76,14 @@ def test_round_trip(tmp_path, make_lidb, bits, error, size):
     assert (cores[0] - cores[1]).norm() <= error * cores[1].norm()
 
 
-def test_a_loaded_person_saves_to_the_same_numbers(path, tmp_path):
-    first = load(path)
-    save(first, tmp_path / "again.safetensors")
-    assert 1 - cosine(first, load(tmp_path / "again.safetensors")) < 1e-6
+@pytest.mark.parametrize("rank", [2, 5])
+def test_a_loaded_person_saves_to_the_same_file(tmp_path, make_lidb, rank):
+    """A name or a thumbnail that is given later costs no likeness; 6 bits lost 2 to 3 percent of the person each time."""
+    first, again = tmp_path / "first.safetensors", tmp_path / "again.safetensors"
+    lidb = make_lidb(0, 5)
+    save(replace(lidb, up=lidb.up * torch.arange(1, 6)), first, rank, COMPACT)
+    save(load(first), again, rank, COMPACT)
+    assert again.read_bytes() == first.read_bytes()
 
 
 def test_sizes_on_sd1(tmp_path):
