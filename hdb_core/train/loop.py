@@ -161,7 +161,7 @@ class TrainingLoop:
                 logged.append(self._advance(loss_of, ahead))
                 bar.update()
                 at_end = self._at_end()
-                if at_end or self.step % LOG_EVERY == 0:
+                if self.step % LOG_EVERY == 0 and not at_end:
                     bar.set_postfix(self._log(logged, notes or {}))
                     logged = []
                 if is_main and self._progress is None and self.step == first + LOG_EVERY < self.config.steps:
@@ -175,6 +175,8 @@ class TrainingLoop:
         if is_main:
             self._save()
             save()
+        if logged:  # last: by this row, the training is finished
+            self._log(logged, notes or {})
         self.accelerator.wait_for_everyone()
 
     def _at_end(self) -> bool:

@@ -188,6 +188,11 @@ def run_evaluate(job: Job) -> None:
     if recipe.learned:
         job.accelerator.print(f"In the learned basis {recipe.learned[:12]}.")
     net = FromFaces(hypernet_file.load(run.file, recipe).to(job.accelerator.device))
+    if net.net.config.layout != job.base.denoiser.layout:
+        raise HyperNetError(
+            f"{run.file} was trained for {net.net.config.layout.describe()}, but this run is for "
+            f"{job.base.denoiser.layout.describe()}. Put back the file of this run, or delete it: the stage train writes it again."
+        )
     everybody = job.encoded(net.net.config.basis)
     _, people = split(everybody, settings.held_out, settings.overfit)
     if not settings.overfit:

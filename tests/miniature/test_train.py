@@ -34,6 +34,7 @@ from hdb_core.errors import HyperNetError
 from hdb_core.files import basis as basis_file
 from hdb_core.files import container
 from hdb_core.files import hypernet as hypernet_file
+from hdb_core.hypernet import HyperNet
 from hdb_core.train import loop
 from hdb_core.train import state as state_file
 from hdb_core.train.__main__ import main
@@ -502,6 +503,34 @@ def test_steps_that_a_kill_undid_are_logged_once(model, photos, prepared):
     rows = rows_of(folder / "log.csv")
     assert [int(row["step"]) for row in rows] == [2, 4, 6, 8]
     assert not any(row.get("regression") for row in rows)
+
+
+def test_a_run_that_was_killed_before_its_last_save_is_not_finished(model, photos, ended, straight):
+    """Its log would say so, beside the file of an earlier step."""
+    folder = ended()
+    shutil.copy(straight / "hypernet.safetensors", folder)
+    with pytest.MonkeyPatch.context() as killed, pytest.raises(KeyboardInterrupt):
+
+        def kill(self):
+            raise KeyboardInterrupt
+
+        killed.setattr(TrainingLoop, "_save", kill)
+        run(model, photos, folder, "--steps", "12")
+    assert run(model, photos, folder, "--steps", "12") == 0
+    assert hypernet_file.read_header(folder / "hypernet.safetensors").info["step"] == "12"
+    assert [int(row["step"]) for row in rows_of(folder / "log.csv")][-1] == 12
+
+
+def test_a_file_of_other_layers_is_not_evaluated(model, photos, ended, straight, capsys):
+    """Such as that of a run with another base model; same names with other sizes ended in an error of torch's."""
+    folder, header = ended(), hypernet_file.read_header(straight / "hypernet.safetensors")
+    first, *rest = header.config.layout.layers
+    for layers in ([replace(first, in_features=first.in_features + 1), *rest], rest):
+        layout = replace(header.config.layout, layers=tuple(layers))
+        net = HyperNet.create(replace(header.config, layout=layout))
+        hypernet_file.save(net, folder / "hypernet.safetensors", header.info)
+        assert run(model, photos, folder, stage="evaluate") == 1
+        assert "hypernet.safetensors was trained for SD 1.x" in capsys.readouterr().err
 
 
 def test_a_run_that_ended_before_its_file_writes_it(model, photos, ended, straight):
