@@ -28,6 +28,7 @@ def refuse_early(job: Job, stages: Sequence[str]) -> None:
     settings = job.settings
     for stage, config in (("pretrain", settings.pretrain), ("train", settings.train)):
         if stage in stages:
+            job.run.require_own_result(stage)
             parts_of(config.people, settings.accumulate, job.accelerator)
             split(job.needed, settings.held_out, settings.overfit)
     if settings.begin_with and not job.run.begins_with_hypernet() and {"pretrain", "train"} & set(stages):

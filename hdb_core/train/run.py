@@ -122,6 +122,20 @@ class Run:
             return self.encoder.exists() and logged_step(self.pretrain_log) >= self.settings.pretrain.steps
         return stage == "train" and self.file.exists() and logged_step(self.log) >= self.settings.train.steps
 
+    def require_own_result(self, stage: str) -> None:
+        """Check that pretrain or train will not write over a result that it cannot go on from, perhaps somebody else's.
+
+        Raises:
+            HyperNetError: if there is one without its state, and the stage is not finished.
+        """
+        own = {"pretrain": (self.encoder, self.pretrain_state), "train": (self.file, self.state)}
+        result, state = own[stage]
+        if result.exists() and not state.exists() and not self.finished(stage):
+            raise HyperNetError(
+                f"{result} is there, but not {state.name} to go on from: the stage {stage} would begin anew and write over it. "
+                "Move it elsewhere first; begin_with takes it as a beginning."
+            )
+
     def begins_with_hypernet(self) -> bool:
         """Whether ``begin_with`` is a whole hypernetwork and not an encoder.
 

@@ -533,6 +533,28 @@ def test_a_file_of_other_layers_is_not_evaluated(model, photos, ended, straight,
         assert "hypernet.safetensors was trained for SD 1.x" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("result", "lost", "longer"),
+    [
+        ("hypernet.safetensors", ("state.safetensors",), ["--steps", "12"]),
+        ("hypernet.safetensors", ("state.safetensors", "log.csv"), []),
+        ("encoder.safetensors", ("pretrain_state.safetensors",), ["--set", "pretrain.steps=4"]),
+    ],
+)
+def test_a_result_without_its_state_is_not_written_over(model, photos, ended, straight, capsys, result, lost, longer):
+    """Such as a stranger's in a new run folder; what is finished needs no state."""
+    folder = ended()
+    shutil.copy(straight / "hypernet.safetensors", folder)
+    for name in lost:
+        (folder / name).unlink()
+    before = (folder / result).read_bytes()
+    assert run(model, photos, folder, *longer) == 1
+    assert f"{result} is there, but not {lost[0]} to go on from" in capsys.readouterr().err
+    assert (folder / result).read_bytes() == before
+    if longer:
+        assert run(model, photos, folder) == 0
+
+
 def test_a_run_that_ended_before_its_file_writes_it(model, photos, ended, straight):
     folder = ended()
     assert run(model, photos, folder, stage="train") == 0
