@@ -13,6 +13,7 @@ from PIL import EpsImagePlugin, Image
 from hdb_core.errors import HyperNetError
 from hdb_core.hypernet import EncoderConfig, preprocess
 from hdb_core.images import resize_to_cover
+from hdb_core.train.data import photos
 from hdb_core.train.data.photos import Photo
 
 
@@ -105,3 +106,32 @@ def test_a_file_and_its_image_are_the_same_to_the_encoder(tmp_path, shape):
     trained = preprocess(Photo(tmp_path / "a.png").pixels(32)[None], encoder)
     shown = preprocess(torch.from_numpy(picture.astype(np.float32) / 255.0)[None], encoder)
     assert torch.equal(trained, shown)
+
+
+@pytest.mark.parametrize("kind", ["L", "RGB", "RGBA", "P", "LA", "jpg", "turned"])
+def test_a_very_large_picture_is_reduced_on_the_way(tmp_path, monkeypatch, kind):
+    """To the same pixels; each of them took 20 bytes, on every core."""
+    monkeypatch.setattr(photos, "LARGE", 10_000)
+    small = Image.fromarray((noise(8, 10, 3).numpy() * 255).astype(np.uint8))
+    large = small.resize((500, 400), Image.Resampling.BICUBIC)
+    path, exif = tmp_path / "a.png", Image.Exif()
+    if kind == "turned":
+        exif[0x0112] = 6
+    if kind in ("jpg", "turned"):
+        large.save(path, "JPEG", exif=exif)
+    else:
+        large.convert(kind).save(path, compress_level=1)
+    photo = Photo(path)
+    assert min(photo.whole(32).shape[1:]) == 4 * 32
+    expected = resize_to_cover(photo.whole()[None], (32, 32))[0].movedim(0, -1)
+    torch.testing.assert_close(photo.pixels(32), expected, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_few_bytes_of_very_many_pixels(tmp_path, mode):
+    """A picture of 21 KB took 3.4 GB, on every core."""
+    Image.new(mode, (7100, 7100)).save(path := tmp_path / "a.png")
+    with pytest.raises(HyperNetError, match=r"pixels in .* bytes; make it smaller"):
+        Photo(path).pixels(64)
+    path.write_bytes(path.read_bytes() + bytes(1_100_000))  # as many as a real one has
+    assert Photo(path).pixels(64).shape == (64, 64, 3)

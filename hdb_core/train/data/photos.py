@@ -32,6 +32,8 @@ from ...images import resize_to_cover
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whatever a file is called; for others, Pillow may start programs
 MASK, WORDS, SHARD = ".mask.png", ".txt", ".tar"
+LARGE, ROOM = 16_000_000, 4  # pixels of a picture whose numbers take much memory; see `Photo.whole`
+MOST_WITHIN, MOST_OF_A_BYTE = 50_000_000, 50  # pixels of any picture, and of a larger one for each byte of its file
 PREPARED = "prepared.json"  # of a folder that `prepare` has made: how its photos are cut, {"cut": "face"}
 Item = TypeVar("Item")
 Read = TypeVar("Read")
@@ -79,7 +81,7 @@ class Photo:
         Raises:
             HyperNetError: if the file is no picture.
         """
-        return resize_to_cover(self.whole()[None], (size, size))[0].movedim(0, -1)
+        return resize_to_cover(self.whole(size)[None], (size, size))[0].movedim(0, -1)
 
     def region(self, height: int, width: int) -> Tensor:
         """How much each place of the latents counts, float32 (1, height, width) of mean 1; without a mask, all the same.
@@ -96,7 +98,7 @@ class Photo:
                 f"{self.mask} is {mask_wide} × {mask_high}, its photo {wide} × {high}, which has another shape. "
                 "Make the mask from the same, uncut photo."
             )
-        white = resize_to_cover(mask.whole()[None, :1], (height, width))[0]
+        white = resize_to_cover(mask.whole(max(height, width))[None, :1], (height, width))[0]
         if not bool(white.any()):
             raise HyperNetError(f"{self.mask} marks nothing of its photo. Paint the face white, or remove the file.")
         return white / white.mean()
@@ -111,20 +113,28 @@ class Photo:
             turned = file.getexif().get(ExifTags.Base.Orientation, 1) > 4
             return (file.height, file.width) if turned else file.size
 
-    def whole(self) -> Tensor:
+    def whole(self, side: int = 0) -> Tensor:
         """The picture upright and uncut, float32 (3, H, W) in 0..1, as Load Image reads it; a transparent one on white.
+
+        Args:
+            side: to which it will be reduced: a very large picture is, on the way, to `ROOM` times that; 0 is not.
 
         Raises:
             HyperNetError: if the file is no picture.
         """
         with self._opened() as file:
+            least = ROOM * side if file.width * file.height > LARGE else 0
+            if least:
+                file.draft(file.mode, (least, least))  # decodes a JPEG to an eighth at once
             image = ImageOps.exif_transpose(file)
+            if image.mode in ("L", "RGB", "RGBA"):  # others first become these, with more memory
+                image = _reduced(image, least)
             if image.mode.startswith("I"):  # 16 bits of grey, of which Pillow makes white from 255 on
                 image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
+            image = _reduced(image.convert("RGB"), least)
         return torch.from_numpy(np.asarray(image, dtype=np.float32)).div_(255).movedim(-1, 0)
 
     @contextmanager
@@ -133,11 +143,20 @@ class Photo:
             data = read_bytes(self.path)
             require_few_scans(data)
             with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+                if file.width * file.height > max(MOST_WITHIN, MOST_OF_A_BYTE * len(data)):
+                    raise ValueError(f"{file.width} × {file.height} pixels in {len(data):,} bytes; make it smaller")
                 yield file
         except (OSError, SyntaxError, Image.DecompressionBombError, *GARBLED) as error:
             raise HyperNetError(
                 f"{self.path} cannot be read as a picture ({reason(error)}). Remove it or save it again."
             ) from error
+
+
+def _reduced(image: Image.Image, least: int) -> Image.Image:
+    """A picture with a shorter side of at most so many pixels; 0 leaves it as it is."""
+    scale = least / min(image.size) if least else 1.0
+    width, height = (round(scale * side) for side in image.size)
+    return image if scale >= 1 else image.resize((width, height), Image.Resampling.BOX)
 
 
 def in_threads(read: Callable[[Item], Read], items: Sequence[Item]) -> list[Read]:
