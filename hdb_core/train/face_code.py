@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import HyperNetError
 from ..hypernet.encoder import initialised
 from .data.people import EncodedPerson
 from .data.photos import in_threads
@@ -39,8 +40,17 @@ class Components:
 
     @classmethod
     def of(cls, latents: Tensor) -> Components:
-        """The components of photos (N, C, h, w); the global generator is left as it was."""
+        """The components of photos (N, C, h, w); the global generator is left as it was.
+
+        Raises:
+            HyperNetError: if the latents are not finite.
+        """
         flat = latents.cpu().float().flatten(1)  # where the seed counts
+        if not bool(flat.isfinite().all()):
+            raise HyperNetError(
+                "The latents of some photos hold NaN or infinity. Delete the folder people, and give another model or VAE if "
+                "it makes the same again."
+            )
         mean, count = flat.mean(0), min(_COMPONENTS, *flat.shape)
         with initialised(0):
             _, singular, directions = torch.svd_lowrank(flat - mean, count, niter=4)

@@ -17,6 +17,7 @@ from hdb_core.train.data.groups import Group, group_paths
 from hdb_core.train.data.people import read_people
 from hdb_core.train.data.photos import Person, Photo
 from hdb_core.train.data.tokens import PhotoTokens
+from hdb_core.train.face_code import Components
 
 BASIS, LAYOUT, ENCODER = BasisRecipe(3, 12, 8), small_layout(), EncoderConfig("clip_vision", 16, 8, num_tokens=3)
 PEOPLE = [Person(name, (Photo(Path("1.png")), Photo(Path("2.png")))) for name in ("anna", "ben")]
@@ -73,3 +74,20 @@ def test_fitted_people_of_another_model_and_broken_tokens(tmp_path):
         Group(0, PEOPLE, tmp_path / "group_00000.safetensors", settings).write({**tensors, name: value})
         with pytest.raises(HyperNetError, match=r"cannot be read .*another shape"):
             read(tmp_path, kind)
+
+
+@pytest.mark.parametrize("name", ["latents", "up"])
+def test_a_file_of_another_run_beside_those_of_this_one(tmp_path, name):
+    """Of other sizes: torch said so when people of both were in one step."""
+    tensors, settings = WRITTEN["latents"]
+    for number, own in enumerate((tensors, {**tensors, name: torch.cat([tensors[name]] * 2, -1)})):
+        Group(number, PEOPLE, tmp_path / f"group_{number:05}.safetensors", settings).write(own)
+    with pytest.raises(
+        HyperNetError, match=r"group_00001.safetensors cannot be read .*another shape than those of group_0"
+    ):
+        read(tmp_path, "latents")
+
+
+def test_latents_that_are_not_finite():
+    with pytest.raises(HyperNetError, match="hold NaN or infinity"):
+        Components.of(torch.full((3, 4, 2, 2), torch.nan))

@@ -81,7 +81,7 @@ def read_people(folder: Path, people: Sequence[Person], basis: BasisRecipe, layo
         HyperNetError: if nothing is there, a file is damaged, or a person is no longer among ``people``.
     """
     known = {person.name: person for person in people}
-    paths = group_paths(folder)
+    paths, shapes = group_paths(folder), dict[str, torch.Size]()
     if not paths:
         raise HyperNetError(f"{folder} holds no latents. Run the stage precompute first.")
     for path in paths:
@@ -96,6 +96,9 @@ def read_people(folder: Path, people: Sequence[Person], basis: BasisRecipe, layo
             encoded = file.get_tensor("latents")
             if encoded.ndim not in (4, 5) or encoded.dtype != torch.float16:  # 5 of a video model
                 raise ValueError("latents of another shape or type")
+            for what, own in (("latents", encoded), *((("fitted people", up),) if fits else ())):
+                if 0 in own.shape or shapes.setdefault(what, own.shape[1:]) != own.shape[1:]:
+                    raise ValueError(f"{what} of another shape than those of {paths[0].name}")
             latents = encoded.split(file.get_tensor("counts").tolist())
             for name, own, fitted in zip(names, latents, up, strict=True):
                 if name not in known or len(known[name].photos) != len(own):
