@@ -86,7 +86,7 @@ def test_the_average_is_shown_and_taken_away_again(tmp_path):
     before = model[0].weight.clone()
     with one.averaged():
         assert not torch.equal(model[0].weight, before)
-        assert torch.equal(model[0].weight, one.averages()["0.weight"])
+        assert torch.equal(model[0].weight, one.averages()["0.weight"].to(one.dtype))
     assert torch.equal(model[0].weight, before)
     one.save()
     assert torch.equal(saved[0], load_average(tmp_path)["0.weight"])
