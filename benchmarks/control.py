@@ -28,7 +28,7 @@ from .common import grid
 from .common.bench import Bench, chosen_subjects, load_judges, open_bench, parser
 from .common.cells import Cell
 from .common.files import rounded, write_json, write_text
-from .common.report import percent
+from .common.report import table_of_means
 from .common.studio import HYPERNET, Models, as_image, file_hash, hypernet_hash
 from .common.subjects import Subject
 from .pairs import placed
@@ -173,12 +173,8 @@ def table(judge: Judge, bench: Bench, rows: Sequence[Row], subjects: Sequence[Su
 
 def text_of(rows: Mapping[str, Mapping[str, Any]], people: int, pictures: int) -> str:
     """The Markdown table of the first judge."""
-    columns = list(next(iter(rows.values())))
-    lines = [f"| %, of {people} people | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    for row, own in rows.items():
-        lines.append(f"| {row} | " + " | ".join(percent(own[c]["value"], own[c]["error"]) for c in columns) + " |")
     counted = f"{pictures} pictures of each person and row; means over people with standard errors."
-    return "\n".join([*lines, "", f"{counted} {LEGEND}", ""])
+    return "\n".join([*table_of_means(rows, f"%, of {people} people"), "", f"{counted} {LEGEND}", ""])
 
 
 def main() -> None:

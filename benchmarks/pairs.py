@@ -30,7 +30,7 @@ from .common import grid
 from .common.bench import Bench, chosen_subjects, load_judges, open_bench, parser
 from .common.cells import Cell
 from .common.files import rounded, write_json, write_text
-from .common.report import percent
+from .common.report import table_of_means
 from .common.studio import HYPERNET, SIZE, Models, hypernet_hash
 from .common.subjects import Subject
 
@@ -216,13 +216,8 @@ def pictures_of(bench: Bench, row: str, pair: Pair) -> np.ndarray:
 
 def text_of(rows: Mapping[str, Mapping[str, Any]], pairs: int, pictures: int) -> str:
     """The Markdown table of the first judge."""
-    columns = list(next(iter(rows.values())))
-    lines = ["| %, of {} pairs | {} |".format(pairs, " | ".join(columns)), "|---|" + "---:|" * len(columns)]
-    for row, own in rows.items():
-        lines.append(f"| {row} | " + " | ".join(percent(own[c]["value"], own[c]["error"]) for c in columns) + " |")
     counted = f"{pictures} pictures of each pair and row; means over pairs with standard errors, both halves of each."
-    lines += ["", f"{counted} {LEGEND}", ""]
-    return "\n".join(lines)
+    return "\n".join([*table_of_means(rows, f"%, of {pairs} pairs"), "", f"{counted} {LEGEND}", ""])
 
 
 def sheet(bench: Bench, pairs: Sequence[Pair]) -> grid.Image.Image:

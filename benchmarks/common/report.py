@@ -357,6 +357,15 @@ def against_goal(value: float | None, goal: float | None) -> str:
     return f"{number(value)} ({'≥' if value >= goal else '<'} {goal})"
 
 
+def table_of_means(rows: Mapping[str, Mapping[str, Any]], title: str) -> list[str]:
+    """The lines of a Markdown table in percent: row → score → {"value", "error"} of a `Mean`; every row has all scores."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for row, own in rows.items():
+        lines.append(f"| {row} | " + " | ".join(percent(own[c]["value"], own[c]["error"]) for c in columns) + " |")
+    return lines
+
+
 def percent(value: float | None, error: float | None = None, sign: bool = False) -> str:
     """ "61.2 ± 1.4", or nothing."""
     if value is None:
