@@ -33,7 +33,10 @@ LIMITS = {
     "max_iterations": hypernet_file.LIMITS["iterations"],
     "down_dim": container.MAX_DIM,
     "up_dim": container.MAX_DIM,
+    "max_photos": 1000,
+    "photos": 1000,
 }
+AT_LEAST_1 = ("image_size", "rank", "group", "accumulate", "samples.steps", "evaluate.draws")
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,8 @@ class Settings:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
-        for name, value in flat(self).items():
+        values = flat(self)
+        for name, value in values.items():
             if not isinstance(value, bool) and isinstance(value, int):
                 most = LIMITS.get(name.rpartition(".")[2], MOST)
                 _require(0 <= value <= most, name, f"from 0 to {most:,}", value)
@@ -179,8 +183,8 @@ class Settings:
         _require(longest <= MOST_CHARACTERS, "prompts", f"at most {MOST_CHARACTERS:,} characters", longest)
         known = self.prediction_type in PREDICTION_TYPES
         _require(known, "prediction_type", "epsilon, v_prediction or nothing", self.prediction_type)
-        for name in ("image_size", "rank", "group", "accumulate"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in AT_LEAST_1:
+            _require(values[name] >= 1, name, "at least 1", values[name])
         _require(0 < self.held_out < 1, "held_out", "a share between 0 and 1", self.held_out)
         if self.clip_vision and self.train.augment:
             raise HyperNetError(
