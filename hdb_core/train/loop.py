@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -28,6 +27,7 @@ from .ahead import read_ahead
 SAVE_EVERY = 180  # seconds
 LOG_EVERY = 10  # steps
 EMA_DECAY = 0.998
+MOST_RATE = 1000.0  # a learning rate
 MOST_SKIPPED = 50  # steps in a row; a scale of the losses that began too high is halved by each
 
 
@@ -55,10 +55,15 @@ class LoopConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.people < 1 or not 0 < self.learning_rate < math.inf:
+        if self.steps < 0 or self.people < 1 or not 0 < self.learning_rate <= MOST_RATE:
             raise HyperNetError(
-                "Expected steps of at least 0, people of at least 1 and a learning_rate above 0, got "
+                f"Expected steps of at least 0, people of at least 1 and a learning_rate above 0, at most {MOST_RATE:g}, got "
                 f"{self.steps}, {self.people} and {self.learning_rate}."
+            )
+        if self.weight_decay < 0 or self.max_grad_norm <= 0:
+            raise HyperNetError(
+                "Expected a weight_decay of at least 0 and a max_grad_norm above 0, got "
+                f"{self.weight_decay} and {self.max_grad_norm}."
             )
 
     def rate(self, step: int, progress: float | None = None) -> float:
