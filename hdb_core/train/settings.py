@@ -33,6 +33,7 @@ LIMITS = {
     "max_iterations": hypernet_file.LIMITS["iterations"],
     "down_dim": container.MAX_DIM,
     "up_dim": container.MAX_DIM,
+    "people": 100_000,
     "max_photos": 1000,
     "photos": 1000,
 }
