@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,9 +30,12 @@ from .common.bench import Bench, chosen_subjects, load_judges, open_bench, parse
 from .common.cells import Cell
 from .common.files import rounded, write_json, write_text
 from .common.report import table_of_means
-from .common.studio import HYPERNET, Models, as_image, file_hash, hypernet_hash
+from .common.studio import HYPERNET, Models, Studio, as_image, file_hash, hypernet_hash
 from .common.subjects import Subject
 from .pairs import placed
+
+if TYPE_CHECKING:
+    from hdb_core.lidb import LiDB
 
 STRENGTHS = RECOMMENDED[FROM_PREDICTION].strengths
 WALLS = "green wall", "pink wall"  # of which a photo shows one at most
@@ -95,14 +99,13 @@ class Row:
         return own | ({"control": file_hash(self.control)} if self.control else {})
 
     @torch.inference_mode()
-    def made(self, bench: Bench, subject: Subject) -> np.ndarray:
-        """uint8 (pictures, 128, 128, 3)."""
-        studio, models = bench.studio, bench.studio.base
-        if self.person:
-            models = studio.apply(studio.predict(HYPERNET, subject.photo[None]).lidb, STRENGTHS)
+    def made(self, bench: Bench, subject: Subject, lidb: LiDB) -> np.ndarray:
+        """uint8 (pictures, 128, 128, 3) of a person, whose prediction is used if the row applies it."""
+        studio = bench.studio
+        models = studio.apply(lidb, STRENGTHS) if self.person else studio.base
         positive = studio.host.run("CLIPTextEncode", clip=models.clip, text=prompt_of(subject).text())[0]
         if self.control:
-            positive, models = controlled(bench, models, positive, self.control, shape_of(subject))
+            positive, models = controlled(studio, models, positive, self.control, shape_of(subject))
         return studio.sampled(models, positive, subject.seed, bench.seeds)
 
     def pictures(self, bench: Bench, subject: Subject) -> np.ndarray:
@@ -125,22 +128,30 @@ def make(bench: Bench, rows: Sequence[Row], subjects: Sequence[Subject], report_
         SystemExit: some are missing, and nothing new is to be made.
     """
     for subject in subjects:
-        for row in rows:
-            own = row.settings(subject)
-            if bench.cells.path(row.name, own, subject.seed).exists():
-                continue
-            if report_only:
-                raise SystemExit(f"The pictures of {subject.seed}, {row.name}, are not made yet.")
-            cell = Cell(row.made(bench, subject)[None], {"prompts": [own["prompt"]], "made_on": bench.studio.made_on})
-            bench.cells.write(row.name, own, subject.seed, cell)
+        own = {row: row.settings(subject) for row in rows}
+        wanted = [row for row in rows if not bench.cells.path(row.name, own[row], subject.seed).exists()]
+        if wanted and report_only:
+            missing = ", ".join(row.name for row in wanted)
+            raise SystemExit(f"The pictures of {subject.seed} are not made yet: {missing}.")
+        if not wanted:
+            continue
+        lidb = bench.studio.predict(HYPERNET, subject.photo[None]).lidb
+        for row in wanted:
+            about = {"prompts": [own[row]["prompt"]], "made_on": bench.studio.made_on}
+            bench.cells.write(row.name, own[row], subject.seed, Cell(row.made(bench, subject, lidb)[None], about))
             print(f"{row.name}: {subject.seed}", flush=True)
 
 
-def controlled(bench: Bench, models: Models, positive: Any, control: Path, shape: np.ndarray) -> tuple[Any, Models]:
-    """Positive conditioning, and the models with the negative one, behind the stock ControlNet nodes."""
-    studio = bench.studio
+@cache
+def loaded(studio: Studio, control: Path) -> Any:
+    """The ControlNet of a file, as the stock loader reads it."""
     studio.host.folder_paths.add_model_folder_path("controlnet", str(control.parent))
-    net = studio.host.run("ControlNetLoader", control_net_name=control.name)[0]
+    return studio.host.run("ControlNetLoader", control_net_name=control.name)[0]
+
+
+def controlled(studio: Studio, models: Models, positive: Any, control: Path, shape: np.ndarray) -> tuple[Any, Models]:
+    """Positive conditioning, and the models with the negative one, behind the stock ControlNet nodes."""
+    net = loaded(studio, control)
     image = as_image(shape[None, :, :, None].repeat(3, 3))
     given = {"positive": positive, "negative": models.negative or studio.negative(models.clip), "control_net": net}
     strength = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}

@@ -78,7 +78,8 @@ def main() -> int:
 
 
 def run(host: Host, steps: int | None, seeds: int, device: str, people: int = 0) -> None:
-    """The whole demonstration; writes `demo_person.safetensors`, `demo.png` and `demo.json` to `output/`."""
+    """The whole demonstration; writes `demo_person.safetensors`, `demo.png` and `demo.json` to `output/`, and with ``people``
+    `demo_people.jpg`."""
     for folder, name in (("checkpoints", CHECKPOINT), ("hyperdreambooth", HYPERNET)):
         if not (host.base / "models" / folder / name).is_file():
             raise SetupError(f"The miniature's {name} is not in models/{folder}: is weights/ complete?")

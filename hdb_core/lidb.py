@@ -27,6 +27,8 @@ from .errors import LiDBError
 from .layout import Layout, require_layers
 from .recommended import FROM_PHOTO, RECOMMENDED, Strengths
 
+MAX_COUNT = 1_000_000_000  # of photos and steps, so that a file is believed
+
 
 @dataclass(frozen=True)
 class About:

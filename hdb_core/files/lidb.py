@@ -21,7 +21,7 @@ from torch.nn import functional
 from ..basis import BasisRecipe
 from ..errors import LiDBError, LiDBFileError, require
 from ..layout import Layout
-from ..lidb import About, LiDB, is_finite, strongest, truncate
+from ..lidb import MAX_COUNT, About, LiDB, is_finite, strongest, truncate
 from ..prompt import MOST_CHARACTERS
 from ..recommended import RECOMMENDED
 from . import container
@@ -36,7 +36,6 @@ _SIDES, _SCALES = {"down", "up"}, {"down_scale", "up_scale"}
 _SCALE_BYTES = 4  # of a component's two rows
 _LARGEST = 2 ** (COMPACT - 1) - 1
 MAX_VALUES = 8_000_000  # of an unpacked person, who then takes 32 MB
-MAX_COUNT = 1_000_000_000  # of photos and steps
 MAX_STRENGTH = 100.0
 _OPTIONAL = ("model", "name", "thumbnail")
 _SHIFTS = torch.arange(4, dtype=torch.int32) * COMPACT  # of the numbers in a word of 24 bits

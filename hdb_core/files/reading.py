@@ -8,9 +8,13 @@ import re
 import stat
 import struct
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from ..errors import HDBError
 
 # What the bytes of a stranger make readers raise.
 GARBLED = (
@@ -58,6 +62,21 @@ def require_few_scans(picture: bytes) -> None:
     """
     if len(_SCAN.findall(picture)) > _MOST_SCANS:
         raise ValueError(f"it has more than {_MOST_SCANS} scans")
+
+
+@contextmanager
+def garbled_as(refusal: Callable[[str], HDBError]) -> Iterator[None]:
+    """Turns what the bytes of a stranger make readers raise into one error; our own pass as they are.
+
+    Args:
+        refusal: makes the error from the `reason`.
+    """
+    try:
+        yield
+    except HDBError:
+        raise
+    except GARBLED as error:
+        raise refusal(reason(error)) from error
 
 
 def reason(error: BaseException) -> str:

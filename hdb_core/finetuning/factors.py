@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from ..adapters import Adapters, Factors
 from ..basis import BasisRecipe
 from ..errors import FinetuneError
-from ..files.lidb import MAX_COUNT
 from ..layout import Layout
-from ..lidb import About, LiDB, extend, start_down
+from ..lidb import MAX_COUNT, About, LiDB, extend, start_down
 from ..recommended import BY_TOKEN, FROM_PREDICTION, RECOMMENDED, made_from
 from .config import FinetuneConfig
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from utils.extra_config import load_extra_path_config
 
-from ...hdb_core.errors import HDBError, HyperNetError
-from ...hdb_core.files.reading import GARBLED, reason
+from ...hdb_core.errors import HyperNetError
+from ...hdb_core.files.reading import garbled_as
 from ...hdb_core.train.base.model import BaseModel, BatchDenoiser
 from ...hdb_core.train.settings import Settings
 from .batches import ManyDenoiser
@@ -61,16 +61,15 @@ def loaded(settings: Settings) -> Iterator[BaseModel]:
     extra = Path(folder_paths.base_path, "extra_model_paths.yaml")
     if extra.is_file():
         load_extra_path_config(str(extra))
-    try:
-        with torch.inference_mode():
-            parts = _of_three(settings) if settings.text_encoders or settings.vae else _of_checkpoint(settings)
-    except HDBError:
-        raise
-    except GARBLED as error:
-        raise HyperNetError(
-            f"ComfyUI cannot load {settings.model} or a file beside it ({reason(error).splitlines()[0]}). Download it again, "
-            "or give another model."
-        ) from error
+
+    def refusal(why: str) -> HyperNetError:
+        return HyperNetError(
+            f"ComfyUI cannot load {settings.model} or a file beside it ({why.splitlines()[0]}). Download it again, or give "
+            "another model."
+        )
+
+    with garbled_as(refusal), torch.inference_mode():
+        parts = _of_three(settings) if settings.text_encoders or settings.vae else _of_checkpoint(settings)
     with opened(*parts, settings.convolutions) as base:
         yield base
 

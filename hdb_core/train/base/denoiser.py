@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import HDBError, LayoutError
-from ...files.reading import GARBLED, reason
+from ...errors import LayoutError
+from ...files.reading import garbled_as
 from ...layout import FAMILIES, FAMILY_BY_CONTEXT, find_targets, layout_of
 from .single_file import Parts, TextEncoder, load_tokenizer, read_single_file
 
@@ -211,7 +211,7 @@ def _read_folder(folder: Path, dtype: torch.dtype, tokenizer: Path | None) -> Pa
             f"{', '.join(_PARTS)} (SDXL: and {', '.join(_SECOND_PARTS)}), or a .safetensors checkpoint."
         )
     kinds: list[tuple[Any, str]] = [(CLIPTextModel, ""), (CLIPTextModelWithProjection, "_2")]
-    try:
+    with garbled_as(lambda why: LayoutError(f"A part of {folder} is damaged ({why}). Download the model again.")):
         texts = [
             TextEncoder(
                 _whole(kind, paths[f"text_encoder{end}"], dtype=dtype, **local),
@@ -227,10 +227,6 @@ def _read_folder(folder: Path, dtype: torch.dtype, tokenizer: Path | None) -> Pa
             _whole(AutoencoderTiny if tiny else AutoencoderKL, paths["vae"], **local),
             DDPMScheduler.from_pretrained(paths["scheduler"], **local),
         )
-    except HDBError:
-        raise
-    except GARBLED as error:
-        raise LayoutError(f"A part of {folder} is damaged ({reason(error)}). Download the model again.") from error
 
 
 def _whole(kind: Any, folder: Path, **options: Any) -> Any:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import LayoutError
-from ...files.reading import GARBLED, reason, regular
+from ...files.reading import GARBLED, garbled_as, reason, regular
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -117,10 +117,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     if not _is_tokenizer(folder):
         raise FileNotFoundError(f"{folder} holds no tokenizer. {_GIVE_TOKENIZER}")
-    try:
+    with garbled_as(lambda why: LayoutError(f"The tokenizer in {folder} is damaged ({why}). {_GIVE_TOKENIZER}")):
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except GARBLED as error:
-        raise LayoutError(f"The tokenizer in {folder} is damaged ({reason(error)}). {_GIVE_TOKENIZER}") from error
 
 
 def unet_of(checkpoint: Tensors) -> Any:
