@@ -59,6 +59,12 @@ class BasisRecipe:
         if not re.fullmatch("([0-9a-f]{64})?", self.learned):
             raise BasisError(f"Expected the hash of a learned basis, got {self.learned:.80}.")
 
+    def describe(self) -> str:
+        """A few words for messages."""
+        if self.learned:
+            return f"the learned basis {self.learned[:12]}…"
+        return f"a random basis of {self.down_dim} × {self.up_dim} with seed {self.seed}"
+
     @property
     def max_rank(self) -> int:
         """The highest rank that a LiDB in this basis can have."""

@@ -353,8 +353,9 @@ def require_same_space(lidbs: Sequence[LiDB]) -> None:
             )
         if other.basis != first.basis:
             raise LiDBError(
-                f"Two LiDBs use different bases ({first.basis}; {other.basis}). "
-                "Combine only people who were made with the same basis seed and dimensions."
+                f"Two LiDBs use different bases ({first.basis.describe()}; {other.basis.describe()}). "
+                "Combine only people in the same basis, such as those of one hypernetwork, or those that Fast Finetune learned "
+                "without one."
             )
 
 
