@@ -36,6 +36,7 @@ from hdb_core.train.stages import RATES, averaged
 
 from .checkpoint import HYPERNET_FILE
 from .crowd import Crowd
+from .training import working_dtype
 
 ENCODER_FILE = "encoder.safetensors"
 GROUPS_A_STEP = 2  # of people, at most, that are taken up
@@ -69,9 +70,9 @@ class Training:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        precision = "bf16" if args.device.startswith("cuda") else "no"
+        dtype = working_dtype(args.device)
+        precision = "bf16" if dtype == torch.bfloat16 else "no"
         self.accelerator = Accelerator(mixed_precision=precision, cpu=args.device == "cpu")
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.base = load_base_model(args.model, self.accelerator.device, dtype, convolutions=True)
         self.crowd = Crowd(args.crowd, self.base.encode, self.accelerator.device)
         args.run.mkdir(parents=True, exist_ok=True)
