@@ -3,7 +3,7 @@
 ``python dev.py bench control --split test`` writes ``control.json``, ``control.md`` and ``control.png`` to
 ``benchmarks/results/``. People are predicted from one photo each. Their prompt contradicts the photo and names a plain
 wall, from which the person in a picture is told by colour; the control picture is the silhouette of another photo of
-the same person. Everything goes through the stock nodes. The ControlNet is that of ``python -m miniature.control``.
+the same person. Everything goes through the stock nodes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from devtools.environment import ROOT
 from hdb_core.recommended import FROM_PREDICTION, RECOMMENDED
@@ -27,7 +26,6 @@ from miniature.scores import ceilings, mean_over_people, score_pictures, summari
 
 from .common import grid
 from .common.bench import Bench, chosen_subjects, load_judges, open_bench, parser
-from .common.cells import Cell
 from .common.files import rounded, write_json, write_text
 from .common.report import table_of_means
 from .common.studio import HYPERNET, Models, Studio, as_image, file_hash, hypernet_hash
@@ -93,12 +91,11 @@ class Row:
 
     def settings(self, subject: Subject) -> dict[str, Any]:
         """What decides the pictures, besides what all benchmarks share."""
-        own: dict[str, Any] = {"prompt": prompt_of(subject).text()}
+        own: dict[str, Any] = {"prompts": [prompt_of(subject).text()]}
         if self.person:
             own |= {"hypernet": hypernet_hash(HYPERNET), "strengths": STRENGTHS._asdict()}
         return own | ({"control": file_hash(self.control)} if self.control else {})
 
-    @torch.inference_mode()
     def made(self, bench: Bench, subject: Subject, lidb: LiDB) -> np.ndarray:
         """uint8 (pictures, 128, 128, 3) of a person, whose prediction is used if the row applies it."""
         studio = bench.studio
@@ -121,25 +118,16 @@ def rows_of(control: Path) -> list[Row]:
     return [Row(f"{who}{end}", who == "person", net) for who in ("base", "person") for end, net in nets.items()]
 
 
-def make(bench: Bench, rows: Sequence[Row], subjects: Sequence[Subject], report_only: bool) -> None:
-    """Makes the cells that are not there yet.
-
-    Raises:
-        SystemExit: some are missing, and nothing new is to be made.
-    """
-    for subject in subjects:
-        own = {row: row.settings(subject) for row in rows}
-        wanted = [row for row in rows if not bench.cells.path(row.name, own[row], subject.seed).exists()]
-        if wanted and report_only:
-            missing = ", ".join(row.name for row in wanted)
-            raise SystemExit(f"The pictures of {subject.seed} are not made yet: {missing}.")
-        if not wanted:
-            continue
-        lidb = bench.studio.predict(HYPERNET, subject.photo[None]).lidb
-        for row in wanted:
-            about = {"prompts": [own[row]["prompt"]], "made_on": bench.studio.made_on}
-            bench.cells.write(row.name, own[row], subject.seed, Cell(row.made(bench, subject, lidb)[None], about))
-            print(f"{row.name}: {subject.seed}", flush=True)
+def make(bench: Bench, rows: Sequence[Row], subject: Subject, report_only: bool) -> None:
+    """Makes the cells of a person that are not there yet; raises as `Bench.make`."""
+    by_name = {row.name: row for row in rows}
+    bench.make(
+        subject.seed,
+        {row.name: row.settings(subject) for row in rows},
+        report_only,
+        lambda: bench.studio.predict(HYPERNET, subject.photo[None]).lidb,
+        lambda row, lidb: by_name[row].made(bench, subject, lidb)[None],
+    )
 
 
 @cache
@@ -190,14 +178,13 @@ def text_of(rows: Mapping[str, Mapping[str, Any]], people: int, pictures: int) -
 
 def main() -> None:
     options = parser(__doc__, people=40, name="control")
-    options.add_argument(
-        "--control", type=Path, default=ROOT / ".runs" / "control" / CONTROL_FILE, help="the ControlNet"
-    )
+    options.add_argument("--control", type=Path, default=ROOT / ".runs" / "control" / CONTROL_FILE, help="the ControlNet")
     args = options.parse_args()
     if not args.control.is_file():
         raise SystemExit(f"No ControlNet {args.control}: make one with python -m miniature.control.")
     bench, subjects, rows = open_bench(args), chosen_subjects(args), rows_of(args.control.resolve())
-    make(bench, rows, subjects, args.report_only)
+    for subject in subjects:
+        make(bench, rows, subject, args.report_only)
     tables = {name: table(judge, bench, rows, subjects) for name, judge in load_judges(args.weights).items()}
     text = text_of(next(iter(tables.values())), len(subjects), bench.seeds)
     print(text)

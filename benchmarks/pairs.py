@@ -28,7 +28,6 @@ from miniature.scores import ceilings, gallery, identity, mean_over_people, show
 
 from .common import grid
 from .common.bench import Bench, chosen_subjects, load_judges, open_bench, parser
-from .common.cells import Cell
 from .common.files import rounded, write_json, write_text
 from .common.report import table_of_means
 from .common.studio import HYPERNET, SIZE, Models, hypernet_hash
@@ -133,26 +132,15 @@ def settings(pair: Pair) -> dict[str, Any]:
     return {"hypernet": hypernet_hash(HYPERNET), "people": people, "prompts": texts, "strengths": STRENGTHS._asdict()}
 
 
-def make(bench: Bench, pairs: Sequence[Pair], report_only: bool) -> None:
-    """Makes the cells that are not there yet.
+def make(bench: Bench, pair: Pair, report_only: bool) -> None:
+    """Makes the cells of a pair that are not there yet; raises as `Bench.make`."""
 
-    Raises:
-        SystemExit: some are missing, and nothing new is to be made.
-    """
-    for pair in pairs:
-        own = settings(pair)
-        wanted = [row for row in ROWS if not bench.cells.path(row, own, pair.seed).exists()]
-        if wanted and report_only:
-            raise SystemExit(f"The pictures of the pair {pair.seed} are not made yet: {', '.join(wanted)}.")
-        if not wanted:
-            continue
+    def predicted() -> tuple[LiDB, LiDB]:
         left, right = (bench.studio.predict(HYPERNET, subject.photo[None]).lidb for subject in pair.subjects)
-        for row in wanted:
-            with torch.inference_mode():
-                pictures = ROWS[row](bench, pair, (left, right))
-            cell = Cell(pictures, {"prompts": own["prompts"], "made_on": bench.studio.made_on})
-            bench.cells.write(row, own, pair.seed, cell)
-            print(f"{row}: {pair.seed}", flush=True)
+        return left, right
+
+    rows = dict.fromkeys(ROWS, settings(pair))
+    bench.make(pair.seed, rows, report_only, predicted, lambda row, people: ROWS[row](bench, pair, people))
 
 
 # -- judging ----------------------------------------------------------------------------------------------------------
@@ -238,7 +226,8 @@ def main() -> None:
     args = options.parse_args()
     bench, people = open_bench(args), chosen_subjects(args)
     pairs = [Pair(left, right) for left, right in zip(people[::2], people[1::2], strict=True)]
-    make(bench, pairs, args.report_only)
+    for pair in pairs:
+        make(bench, pair, args.report_only)
     tables = {name: table(judge, bench, pairs) for name, judge in load_judges(args.weights).items()}
     text = text_of(next(iter(tables.values())), len(pairs), bench.seeds)
     print(text)

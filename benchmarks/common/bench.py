@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
 
 from devtools import device
 from devtools.environment import BASE, CHECKPOINT, ROOT
@@ -15,7 +18,7 @@ from miniature.judge import ARCHITECTURES, Judge
 from miniature.people import SPLITS
 
 from . import settings
-from .cells import Cells
+from .cells import Cell, Cells
 from .kept import KeptScores
 from .studio import MISSING, Sampling, Studio, file_hash
 from .subjects import Subject
@@ -23,6 +26,8 @@ from .subjects import Subject
 RUNS = ROOT / ".runs" / "bench"
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT = "cells.jsonl"
+
+_Prepared = TypeVar("_Prepared")
 
 # Raised whenever the same pictures would score otherwise.
 SCORES_VERSION = 1
@@ -65,6 +70,35 @@ class Bench:
     def key(self, row: str, settings: Mapping[str, Any]) -> str:
         """Of a row's settings; where a file is missing that they name, the one that most of the row's people have."""
         return self.kept.key(row) if self.misses_file(settings) else self.cells.key(settings)
+
+    def make(
+        self, person: int, rows: Mapping[str, Mapping[str, Any]], report_only: bool,
+        prepare: Callable[[], _Prepared], draw: Callable[[str, _Prepared], np.ndarray],
+    ) -> None:  # fmt: skip
+        """Makes the cells of a person, or of a pair, that are not here yet.
+
+        Args:
+            person: the seed.
+            rows: name → settings, ``prompts`` among them.
+            report_only: nothing new is to be made.
+            prepare: what the rows share, such as the prediction; called once, if a cell is missing.
+            draw: a row's pictures, uint8 (prompts, seeds, H, W, 3).
+
+        Raises:
+            SystemExit: some are missing, and nothing new is to be made.
+        """
+        missing = [row for row in rows if not self.cells.path(row, rows[row], person).exists()]
+        if missing and report_only:
+            raise SystemExit(f"The pictures of {person} are not made yet: {', '.join(missing)}.")
+        if not missing:
+            return
+        prepared = prepare()
+        for row in missing:
+            with torch.inference_mode():
+                pictures = draw(row, prepared)
+            cell = Cell(pictures, {"prompts": rows[row]["prompts"], "made_on": self.studio.made_on})
+            self.cells.write(row, rows[row], person, cell)
+            print(f"{row}: {person}", flush=True)
 
     @staticmethod
     def misses_file(settings: Mapping[str, Any]) -> bool:
