@@ -41,6 +41,7 @@ STAGES = {
     f"pretrain.steps=2800 begin_with=.runs/encoder/encoder.safetensors {_DIFFUSION} evaluate.photos=3",
     "pack_hypernet": "miniature.checkpoint pack",
     "control": "miniature.control",
+    "pack_control": "miniature.checkpoint pack",
     # Of no shipped file, for the benchmarks: a check on sixteen people, fitted people, and hypernetworks in a learned
     # basis and in a narrow one.
     "check": f"hdb_core.train .runs/check {_FACES} --overfit 16 --rank 4 --people 16 --steps 200 {_SHARED} "
@@ -60,6 +61,7 @@ MADE_BY = {
     "miniature_vae.safetensors": ("pictures", "vae", "pack"),
     "miniature_base.safetensors": ("pictures", "vae", "text", "base", "pack"),
     "miniature_hypernet.safetensors": (*("diffusers", "faces", "encoder", "hypernet", "pack_hypernet"),),
+    "miniature_control.safetensors": ("control", "pack_control"),
     "judge_a.safetensors": ("pictures", "judge_a"),
     "judge_b.safetensors": ("pictures", "judge_b"),
 }
