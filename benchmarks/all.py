@@ -56,6 +56,7 @@ class Job(NamedTuple):
 TEST = ("--split", "test")
 JOBS = (
     Job("base", TEST, (*TEST, "--people", "8", "--faces", "2", "--seeds-per-prompt", "1"), 1),
+    Job("control", TEST, (*TEST, "--people", "2", "--seeds-per-prompt", "1"), 1),
     Job("pairs", (*TEST, "--seeds-per-prompt", "2"), (*TEST, "--people", "2", "--seeds-per-prompt", "1"), 1),
     Job(
         "hypernet",

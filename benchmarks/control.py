@@ -21,6 +21,7 @@ from hdb_core.recommended import FROM_PREDICTION, RECOMMENDED
 from miniature.checkpoint import CONTROL_FILE
 from miniature.drawing import photo, silhouette
 from miniature.judge import Judge
+from miniature.people import WALLS
 from miniature.prompts import EvaluationPrompt
 from miniature.scores import ceilings, mean_over_people, score_pictures, summarise
 
@@ -36,10 +37,9 @@ if TYPE_CHECKING:
     from hdb_core.lidb import LiDB
 
 STRENGTHS = RECOMMENDED[FROM_PREDICTION].strengths
-WALLS = "green wall", "pink wall"  # of which a photo shows one at most
+BACKGROUNDS = "green wall", "pink wall"  # of which a photo shows one at most
 SCORES = "identity", "retrieval", "edit"
-APART = 40  # of 255, in the channel that differs most: more is another colour
-CORNER = 8  # pixels
+APART = 25  # of 255, in the channel that differs most: more is another colour
 SHOWN = 8  # people in the picture: the first ones
 LEGEND = (
     "*Pose*: what the person and the silhouette cover together, as a share of what either covers; *identity*: 0 a "
@@ -50,21 +50,15 @@ LEGEND = (
 
 def prompt_of(subject: Subject) -> EvaluationPrompt:
     """Expression, clothes and wall, none of which the photo shows, in a pose of its own."""
-    return placed(subject, next(wall for wall in WALLS if wall != subject.context.background))
+    return placed(subject, next(wall for wall in BACKGROUNDS if wall != subject.context.background))
 
 
-def figure(pictures: np.ndarray) -> np.ndarray:
-    """Where pictures uint8 (N, H, W, 3) show no wall: bool (N, H, W). The wall has the colour of the upper corners."""
-    top = pictures[:, :CORNER]
-    corners = np.concatenate([top[:, :, :CORNER], top[:, :, -CORNER:]], 2)
-    wall = np.median(corners, (1, 2), keepdims=True)
-    return (np.abs(pictures - wall) > APART).any(3)
-
-
-def overlap(pictures: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    """Intersection over union (N,) of the people in pictures (N, H, W, 3) with a silhouette uint8 (H, W)."""
-    inside, shown = shape > 127, figure(pictures)
-    return (shown & inside).sum((1, 2)) / (shown | inside).sum((1, 2))
+def overlap(pictures: np.ndarray, subject: Subject) -> np.ndarray:
+    """Intersection over union (N,) of the figures in pictures uint8 (N, H, W, 3), all that has not the wall's colour, with
+    the control picture."""
+    wall = np.array(WALLS[prompt_of(subject).expected["background"].removesuffix(" wall")])
+    inside, figure = shape_of(subject) > 127, (np.abs(pictures - wall) > APART).any(3)
+    return (figure & inside).sum((1, 2)) / (figure | inside).sum((1, 2))
 
 
 def shape_of(subject: Subject) -> np.ndarray:
@@ -156,7 +150,7 @@ def scores(judge: Judge, subject: Subject, pictures: np.ndarray) -> dict[str, fl
     ceiling = np.repeat(ceilings(judge, subject.person, prompts[:1]), len(pictures))
     readings = judge.read(np.ascontiguousarray(pictures))
     means = summarise(score_pictures(readings, subject.person, subject.context, prompts, ceiling))
-    return {"pose": float(overlap(pictures, shape_of(subject)).mean())} | {name: means[name].value for name in SCORES}
+    return {"pose": float(overlap(pictures, subject).mean())} | {name: means[name].value for name in SCORES}
 
 
 def table(judge: Judge, bench: Bench, rows: Sequence[Row], subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:
@@ -178,7 +172,7 @@ def text_of(rows: Mapping[str, Mapping[str, Any]], people: int, pictures: int) -
 
 def main() -> None:
     options = parser(__doc__, people=40, name="control")
-    options.add_argument("--control", type=Path, default=ROOT / ".runs" / "control" / CONTROL_FILE, help="the ControlNet")
+    options.add_argument("--control", type=Path, default=ROOT / "weights" / CONTROL_FILE, help="the ControlNet")
     args = options.parse_args()
     if not args.control.is_file():
         raise SystemExit(f"No ControlNet {args.control}: make one with python -m miniature.control.")

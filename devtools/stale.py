@@ -18,6 +18,7 @@ from .environment import ROOT
 RECORDS = ROOT / "benchmarks" / "results" / "made_with.json"
 MANIFEST = ROOT / "weights" / "manifest.json"
 _BASE, _VAE, _HYPERNET = "miniature_base.safetensors", "miniature_vae.safetensors", "miniature_hypernet.safetensors"
+_CONTROL = "miniature_control.safetensors"
 _JUDGES = ("judge_a.safetensors", "judge_b.safetensors")
 # What a file depends on, by the first pattern that fits; files that fit none are no results.
 DEPENDS_ON: Mapping[str, tuple[str, ...]] = {
@@ -25,8 +26,10 @@ DEPENDS_ON: Mapping[str, tuple[str, ...]] = {
     "benchmarks/results/scale.*": (),
     "benchmarks/results/judge.*": (_VAE, *_JUDGES),
     "benchmarks/results/base.*": (_BASE, _VAE, *_JUDGES),
+    "benchmarks/results/control.*": (_BASE, _VAE, _HYPERNET, _CONTROL, *_JUDGES),
     "benchmarks/results/*": (_BASE, _VAE, _HYPERNET, *_JUDGES),
     "example_workflows/* with Z-Image.jpg": (),
+    "example_workflows/* with ControlNet.jpg": (_BASE, _VAE, _HYPERNET, _CONTROL),
     "example_workflows/*.jpg": (_BASE, _VAE, _HYPERNET),
     "hdb_core/recommended.py": (_BASE, _VAE, _HYPERNET, *_JUDGES),
 }

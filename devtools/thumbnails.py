@@ -81,10 +81,12 @@ def thumbnail(server: ComfyServer, prompt: workflow.Prompt) -> Image:
 
 
 def photos_of(prompt: workflow.Prompt) -> list[Path]:
-    """The photos of the people: of a saved one the photo of the same name, otherwise those that are loaded."""
+    """The photos of the people, of a saved one that of the same name, otherwise those that are loaded; control pictures."""
     people = [Path(prompt[node]["inputs"]["lidb_name"]).stem for node in workflow.nodes_of(prompt, "LoadLiDB")]
-    loaded = [Path(prompt[node]["inputs"]["image"]).stem for node in workflow.nodes_of(prompt, "LoadImage")]
-    return [FOLDER / "input" / f"{name}.png" for name in people or loaded]
+    loaded = {node: Path(prompt[node]["inputs"]["image"]).stem for node in workflow.nodes_of(prompt, "LoadImage")}
+    controls = [prompt[node]["inputs"]["image"][0] for node in workflow.nodes_of(prompt, "ControlNetApplyAdvanced")]
+    names = [*(people or loaded.values()), *(loaded[node] for node in controls)]
+    return [FOLDER / "input" / f"{name}.png" for name in names]
 
 
 def square(picture: Image, photos: Sequence[Image]) -> Image:

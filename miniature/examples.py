@@ -2,7 +2,7 @@
 
 ``hdb_photo`` shows whom the demonstration is about; of each ``hdb_person_N`` an example person is predicted, whom the
 workflows load as a saved one. ``hdb_picture`` shows two others. It is transparent where the left one's head is, as the
-host's Mask Editor saves a mask.
+host's Mask Editor saves a mask. ``hdb_silhouette`` is the control picture of one of the saved people in another pose.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .drawing import draw, head_mask, photo
-from .people import SPLITS, Context, Person
+from .drawing import draw, head_mask, photo, silhouette
+from .people import SPLITS, Context, Person, sample_person
 from .photos import photo_context
 from .prompts import evaluation_photo
 
@@ -21,6 +21,7 @@ FIRST = SPLITS["test"].start
 DEMO, ALONE, SEVERAL = FIRST, FIRST + 4, FIRST + 12
 SAVED = {f"hdb_person_{number}": FIRST + offset for number, offset in enumerate((7, 14, 10, 13), 1)}
 IN_PICTURE = (FIRST + 16, FIRST + 5)
+POSED, POSE = "hdb_person_3", Context(shift=(8.0, 5.0), scale=1.06, tilt=7.0)
 OTHER_PHOTOS = (16, 18)  # of a person's contexts
 
 
@@ -42,9 +43,15 @@ def picture() -> np.ndarray:
     return np.dstack([draw(people, "city"), alpha])
 
 
+def control_picture() -> np.ndarray:
+    """A saved person's silhouette in a pose that their photo does not have, uint8 (128, 128)."""
+    return silhouette(sample_person(SAVED[POSED]), POSE)
+
+
 def main() -> None:
     for name, shown in photos().items():
         Image.fromarray(photo(*shown)).save(FOLDER / f"{name}.png", optimize=True)
+    Image.fromarray(control_picture()).save(FOLDER / "hdb_silhouette.png", optimize=True)
     Image.fromarray(picture()).save(FOLDER / "hdb_picture.png", optimize=True)
 
 

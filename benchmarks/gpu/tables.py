@@ -11,7 +11,7 @@ from .check import ENDING, Context, Stage, Visit, parser
 
 NAME = "tables"
 MINUTES = 9.2
-MADE = ("base", "pairs", "hypernet")
+MADE = ("base", "control", "pairs", "hypernet")
 
 
 def tables(context: Context) -> Sequence[str]:

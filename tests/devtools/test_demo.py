@@ -10,7 +10,7 @@ from hdb_core.files.lidb import save
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import About, LiDB
 from miniature.drawing import photo
-from miniature.examples import picture
+from miniature.examples import control_picture, picture
 from miniature.prompts import evaluation_photo
 
 from ..example_photos import SHOWN
@@ -18,10 +18,11 @@ from ..example_photos import SHOWN
 
 def test_the_photos_are_those_that_are_drawn():
     files = {path.name: Image.open(path) for path in demo.PHOTO.parent.iterdir()}
-    assert files.keys() == {*SHOWN, "hdb_picture.png"}
+    assert files.keys() == {*SHOWN, "hdb_picture.png", "hdb_silhouette.png"}
     for name, shown in SHOWN.items():
         assert np.array_equal(np.asarray(files[name].convert("RGB")), photo(*shown))
     assert np.array_equal(np.asarray(files["hdb_picture.png"]), picture())
+    assert np.array_equal(np.asarray(files["hdb_silhouette.png"]), control_picture())
     assert SHOWN[demo.PHOTO.name][0].seed == demo.PERSON_SEED
 
 

@@ -17,8 +17,10 @@ WIDEST, HIGHEST = 1900, 1200  # a window of 1600 × 900 then shows all of it at 
 TITLE = 30  # of a node, above its position
 # To which a node grows when a run shows its results: as the front end drew them.
 GROWN = {"LoadLiDB": 348, "FastFinetune": 570, "SaveLiDB": 176, "ApplyLiDBToModel": 190, "CropToFace": 416}
-EXAMPLES = {"hdb_miniature", "hdb_example_lora", *SAVED}  # that `dev.py` makes
-LOADERS = {"LoadImage", "LoadLiDB", "LoadHyperNet", "LoraLoader", "CheckpointLoaderSimple"}
+EXAMPLES = {"hdb_miniature", "hdb_example_lora", "hdb_silhouette", *SAVED}  # that `dev.py` makes
+LOADERS = {
+    *("LoadImage", "LoadLiDB", "LoadHyperNet", "LoraLoader", "CheckpointLoaderSimple", "ControlNetLoader"),
+}
 
 
 def rectangle(node):
