@@ -3,7 +3,7 @@
 ``python dev.py bench control --split test`` writes ``control.json``, ``control.md`` and ``control.png`` to
 ``benchmarks/results/``. People are predicted from one photo each. Their prompt contradicts the photo and names a plain
 wall, from which the person in a picture is told by colour; the control picture is the silhouette of another photo of
-the same person. Everything goes through the stock nodes.
+the same person, or of the next person. Everything goes through the stock nodes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ SHOWN = 8  # people in the picture: the first ones
 LEGEND = (
     "*Pose*: what the person and the silhouette cover together, as a share of what either covers; *identity*: 0 a "
     "stranger, 100 a true picture; *retrieval*: of 1,000 people the right one is the nearest; *edit*: all that is "
-    "prompted is shown. *A true picture* is a drawing of the person that the control picture was made of."
+    "prompted is shown. *Controlled* is by the person's own silhouette in another pose, or by that of *another* person. *A "
+    "true picture* is a drawing of the person that the own silhouette was made of."
 )
 
 
@@ -53,16 +54,16 @@ def prompt_of(subject: Subject) -> EvaluationPrompt:
     return placed(subject, next(wall for wall in BACKGROUNDS if wall != subject.context.background))
 
 
-def overlap(pictures: np.ndarray, subject: Subject) -> np.ndarray:
+def overlap(pictures: np.ndarray, subject: Subject, shape: np.ndarray) -> np.ndarray:
     """Intersection over union (N,) of the figures in pictures uint8 (N, H, W, 3), all that has not the wall's colour, with
-    the control picture."""
+    a silhouette uint8 (H, W)."""
     wall = np.array(WALLS[prompt_of(subject).expected["background"].removesuffix(" wall")])
-    inside, figure = shape_of(subject) > 127, (np.abs(pictures - wall) > APART).any(3)
+    inside, figure = shape > 127, (np.abs(pictures - wall) > APART).any(3)
     return (figure & inside).sum((1, 2)) / (figure | inside).sum((1, 2))
 
 
 def shape_of(subject: Subject) -> np.ndarray:
-    """The control picture: uint8 (128, 128), 255 where the person is to be."""
+    """A person's silhouette as prompted: uint8 (128, 128), 255 inside."""
     return silhouette(subject.person, prompt_of(subject).context)
 
 
@@ -77,18 +78,26 @@ class Row:
         name: in the table.
         person: whether the person is applied.
         control: the file of a ControlNet; None goes without.
+        another: whether the control picture shows the next person.
     """
 
     name: str
     person: bool
-    control: Path | None
+    control: Path | None = None
+    another: bool = False
+
+    def shape(self, subject: Subject) -> np.ndarray:
+        """The control picture, or what it would be: uint8 (128, 128)."""
+        return shape_of(Subject(subject.seed + 1) if self.another else subject)
 
     def settings(self, subject: Subject) -> dict[str, Any]:
         """What decides the pictures, besides what all benchmarks share."""
         own: dict[str, Any] = {"prompts": [prompt_of(subject).text()]}
         if self.person:
             own |= {"hypernet": hypernet_hash(HYPERNET), "strengths": STRENGTHS._asdict()}
-        return own | ({"control": file_hash(self.control)} if self.control else {})
+        if self.control:
+            own |= {"control": file_hash(self.control)}
+        return own | ({"another": True} if self.another else {})
 
     def made(self, bench: Bench, subject: Subject, lidb: LiDB) -> np.ndarray:
         """uint8 (pictures, 128, 128, 3) of a person, whose prediction is used if the row applies it."""
@@ -96,7 +105,7 @@ class Row:
         models = studio.apply(lidb, STRENGTHS) if self.person else studio.base
         positive = studio.host.run("CLIPTextEncode", clip=models.clip, text=prompt_of(subject).text())[0]
         if self.control:
-            positive, models = controlled(studio, models, positive, self.control, shape_of(subject))
+            positive, models = controlled(studio, models, positive, self.control, self.shape(subject))
         return studio.sampled(models, positive, subject.seed, bench.seeds)
 
     def pictures(self, bench: Bench, subject: Subject) -> np.ndarray:
@@ -107,9 +116,12 @@ class Row:
 
 
 def rows_of(control: Path) -> list[Row]:
-    """Base and person, each without and with a ControlNet."""
-    nets = {"": None, ", controlled": control}
-    return [Row(f"{who}{end}", who == "person", net) for who in ("base", "person") for end, net in nets.items()]
+    """Base and person, without and with a ControlNet."""
+    return [
+        *(Row("base", False), Row("base, controlled", False, control)),
+        *(Row("person", True), Row("person, controlled", True, control)),
+        Row("person, controlled by another", True, control, another=True),
+    ]
 
 
 def make(bench: Bench, rows: Sequence[Row], subject: Subject, report_only: bool) -> None:
@@ -144,24 +156,24 @@ def controlled(studio: Studio, models: Models, positive: Any, control: Path, sha
 # -- judging ----------------------------------------------------------------------------------------------------------
 
 
-def scores(judge: Judge, subject: Subject, pictures: np.ndarray) -> dict[str, float]:
-    """Means over the pictures uint8 (N, 128, 128, 3) of a person."""
+def scores(judge: Judge, subject: Subject, pictures: np.ndarray, shape: np.ndarray) -> dict[str, float]:
+    """Means over the pictures uint8 (N, 128, 128, 3) of a person, whose pose should be that of a silhouette."""
     prompts = [prompt_of(subject)] * len(pictures)
     ceiling = np.repeat(ceilings(judge, subject.person, prompts[:1]), len(pictures))
     readings = judge.read(np.ascontiguousarray(pictures))
     means = summarise(score_pictures(readings, subject.person, subject.context, prompts, ceiling))
-    return {"pose": float(overlap(pictures, subject).mean())} | {name: means[name].value for name in SCORES}
+    return {"pose": float(overlap(pictures, subject, shape).mean())} | {name: means[name].value for name in SCORES}
 
 
 def table(judge: Judge, bench: Bench, rows: Sequence[Row], subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:
     """Row → score → mean over people and its standard error; the last row is of true pictures."""
-    pictures = {row.name: [row.pictures(bench, subject) for subject in subjects] for row in rows}
-    pictures["a true picture"] = [photo(one.person, prompt_of(one).context)[None] for one in subjects]
-    found = {}
-    for name, own in pictures.items():
-        each = [scores(judge, *one) for one in zip(subjects, own, strict=True)]
-        found[name] = {score: asdict(mean_over_people(one[score] for one in each)) for score in each[0]}
-    return found
+    each = {row.name: [scores(judge, s, row.pictures(bench, s), row.shape(s)) for s in subjects] for row in rows}
+    drawn = [photo(subject.person, prompt_of(subject).context)[None] for subject in subjects]
+    each["a true picture"] = [scores(judge, s, own, shape_of(s)) for s, own in zip(subjects, drawn, strict=True)]
+    return {
+        name: {score: asdict(mean_over_people(one[score] for one in own)) for score in own[0]}
+        for name, own in each.items()
+    }
 
 
 def text_of(rows: Mapping[str, Mapping[str, Any]], people: int, pictures: int) -> str:
@@ -187,9 +199,11 @@ def main() -> None:
     write_text(args.results / "control.md", text)
     lines = []
     for one in subjects[:SHOWN]:
-        pictures = [one.photo, shape_of(one)[:, :, None].repeat(3, 2), *(row.pictures(bench, one)[0] for row in rows)]
-        lines.append((prompt_of(one).text(), pictures))
-    columns = ["the photo", "the control picture", *(row.name for row in rows)]
+        shapes = [row.shape(one)[:, :, None].repeat(3, 2) for row in rows[-2:]]
+        pictures = [row.pictures(bench, one)[0] for row in rows]
+        lines.append((prompt_of(one).text(), [one.photo, shapes[0], *pictures[:-1], shapes[1], pictures[-1]]))
+    names = [row.name for row in rows]
+    columns = ["the photo", "own silhouette", *names[:-1], "another's silhouette", names[-1]]
     grid.save(grid.grid(lines, columns), args.results / "control.png")
 
 
