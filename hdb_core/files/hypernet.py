@@ -164,7 +164,7 @@ def _require_sizes(config: HyperNetConfig, shapes: Mapping[str, tuple[int, ...]]
     }
     repeated = {"decoder.layers.{}.linear1.weight": (config.depth, (4 * width, width))}
     if encoder.kind == "vit":
-        places, token = (encoder.image_size // encoder.stride) ** 2 + 1, encoder.token_width
+        places, token = encoder.places + 1, encoder.token_width
         proofs["encoder.vit.embeddings.position_embeddings"] = (1, places, token)
         repeated["encoder.vit.layers.{}.mlp.fc1.weight"] = (encoder.depth, (4 * token, token))
         if encoder.summary:

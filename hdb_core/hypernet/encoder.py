@@ -20,6 +20,10 @@ _MIN_SIDE = 16  # pixels
 NORM_GROUPS = 8  # of the channels of a residual block
 SUMMED_WIDTH = 32  # of each place in a summary
 MOST_PLACES = 65_536  # that the ViT compares with each other
+# A file of few weights could ask for any number of these. CLIP ViT-bigG takes 4e11 operations and 4e5 numbers.
+MOST_OPERATIONS = 3_000_000_000_000  # for a photo
+MOST_NUMBERS = 1 << 25  # of a map; a few of them are in memory at once
+_A_PAIR = 100  # operations that comparing two tokens takes besides the products of their numbers
 
 
 @dataclass(frozen=True)
@@ -71,18 +75,46 @@ class EncoderConfig:
                 f"Expected an image_size that {self.stride} divides and a token_width that heads divide, got "
                 f"{self.image_size} and {self.token_width} with {self.heads} heads."
             )
-        if self.kind == "vit" and (self.image_size // self.stride) ** 2 > MOST_PLACES:
+        if self.kind == "vit" and self.places > MOST_PLACES:
             raise HyperNetError(
                 f"Expected an encoder of at most {MOST_PLACES:,} places, got {self.image_size} pixels a side with a place for "
                 f"every {self.stride}. Make encoder.image_size smaller or encoder.patch_size larger."
             )
         if any(width < 1 or blocks < 0 or (blocks and width % NORM_GROUPS) for width, blocks in self.stem):
             raise HyperNetError(f"Expected stages of a width that {NORM_GROUPS} divides, got {self.stem}.")
+        if self.kind == "vit":
+            self._require_possible()
+
+    def _require_possible(self) -> None:
+        tokens = self.places + 1
+        maps = [tokens * self.token_width]
+        operations = self.depth * layer_operations(tokens, tokens, self.token_width, self.heads)
+        channels, side, kernel = 3, self.image_size // self.patch_size, self.patch_size
+        for width, blocks in self.stem:
+            maps.append(side**2 * width)
+            operations += side**2 * width * (channels * kernel**2 + 2 * blocks * width * 9)
+            channels, side, kernel = width, side // 2, 3
+        if max(maps) > MOST_NUMBERS or operations > MOST_OPERATIONS:
+            raise HyperNetError(
+                f"Expected an encoder that takes at most {MOST_OPERATIONS:,} operations a photo and maps of {MOST_NUMBERS:,} "
+                f"numbers, got {operations:,} and {max(maps):,}. Make encoder.image_size, encoder.depth or encoder.stem smaller, "
+                "or encoder.patch_size larger."
+            )
 
     @property
     def stride(self) -> int:
         """Pixels of the photo, on a side, for each token of ``vit``."""
         return self.patch_size * 2 ** max(0, len(self.stem) - 1)
+
+    @property
+    def places(self) -> int:
+        """Places of a photo that ``vit`` gets a token for."""
+        return (self.image_size // self.stride) ** 2
+
+    @property
+    def tokens_of_photo(self) -> int:
+        """T, the tokens of a photo that the hypernetwork sees."""
+        return self.summary or self.places + 1 if self.kind == "vit" else self.num_tokens
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -98,6 +130,11 @@ class EncoderConfig:
     def num_summed(self) -> int:
         """Tokens that a photo is summed up in: the summary of ``vit``, or 1, the mean of all tokens."""
         return max(1, self.summary) if self.kind == "vit" else 1
+
+
+def layer_operations(tokens: int, seen: int, width: int, heads: int) -> int:
+    """How many operations a layer of a transformer takes, of attention from so many tokens to so many, and of its MLP."""
+    return width**2 * (10 * tokens + 2 * seen) + tokens * seen * (2 * width + _A_PAIR * heads)
 
 
 def preprocess(images: Tensor, encoder: EncoderConfig) -> Tensor:
@@ -156,7 +193,7 @@ class PhotoEncoder(nn.Module):
         size, patch = (config.image_size // stride, 1) if stages else (config.image_size, config.patch_size)
         self.vit = ViT(channels, size, patch, config.token_width, config.depth, config.heads)
         self.tokens_of = config.summary, config.token_width
-        width, places = config.summary * config.token_width, (config.image_size // stride) ** 2 + 1
+        width, places = config.summary * config.token_width, config.places + 1
         self.summary = nn.Sequential(
             nn.LayerNorm(config.token_width),
             nn.Linear(config.token_width, SUMMED_WIDTH),

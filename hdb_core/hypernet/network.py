@@ -24,7 +24,7 @@ from ..basis import BasisRecipe
 from ..errors import HyperNetError
 from ..layout import Layout
 from ..lidb import start_down
-from .encoder import EncoderConfig, PhotoEncoder, initialised
+from .encoder import MOST_OPERATIONS, EncoderConfig, PhotoEncoder, initialised, layer_operations
 
 SEEN = 128  # directions in which the looks of photos are compared
 FEWEST_SEEN = 2 * SEEN  # photos
@@ -73,6 +73,14 @@ class HyperNetConfig:
             raise HyperNetError(
                 f"Expected a decoder layer or more and a width that the heads divide, got {self.depth}, {self.width} and "
                 f"{self.heads}."
+            )
+        layers = len(self.layout.layers)
+        seen = (layers, self.encoder.tokens_of_photo)
+        one = sum(layer_operations(layers, tokens, self.width, self.heads) for tokens in seen)
+        if (operations := self.iterations * self.depth * one) > MOST_OPERATIONS:
+            raise HyperNetError(
+                f"Expected a decoder that takes at most {MOST_OPERATIONS:,} operations a photo, got {operations:,} with "
+                f"{self.iterations} iterations. Make depth, iterations or the tokens of a photo fewer."
             )
 
     def fields(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from hdb_core.files import lidb as lidb_file
 from hdb_core.files.container import checksum
 from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig, predict, preprocess
 from hdb_core.hypernet.encoder import PhotoEncoder, initialised
+from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import About, core, delta_weight
 from hdb_core.recommended import FROM_PREDICTION, RECOMMENDED
 
@@ -220,7 +221,8 @@ def test_refuses_damage(path):
         (lambda fields: fields.update(format_version=9), "version 9.*Update"),
         (lambda fields: fields["basis"].update(seed=7), "another basis"),
         (lambda fields: fields["basis_probe"].__setitem__(0, 0.5), "another basis"),
-        (lambda fields: fields["sizes"].update(width=2**40), "width is not between"),
+        (lambda fields: fields["sizes"].update(rank=2**40), "rank is not between"),
+        (lambda fields: fields["sizes"].update(width=2**40), "Expected a decoder that takes at most"),
         (lambda fields: fields["sizes"].update(depth="two"), "garbles a field"),
         (lambda fields: fields["sizes"]["encoder"].update(heads=5), "heads divide"),
         (lambda fields: fields["sizes"]["encoder"].update(token_width=32), "do not fit its sizes"),
@@ -318,6 +320,32 @@ def test_a_million_places_are_not_compared_with_each_other():
     """A file of 1 MB could ask for that; it would take hours to predict."""
     with pytest.raises(HyperNetError, match="at most 65,536 places, got 1024 pixels"):
         replace(ENCODER, image_size=1024, patch_size=1, stem=())
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"image_size": 256, "stem": (), "depth": 8},  # 65,536 places
+        {"image_size": 2048, "stem": ((64, 1), (8, 0), (8, 0), (8, 0))},  # a map of 1 GB
+    ],
+)
+def test_an_encoder_of_few_weights_takes_neither_hours_nor_gigabytes(sizes):
+    with pytest.raises(HyperNetError, match=r"3,000,000,000,000 operations a photo.*Make encoder"):
+        EncoderConfig(**{"token_width": 8, "patch_size": 1, "depth": 0, "heads": 1, "summary": 0} | sizes)
+
+
+def test_a_decoder_of_few_weights_does_not_take_hours(config):
+    layers = tuple(Layer(f"unet.mid_block.attentions.{i}", 8, 8) for i in range(4096))
+    most = replace(config, layout=Layout("sd1", layers), iterations=64)
+    with pytest.raises(HyperNetError, match=r"at most 3,000,000,000,000 operations a photo, got .* with 64 "):
+        replace(most, depth=64)
+
+
+def test_the_largest_encoders_of_today_are_possible():
+    for image_size, patch_size, token_width, depth, heads in ((518, 14, 1536, 40, 24), (1024, 16, 1024, 24, 16)):
+        sizes = {"image_size": image_size, "patch_size": patch_size, "token_width": token_width, "depth": depth}
+        assert EncoderConfig(**sizes, heads=heads, stem=(), summary=0).places > 1000
+    assert EncoderConfig(image_size=512).places == 1024
 
 
 def test_the_encoder_is_the_vit_of_transformers():
