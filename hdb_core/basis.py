@@ -28,6 +28,7 @@ from .layout import Layer, Layout
 STREAM = "numpy.RandomState.standard_normal/sha256/qr"
 PROBE_TOLERANCE = 1e-5
 _NUM_PROBED_LAYERS = 4
+MAX_DRAWN = 300_000_000_000  # operations that making a model's random bases takes; the largest of today takes a fifth
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,11 @@ def drawing_cost(recipe: BasisRecipe, layers: Iterable[Layer]) -> int:
     """How many operations it takes to make the random bases of some layers orthonormal."""
     dims = ((layer, *recipe.dims(layer)) for layer in layers)
     return sum(layer.in_features * a**2 + layer.out_features * b**2 for layer, a, b in dims)
+
+
+def is_drawable(recipe: BasisRecipe, layers: Iterable[Layer]) -> bool:
+    """Whether the bases of some layers are made in a time, and a memory, that a model of their size is worth."""
+    return bool(recipe.learned) or drawing_cost(recipe, layers) <= MAX_DRAWN
 
 
 def probed(recipe: BasisRecipe, layout: Layout) -> list[Layer]:

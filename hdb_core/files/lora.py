@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..basis import BasisRecipe, drawing_cost
+from ..basis import BasisRecipe, is_drawable
 from ..card import made
 from ..errors import LiDBFileError
 from ..layout import FAMILIES, HOST_PREFIX, Layer, Layout
@@ -30,7 +30,6 @@ PREFIXES = {
 # A LiDB says of what size its layers are, and here no model is connected that has them. Of the largest models of today,
 # a person of rank 50 takes half of these.
 MAX_BYTES = 2_000_000_000  # at rank 50 or above: the work goes by the layers more than by the rank
-MAX_DRAWN = 300_000_000_000  # operations that making the random bases takes
 MOST_LOST = 0.01  # of a person's norm, by rounding
 METADATA = ("made_from", "prompt", "token", "photos", "steps", "model", "name")  # of `lidb.About`
 # What kohya's trainer calls the base models, and what the model specification does.
@@ -127,7 +126,7 @@ def state_dict(lidb: LiDB) -> dict[str, Tensor]:
 def _require_sizes(lidb: LiDB) -> None:
     layers = lidb.layout.layers
     size = 2 * max(lidb.rank, BasisRecipe().max_rank) * sum(layer.in_features + layer.out_features for layer in layers)
-    if size > MAX_BYTES or (not lidb.basis.learned and drawing_cost(lidb.basis, layers) > MAX_DRAWN):
+    if size > MAX_BYTES or not is_drawable(lidb.basis, layers):
         raise LiDBFileError(
             f"The {len(layers):,} layers of this LiDB are larger than those of any known model, too large for a LoRA file. "
             "Make the person again with the base model that you use."

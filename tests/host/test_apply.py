@@ -149,6 +149,27 @@ def test_bases_are_made_once_for_a_loaded_model_and_go_with_it(host, person, loa
     assert list(bases._OF_MODEL) == [loaded.model.model]
 
 
+def test_bases_of_strangers_do_not_fill_the_memory(host, person, loaded, apply, monkeypatch):
+    """Each file names a basis of its own; of SDXL, one takes half a gigabyte."""
+    bases = host.module("nodes.host.bases")
+    monkeypatch.setattr(bases, "_OF_MODEL", weakref.WeakKeyDictionary())
+    for seed in (0, 1, 0, 2):
+        lidb = person(1)
+        apply(replace(lidb, basis=replace(lidb.basis, seed=seed)))
+    (kept,) = bases._OF_MODEL.values()
+    assert [recipe.seed for recipe, _ in kept] == [0, 2]
+
+
+def test_a_basis_that_takes_minutes_and_gigabytes_is_refused_at_once(host, person, loaded, monkeypatch):
+    """A file of 4 KB can ask for 1,024 dimensions: those of SD 1.5 take 1 GB, those of SDXL 7 GB and minutes."""
+    bases, layout = host.module("nodes.host.bases"), host.module("hdb_core.layout")
+    layers = (layout.Layer(f"unet.mid_block.{i}", 1280, 1280) for i in range(560))
+    large = replace(person(1).basis, down_dim=1024, up_dim=1024)
+    monkeypatch.setattr(bases, "Adapters", lambda *_: pytest.fail("it was made"))
+    with pytest.raises(host.module("hdb_core.errors").BasisError, match=r"1024 × 1024 dimensions.*560 layers"):
+        bases.adapters_of(loaded.model, large, layout.Layout("sdxl", tuple(layers)))
+
+
 @pytest.mark.parametrize(("strength_model", "strength_clip"), [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (-1.0, 1.0)])
 def test_each_strength_counts(apply, person, loaded, sample, strength_model, strength_clip):
     picture = sample(*apply(person(1), strength_model=strength_model, strength_clip=strength_clip))
