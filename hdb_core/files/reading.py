@@ -18,7 +18,7 @@ from ..errors import HDBError
 
 # What the bytes of a stranger make readers raise.
 GARBLED = (
-    LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, MemoryError, RuntimeError, struct.error,
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError, RuntimeError, struct.error,
     zlib.error, SafetensorError,
 )  # fmt: skip
 _MOST_HOLLOW = 1 << 20

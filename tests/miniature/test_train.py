@@ -39,6 +39,7 @@ from hdb_core.train import loop
 from hdb_core.train import state as state_file
 from hdb_core.train.__main__ import main
 from hdb_core.train.base import vision
+from hdb_core.train.base.denoiser import load_base_model
 from hdb_core.train.data.faces import PhotoPixels
 from hdb_core.train.data.photos import find_people
 from hdb_core.train.data.tokens import PhotoTokens, precompute_tokens
@@ -793,6 +794,16 @@ def test_encoders_that_cannot_be_used(model, photos, clip_vision, tmp_path, caps
     save_file(kept, partial / "model.safetensors", {"format": "pt"})
     broken = Path(clip_vision(name="broken"))
     os.truncate(broken / "model.safetensors", 5000)
+
+    def described(**other):
+        """An encoder whose config.json says something else."""
+        folder = Path(clip_vision(name="_".join(other)))
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | other))
+        return folder
+
+    (listed := tmp_path / "listed").mkdir()
+    (listed / "config.json").write_text("[]")
     for folder, message in (
         (tmp_path / "nowhere", "lacks config.json"),
         (unknown, "holds 'resnet', but Load CLIP Vision takes CLIP"),
@@ -800,9 +811,24 @@ def test_encoders_that_cannot_be_used(model, photos, clip_vision, tmp_path, caps
         (empty, "holds no weights that can be read"),
         (broken, "holds no weights that can be read"),
         (partial, "lacks 4 weights"),
+        (listed, "listed is damaged ("),
+        (described(model_type=[]), "model_type is damaged ("),
+        (described(num_attention_heads=0), "num_attention_heads is damaged ("),
+        (described(intermediate_size=10**9), "its config.json describes 98,000,"),  # transformers would make 400 GB up
     ):
         assert run(model, photos, tmp_path / "run", "--clip-vision", str(folder), stage="precompute") == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_no_attention_is_downloaded(model, clip_vision, tmp_path, name):
+    """A config.json could name a kernel, whose code transformers would fetch where the package kernels is installed."""
+    folders = Path(clip_vision()), Path(shutil.copytree(model, tmp_path / "model")) / "text_encoder"
+    for folder in folders:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: "somebody/kernel"}))
+    assert vision.load_vision_encoder(folders[0], torch.device("cpu")).model.config._attn_implementation == "sdpa"
+    assert load_base_model(folders[1].parent, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import LayoutError
 from ...files.reading import garbled_as
 from ...layout import FAMILIES, FAMILY_BY_CONTEXT, find_targets, layout_of
+from .local import local_config
 from .single_file import Parts, TextEncoder, load_tokenizer, read_single_file
 
 # Of a schedule that ends in noise alone, whose last sigma would be infinite; sigma is 4519 there. ComfyUI has the same.
@@ -214,10 +215,11 @@ def _read_folder(folder: Path, dtype: torch.dtype, tokenizer: Path | None) -> Pa
     with garbled_as(lambda why: LayoutError(f"A part of {folder} is damaged ({why}). Download the model again.")):
         texts = [
             TextEncoder(
-                _whole(kind, paths[f"text_encoder{end}"], dtype=dtype, **local),
+                _whole(kind, path, config=local_config(kind.config_class, path), dtype=dtype, **local),
                 load_tokenizer(paths[f"tokenizer{end}"]),
             )
             for kind, end in kinds[: 1 + second]
+            for path in [paths[f"text_encoder{end}"]]
         ]
         tiny = AutoencoderTiny.load_config(paths["vae"], **local)["_class_name"] == "AutoencoderTiny"
         return Parts(

@@ -17,8 +17,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...errors import HyperNetError
+from ...files.reading import garbled_as
 from ...hypernet import EncoderConfig
 from ...images import resize_to_cover
+from .local import local_config
 
 Color = tuple[float, float, float]
 _CLIP_COLORS: tuple[Color, Color] = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -97,12 +99,17 @@ def load_vision_encoder(folder: Path, device: torch.device) -> VisionEncoder:
         FileNotFoundError: if there is no such folder, or no model in it.
         HyperNetError: if ComfyUI could not load this encoder, or weights are missing or damaged.
     """
-    import transformers
-
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} is no image encoder: it lacks config.json. Give --clip-vision a transformers folder of one."
         )
+    with garbled_as(lambda why: HyperNetError(f"{folder} is damaged ({why}). Download it again.")):
+        return _loaded(folder, device)
+
+
+def _loaded(folder: Path, device: torch.device) -> VisionEncoder:
+    import transformers
+
     classes: dict[str, tuple[str, Any, Any]] = {
         "clip": ("clip", transformers.CLIPVisionConfig, transformers.CLIPVisionModel),
         "clip_vision_model": ("clip", transformers.CLIPVisionConfig, transformers.CLIPVisionModel),
@@ -117,9 +124,16 @@ def load_vision_encoder(folder: Path, device: torch.device) -> VisionEncoder:
             "Give --clip-vision one of these."
         )
     architecture, config_class, model_class = classes[kind]
-    config = config_class.from_pretrained(folder, local_files_only=True)
+    config = local_config(config_class, folder)
     host = _host_encoder(architecture, config, folder)
     config.hidden_act, config.layer_norm_eps = host.activation, host.epsilon
+    with torch.device("meta"):
+        numbers = sum(weight.numel() for weight in model_class(config).parameters())
+    if numbers > (size := sum(path.stat().st_size for path in folder.iterdir())):  # transformers would make them up
+        raise HyperNetError(
+            f"{folder} holds no weights that can be read: its config.json describes {numbers:,}, but its files have "
+            f"{size:,} bytes. Download it again."
+        )
     try:
         model, info = model_class.from_pretrained(
             folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
