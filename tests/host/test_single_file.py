@@ -120,3 +120,25 @@ def test_tensors_of_another_form_are_said(host, part, name, shape):
         tensors[name] = torch.empty(shape, device="meta")
     with pytest.raises(host.module("hdb_core.errors").LayoutError, match=r"is of another form \(.+\).*--model"):
         getattr(host.module("hdb_core.train.base.single_file"), f"{part}_of")(tensors)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("unet", "model.diffusion_model.input_blocks.1.1.transformer_blocks.{}.x"),
+        ("text_encoder", "cond_stage_model.transformer.text_model.encoder.layers.{}.x"),
+        ("vae", "first_stage_model.encoder.down.0.block.{}.x"),
+    ],
+)
+def test_a_name_does_not_make_a_billion_layers(host, part, name):
+    """50 KB would have taken months, and all memory."""
+    tensors = checkpoint(host, "sd1") | {name.format(10**9): torch.empty(1, device="meta")}
+    with pytest.raises(host.module("hdb_core.errors").LayoutError, match="is of another form"):
+        getattr(host.module("hdb_core.train.base.single_file"), f"{part}_of")(tensors)
+
+
+def test_a_name_does_not_make_a_billion_blocks(host):
+    """They were looked for one by one."""
+    alone = {f"model.diffusion_model.input_blocks.{10**9}.x": torch.empty(1, device="meta")}
+    with pytest.raises(host.module("hdb_core.errors").LayoutError, match="is of another form"):
+        host.module("hdb_core.train.base.single_file").unet_of(alone)

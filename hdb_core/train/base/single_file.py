@@ -305,8 +305,8 @@ def _below(checkpoint: Tensors, prefix: str) -> dict[str, Tensor]:
 
 
 def _count(names: Tensors, pattern: str) -> int:
-    """One more than the highest number that a pattern finds at the start of the names."""
-    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
+    """How many numbers a pattern finds at the start of the names; the highest could be any."""
+    return len({int(match[1]) for name in names if (match := re.match(pattern, name))})
 
 
 def _no_weights() -> Any:
