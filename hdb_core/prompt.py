@@ -21,3 +21,14 @@ def rare_token(prompt: str, class_prompt: str = CLASS_PROMPT) -> str:
 def caption(prompt: str, words: str) -> str:
     """The prompt and a photo's own words: "a [v] face, smiling"."""
     return f"{prompt}, {words}" if words else prompt
+
+
+def require_short(words: str) -> str:
+    """The same words, if they are no longer than a prompt.
+
+    Raises:
+        ValueError: if they are.
+    """
+    if len(words) > MOST_CHARACTERS:
+        raise ValueError(f"words of {len(words):,} characters, where {MOST_CHARACTERS:,} are the most")
+    return words

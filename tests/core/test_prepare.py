@@ -130,7 +130,10 @@ def test_captions_as_others_write_them(tmp_path, line):
     assert person.photos[0].words == SAID[line]
 
 
-@pytest.mark.parametrize("text", ["3", '["a"]', r'"\ud800"', "[" * 100_000], ids=["3", "list", "half", "deep"])
+TEXTS = {"3": "3", "list": '["a"]', "half": r'"\ud800"', "deep": "[" * 100_000, "long": f'"{"a" * 2001}"'}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_captions_that_are_no_texts(tmp_path, text):
     picture_of(tmp_path / "source" / "ben.png")
     (tmp_path / "source" / "metadata.jsonl").write_text('{"file_name": "ben.png", "text": ' + text + "}")

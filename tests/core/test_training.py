@@ -188,6 +188,11 @@ def test_captions_that_cannot_be_read(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(HyperNetError, match=r"a\.txt cannot be read: it is no text in UTF-8"):
         find_people(tmp_path)
+    (tmp_path / "a.txt").write_text(
+        "smile " * 20_000
+    )  # ComfyUI's text encoder would read it for a minute, at every step
+    with pytest.raises(HyperNetError, match=r"a\.txt cannot be read: words of 119,999 characters, where 2,000 are"):
+        find_people(tmp_path)
     (tmp_path / "a.txt").unlink()
     (tmp_path / "a.txt").symlink_to("nowhere")
     with pytest.raises(HyperNetError, match=r"a\.txt cannot be read: No such file"):

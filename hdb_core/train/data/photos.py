@@ -28,6 +28,7 @@ from torch import Tensor
 from ...errors import HyperNetError
 from ...files.reading import GARBLED, reason, regular, require_few_scans
 from ...images import resize_to_cover
+from ...prompt import require_short
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whatever a file is called; for others, Pillow may start programs
@@ -221,10 +222,10 @@ def _grouped(files: Mapping[str, Place]) -> list[Person]:
 
 def _text(words: Place) -> str:
     try:
-        return read_bytes(words).decode("utf-8-sig").strip()
+        return require_short(read_bytes(words).decode("utf-8-sig").strip())
     except (OSError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise HyperNetError(f"{words} cannot be read: {why}. Save it again in UTF-8, or remove it.") from error
+        why = "it is no text in UTF-8" if isinstance(error, UnicodeError) else reason(error)
+        raise HyperNetError(f"{words} cannot be read: {why}. Save it again in UTF-8, shorten or remove it.") from error
 
 
 def _is_photo(name: str) -> bool:

@@ -30,6 +30,7 @@ from ...files.fields import as_type
 from ...files.names import made_portable, portable
 from ...files.reading import GARBLED, reason, regular
 from ...images import resize_to_cover
+from ...prompt import require_short
 from .photos import MASK, PREPARED, WORDS, Person, Photo, Place, find_people, in_threads, read_bytes
 from .shards import Files, FolderWriter, Keyed, ShardWriter
 
@@ -308,7 +309,7 @@ def _metadata(source: Path) -> dict[str, str]:
             if line.strip():
                 row = json.loads(line)
                 words = as_type(row.get("text", row.get("caption")), str | None, "text")
-                found[portable(str(source / row["file_name"]))] = (words or "").strip()
+                found[portable(str(source / row["file_name"]))] = require_short((words or "").strip())
     except (OSError, *GARBLED) as error:
         raise HyperNetError(
             f"{path} cannot be read ({reason(error)}): expected lines such as "
