@@ -61,14 +61,16 @@ def yunet(path: Path) -> Detector:
 
 
 def _require_no_bomb(path: Path) -> None:
-    """Refuse a zip that is larger unpacked; torch.save compresses nothing.
+    """Refuse what would take more memory than the file: torch.save compresses nothing, and calls for no bytearray.
 
     Raises:
-        ValueError, zipfile.BadZipFile: it is, or it is damaged.
+        ValueError, zipfile.BadZipFile: it would, or it is damaged.
     """
+    if b"bytearray" in path.read_bytes():  # which torch.load makes of any size, with weights_only, too
+        raise ValueError("it is not of weights")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
-            if sum(part.file_size for part in file.infolist()) > path.stat().st_size:
+            if any(part.compress_type for part in file.infolist()):
                 raise ValueError("it is larger unpacked")
 
 

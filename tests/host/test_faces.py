@@ -237,6 +237,18 @@ def test_a_file_that_is_larger_unpacked_is_not_unpacked(host, error, tmp_path, m
         host.module("hdb_core.detectors").yunet(path)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_asks_for_memory_is_not_run(host, error, tmp_path, monkeypatch, zipped):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was run"))
+    asks = b"\x80\x02c__builtin__\nbytearray\n(J\x00\xca\x9a\x3btR."  # a billion bytes
+    file = BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", asks)
+    (path := tmp_path / "yunet.pth").write_bytes(file.getvalue() if zipped else asks)
+    with pytest.raises(error, match="no YuNet file"):
+        host.module("hdb_core.detectors").yunet(path)
+
+
 def test_what_is_no_file_is_no_detector(host, base_directory):
     (folder := base_directory / "models" / "detection").mkdir(parents=True, exist_ok=True)
     (link := folder / "yunet_gone.pth").symlink_to(folder / "nowhere")
