@@ -70,7 +70,8 @@ def _require_no_bomb(path: Path) -> None:
         raise ValueError("it is not of weights")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
-            if any(part.compress_type for part in file.infolist()):
+            parts = file.infolist()
+            if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > path.stat().st_size:
                 raise ValueError("it is larger unpacked")
 
 
