@@ -34,6 +34,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whatever a file is called; for others, Pillow may start programs
 MASK, WORDS, SHARD = ".mask.png", ".txt", ".tar"
 LARGE, ROOM = 16_000_000, 4  # pixels of a picture whose numbers take much memory; see `Photo.whole`
+MOST_SHARED = 100  # entries of a shard's global headers, of which tarfile makes a copy for each file
 MOST_WITHIN, MOST_OF_A_BYTE = 50_000_000, 50  # pixels of any picture, and of a larger one for each byte of its file
 PREPARED = "prepared.json"  # of a folder that `prepare` has made: how its photos are cut, {"cut": "face"}
 Item = TypeVar("Item")
@@ -239,6 +240,8 @@ def _files_of(shard: Path) -> dict[str, Place]:
         members = []
         with tarfile.open(shard, "r:") as file:
             for member in file:
+                if len(file.pax_headers) > MOST_SHARED:
+                    raise ValueError(f"its global headers have {len(file.pax_headers):,} entries")
                 is_whole = not member.issparse() and member.size <= size - member.offset_data
                 if member.size < 0 or (member.isfile() and not is_whole):  # below 0, the same could come again for ever
                     raise ValueError(f"{member.name!r:.100} is not in it as a whole")
