@@ -75,7 +75,7 @@ def person_at(place: int, count: int, seed: int) -> int:
 @lru_cache(4)
 def _people_of(window: int, epoch: int, count: int, seed: int) -> list[int]:
     """The people of some shuffled runs, shuffled."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 1_000_003 + window)
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + epoch) * 1_000_003 + window) % (1 << 64))
     runs = _shuffled_runs(epoch, count, seed)[window * RUNS : (window + 1) * RUNS]
     people = [person for run in runs for person in range(run * RUN, min(count, (run + 1) * RUN))]
     return [people[i] for i in torch.randperm(len(people), generator=generator).tolist()]

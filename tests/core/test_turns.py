@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from hdb_core.train.ahead import AHEAD, read_ahead
+from hdb_core.train.settings import MOST
 from hdb_core.train.turns import RUN, RUNS, person_at, turns_of
 
 
@@ -25,6 +26,12 @@ def test_turns_near_each_other_read_few_runs_of_people():
     runs = {person // RUN for person in window}
     assert len(runs) == RUNS and max(runs) - min(runs) > RUNS  # few of them, from everywhere
     assert {person // RUN for person in window[:200]} == runs  # and well mixed
+
+
+def test_any_seed_that_settings_take():
+    """A date, for example: the product with two large numbers was too long for torch."""
+    for seed in (20_261_129, MOST):
+        assert sorted(person_at(place, 5, seed) for place in range(5)) == list(range(5))
 
 
 def test_steps_follow_each_other():
