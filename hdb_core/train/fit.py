@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..adapters import Adapters, Factors, attach
 from ..diffusion import Batch, Denoiser, LossScale, NoiseLevels, diffusion_loss, draw
-from ..errors import FinetuneError
+from ..errors import FinetuneError, HyperNetError, require
 from ..lidb import start_down
 from ..prompt import caption
 from .data.latents import EncodedPhotos
+from .loop import MOST_RATE
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,18 @@ class FitConfig:
         steps: optimiser steps for each person; the paper's way is 40, with ``train.regression_weight`` 1. 0 is off.
         learning_rate: learning rate of the up side (Adam).
         noise: part of the noise schedule that is trained on, its lower and its upper end, 0 to 1.
+
+    Raises:
+        HyperNetError: if the learning rate makes no sense.
     """
 
     steps: int = 0
     learning_rate: float = 0.05
     noise: NoiseLevels = field(default_factory=lambda: NoiseLevels(0.1, 1.0))
+
+    def __post_init__(self) -> None:
+        holds, expected = 0 < self.learning_rate <= MOST_RATE, f"above 0, at most {MOST_RATE:g}"
+        require(holds, "fit.learning_rate", expected, self.learning_rate, HyperNetError)
 
 
 class Fitter:
