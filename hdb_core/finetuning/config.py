@@ -88,7 +88,7 @@ class FinetuneConfig:
         As many lines as photos are one each, blank ones, too; blank lines beyond those at the end do not count.
 
         Raises:
-            FinetuneError: if `photo_words` has neither one line nor one for each photo.
+            FinetuneError: if `photo_words` has neither one line nor one for each photo, or a line longer than a prompt.
         """
         lines = [line.strip() for line in self.photo_words.split("\n")]
         while len(lines) > 1 and not lines[-1] and len(lines) != count:
@@ -98,6 +98,8 @@ class FinetuneConfig:
                 f"Expected one line of photo_words or one for each of the {count} photos, got {len(lines)}. "
                 "Give every photo its line, or describe what all of them show in one."
             )
+        longest = max(map(len, lines))
+        _require(longest <= MOST_CHARACTERS, "photo_words", f"lines of at most {MOST_CHARACTERS:,} characters", longest)
         return [caption(self.prompt, words) for words in (lines * count if len(lines) == 1 else lines)]
 
 

@@ -284,6 +284,8 @@ def test_a_photo_without_words_has_an_empty_line(config):
     assert words.captions(4) == ["a [v] face", "a [v] face, smiling", "a [v] face", "a [v] face, at the beach"]
     with pytest.raises(FinetuneError, match="one for each of the 2 photos, got 4"):
         words.captions(2)
+    with pytest.raises(FinetuneError, match="photo_words: lines of at most 2,000 characters, got 2001"):
+        replace(config, photo_words=f"smiling\n{'x' * 2001}").captions(2)  # each step would encode them
 
 
 def test_frozen_text_layers_of_a_given_person_still_act(toy, latents, make_lidb, config):
