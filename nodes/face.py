@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..hdb_core.errors import FaceError
 from ..hdb_core.faces import ORDERS
@@ -13,7 +13,7 @@ from ..hdb_core.images import as_rgb
 from .host.compat import if_known
 from .host.faces import crop_faces, paste_faces
 from .host.lists import only, pictures_of
-from .host.progress import send_text
+from .host.progress import preview, send_text
 from .types import BOUNDING_BOX, CATEGORY, box_input
 
 
@@ -87,7 +87,7 @@ class CropToFace(io.ComfyNode):
             [cut.pixels.movedim(0, -1)[None] for cut in cuts],
             [cut.mask[None] for cut in cuts],
             [cut.box for cut in cuts],
-            ui=ui.PreviewImage([cut.shown for cut in cuts], cls=cls),
+            ui=preview([cut.shown for cut in cuts], cls),
         )
 
 

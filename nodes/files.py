@@ -16,7 +16,7 @@ from ..hdb_core.lidb import LiDB
 from .host.compat import if_known
 from .host.folders import LIDBS, find, fingerprint, learned_basis, names_on, validated
 from .host.output import name_in_output, output_name, prefix_for, refusal, save_once
-from .host.progress import send_text
+from .host.progress import preview, send_text
 from .types import CATEGORY, LIDB
 
 
@@ -122,7 +122,7 @@ class LoadLiDB(io.ComfyNode):
         lidb = lidb_file.load(path, learned_basis(lidb_file.read_header(path).basis))
         said, picture = "\n".join(card.lines(lidb)), card.picture_of(lidb.about)
         send_text(said, cls.hidden.unique_id)
-        shown = {} if picture is None else ui.PreviewImage(picture[None], cls=cls).as_dict()
+        shown = {} if picture is None else preview(picture[None], cls)
         return io.NodeOutput(lidb, lidb.about.prompt, ui={**shown, "text": (said,)})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..hdb_core.errors import FinetuneError
 from ..hdb_core.finetuning import FinetuneConfig, FinetuneDiverged
@@ -15,6 +15,7 @@ from .host.finetune import FinetuneOptions, finetune_in_host
 from .host.kept import kept
 from .host.lists import joined, only
 from .host.photos import Photos
+from .host.progress import preview
 from .plot import loss_image
 from .types import CATEGORY, FINETUNE_OPTIONS, LIDB
 
@@ -116,7 +117,7 @@ class FastFinetune(io.ComfyNode):
         except FinetuneDiverged as error:
             raise with_place(error) from None
         plot = loss_image(result.losses)
-        return io.NodeOutput(result.lidb, plot, ui=ui.PreviewImage(plot, cls=cls))
+        return io.NodeOutput(result.lidb, plot, ui=preview(plot, cls))
 
 
 class FastFinetuneOptions(io.ComfyNode):

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from textwrap import wrap
+from typing import Any
 
 import comfy.utils
 from comfy.model_management import InterruptProcessingException, throw_exception_if_processing_interrupted
+from comfy_api.latest import io, ui
 from PIL import Image
 
 from ...hdb_core.finetuning import FinetuneProgress
@@ -72,6 +74,20 @@ def captioned(captions: Sequence[str]) -> str:
     different = [f"“{caption}”" for caption in dict.fromkeys(captions)]
     more = f" and {len(different) - SHOWN_CAPTIONS} others" if len(different) > SHOWN_CAPTIONS else ""
     return f"captioned {', '.join(different[:SHOWN_CAPTIONS])}{more}"
+
+
+def preview(pictures: Any, node: type[io.ComfyNode]) -> dict[str, Any]:
+    """Pictures that a node shows, as its ``ui``; none where the host cannot write them, since the node's result counts more.
+
+    Args:
+        pictures: (N, H, W, 3) in 0..1, or a sequence of (H, W, 3).
+        node: as it is executed.
+    """
+    try:
+        return ui.PreviewImage(pictures, cls=node).as_dict()
+    except OSError as error:
+        log.warning("%s shows no picture: %s", node.define_schema().display_name, error)
+        return {}
 
 
 class FinetuneDisplay:

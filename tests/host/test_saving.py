@@ -159,3 +159,26 @@ def test_what_a_kill_left_yesterday_goes_with_the_next_person(run, host, person)
     os.utime(old, (yesterday, yesterday))
     run("SaveLiDB", lidb=person(2), filename_prefix="swept/person")
     assert not old.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no limit of a file's size")
+def test_a_full_disk_costs_previews_and_no_results(run, host, person, photo, train, caplog):
+    """The person of a training was lost with its loss plot."""
+    import resource
+
+    (path,) = run("SaveLiDB", lidb=person(1), filename_prefix="lidb/shown", thumbnail=photo)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        loaded, _ = run("LoadLiDB", lidb_name=Path(path).name)
+        run("CropToFace", image=photo, bboxes={"x": 20, "y": 20, "width": 60, "height": 80})
+        trained = train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert loaded.about.thumbnail and trained.about.steps == 2
+    shown = [record.getMessage() for record in caplog.records if "shows no picture" in record.getMessage()]
+    assert [text.partition(" shows")[0].partition(" (")[0] for text in shown] == [
+        "Load LiDB",
+        "Crop to Face",
+        "Fast Finetune",
+    ]
