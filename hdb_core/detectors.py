@@ -7,7 +7,6 @@ Source: Wu et al., YuNet: A Tiny Millisecond-level Face Detector, Machine Intell
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -53,7 +52,7 @@ def yunet(path: Path) -> Detector:
         return yunet_by_kornia(dict(torch.load(path, map_location="cpu", weights_only=True)))
     except FaceError:
         raise
-    except (OSError, EOFError, AssertionError, pickle.UnpicklingError, zipfile.BadZipFile, *GARBLED) as error:
+    except (OSError, AssertionError, zipfile.BadZipFile, *GARBLED) as error:
         why = f" ({reason(error)})" if isinstance(error, OSError) else ""
         raise FaceError(
             f"{path.name!r} is no YuNet file{why}. Take yunet_final.pth or YuNet's .onnx file, or remove it."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import re
 import stat
 import struct
@@ -19,7 +20,7 @@ from ..errors import HDBError
 # What the bytes of a stranger make readers raise.
 GARBLED = (
     LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError, RuntimeError, struct.error,
-    zlib.error, SafetensorError,
+    zlib.error, SafetensorError, EOFError, pickle.UnpicklingError,
 )  # fmt: skip
 _MOST_HOLLOW = 1 << 20
 _SCAN, _MOST_SCANS = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e]"), 100  # of a JPEG; writers make about ten
@@ -81,6 +82,8 @@ def garbled_as(refusal: Callable[[str], HDBError]) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """Why something cannot be read or written, without numbers and paths of the system's."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds something else than weights"  # torch's own message advises to run what it holds
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
 
 
