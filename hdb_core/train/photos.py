@@ -29,8 +29,8 @@ MEGABYTE = 10**6
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare photos; the exit code."""
     args = parser().parse_args(arguments)
-    checks = Checks(args.size, args.smallest, args.least_sharpness)
     try:
+        checks = Checks(args.size, args.smallest, args.least_sharpness)
         detector = find_detector(args.yunet) if args.cut == "face" else None
         with tqdm(unit="person") as bar:
             counted = prepare(args.folder, args.into, checks, detector, args.shards * MEGABYTE, bar.update)

@@ -83,6 +83,26 @@ def test_what_is_kept_and_what_is_dropped(source, tmp_path):
         assert sheet.width > 300 and len(sheet.getcolors(1 << 24)) > 1000
 
 
+@pytest.mark.parametrize("size", [(180, 120), (720, 480), (361, 240)])
+def test_masks_of_another_resolution(source, tmp_path, size):
+    """They were cut as if they had the photo's: half a mask lay beside its face, and of a large one a corner was kept."""
+    mask = source / "anna" / "7.mask.png"
+    prepare(source, tmp_path / "same", CHECKS)
+    Image.linear_gradient("L").resize(size).save(mask)
+    prepare(source, tmp_path / "other", CHECKS)
+    same, other = (find_people(tmp_path / name / "photos")[0].photos[-1] for name in ("same", "other"))
+    torch.testing.assert_close(same.region(8, 8), other.region(8, 8), atol=0.03, rtol=0)
+    Image.linear_gradient("L").resize((240, 240)).save(mask)
+    assert prepare(source, tmp_path / "none", CHECKS)["mask of other shape"] == 1
+
+
+@pytest.mark.parametrize("name", ["size", "smallest"])
+@pytest.mark.parametrize("value", [-1, 0, 1, 100_000])
+def test_sizes_that_make_no_sense_are_refused(source, tmp_path, capsys, name, value):
+    assert main([str(source), "--into", str(tmp_path / "data"), f"--{name}", str(value)]) == 1
+    assert f"Expected {name}: from 2 to 8,192" in capsys.readouterr().err and not (tmp_path / "data").exists()
+
+
 def test_shards_are_the_same_as_folders(source, tmp_path):
     for seed in range(5, 9):
         (source / str(seed)).mkdir()

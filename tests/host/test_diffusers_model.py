@@ -163,7 +163,11 @@ def pickled(contents):
 @pytest.mark.parametrize(
     ("name", "damage", "said"),
     [
-        ("text_encoder/model.safetensors", pickled(b"version https://git-lfs"), r"is damaged \(it holds something else"),
+        (
+            "text_encoder/model.safetensors",
+            pickled(b"version https://git-lfs"),
+            r"is damaged \(it holds something else",
+        ),
         ("text_encoder/model.safetensors", pickled(b""), r"is damaged \(EOFError"),
         ("text_encoder/model.safetensors", cut, r"A part of .* is damaged \("),
         ("text_encoder/model.safetensors", without_a_weight, "text_encoder lacks 1 weights, '.*' among them"),

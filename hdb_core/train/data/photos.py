@@ -95,7 +95,7 @@ class Photo:
             return torch.ones(1, height, width)
         mask = Photo(self.mask)
         (wide, high), (mask_wide, mask_high) = self.size(), mask.size()
-        if abs(mask_wide * high - mask_high * wide) > max(wide, high):  # a pixel more or less is rounding
+        if not is_of_shape(mask.size(), self.size()):
             raise HyperNetError(
                 f"{self.mask} is {mask_wide} × {mask_high}, its photo {wide} × {high}, which has another shape. "
                 "Make the mask from the same, uncut photo."
@@ -152,6 +152,11 @@ class Photo:
             raise HyperNetError(
                 f"{self.path} cannot be read as a picture ({reason(error)}). Remove it or save it again."
             ) from error
+
+
+def is_of_shape(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two pictures have one shape, at any resolution; a pixel more or less is rounding."""
+    return abs(one[0] * other[1] - one[1] * other[0]) <= max(other)
 
 
 def _reduced(image: Image.Image, least: int) -> Image.Image:

@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional
 
-from ...errors import FaceError, HyperNetError
+from ...errors import FaceError, HyperNetError, require
 from ...faces import Box, Detector, Square, cut_out, in_order, oval, rivals, square_of
 from ...files.atomic import replacing, write_bytes, write_text
 from ...files.fields import as_type
@@ -31,14 +31,15 @@ from ...files.names import made_portable, portable
 from ...files.reading import GARBLED, reason, regular
 from ...images import resize_to_cover
 from ...prompt import require_short
-from .photos import MASK, PREPARED, WORDS, Person, Photo, Place, find_people, in_threads, read_bytes
+from .photos import MASK, PREPARED, WORDS, Person, Photo, Place, find_people, in_threads, is_of_shape, read_bytes
 from .shards import Files, FolderWriter, Keyed, ShardWriter
 
 METADATA = "metadata.jsonl"  # of a folder of pictures as Hugging Face's datasets read it
-REASONS = ("unreadable", "no face", "several faces", "tiny", "blurred", "double")
+REASONS = ("unreadable", "mask of other shape", "no face", "several faces", "tiny", "blurred", "double")
 DOUBLE = 0.01  # mean difference of two small copies, of the range of a colour
 SMALL = 16  # side of these copies, pixels
 CHUNK = 64  # people at once
+_MOST_SIDE = 8192  # pixels; sharpness is measured at the smallest one
 _MOST_NAME = 200  # bytes of a person's name, to which numbers and endings are added
 _SHEET, _TILE, _LABEL = (8, 12), 112, 14  # columns and most rows of the contact sheet; pixels
 _INK, _DROPPED, _PAPER = (30, 30, 30), (190, 30, 30), (255, 255, 255)
@@ -67,11 +68,19 @@ class Checks:
         smallest: least side of a square, pixels.
         least_sharpness: least share of a photo's contrast in its finest details; 0 keeps blurred ones. Of 13 photographs
             at 256 pixels, sharp ones had 0.04 to 0.18, twice enlarged ones 0.019 to 0.044, four times at most 0.018.
+
+    Raises:
+        HyperNetError: a side makes no sense.
     """
 
     size: int = 512
     smallest: int = 256
     least_sharpness: float = 0.018
+
+    def __post_init__(self) -> None:
+        for name in ("size", "smallest"):
+            value = getattr(self, name)
+            require(2 <= value <= _MOST_SIDE, name, f"from 2 to {_MOST_SIDE:,}", value, HyperNetError)
 
 
 class Seen(NamedTuple):
@@ -228,6 +237,10 @@ def _checked(person: Person, photo: Photo, words: dict[str, str], checks: Checks
     except HyperNetError:
         return seen._replace(reason="unreadable")
     seen = seen._replace(tile=resize_to_cover(picture[None], (_TILE, _TILE))[0])
+    if white is not None:
+        if not is_of_shape(white.shape[1:], picture.shape[1:]):
+            return seen._replace(reason="mask of other shape")
+        white = resize_to_cover(white[None], (picture.shape[1], picture.shape[2]))[0]
     try:
         square, mask = cut(picture)
     except Unusable as error:
