@@ -69,10 +69,10 @@ class HyperNetConfig:
     def __post_init__(self) -> None:
         if self.code < 1 or self.rank < 1 or self.iterations < 1:
             raise HyperNetError("Expected a code, a rank and iterations of at least 1. Train the hypernetwork again.")
-        if self.heads < 1 or self.depth < 1 or self.width % self.heads:
+        if min(self.heads, self.depth, self.width) < 1 or self.width % self.heads:
             raise HyperNetError(
-                f"Expected a decoder layer or more and a width that the heads divide, got {self.depth}, {self.width} and "
-                f"{self.heads}."
+                f"Expected a decoder layer or more and a width of at least 1 that the heads divide, got {self.depth}, "
+                f"{self.width} and {self.heads}."
             )
         layers = len(self.layout.layers)
         seen = (layers, self.encoder.tokens_of_photo)

@@ -310,7 +310,7 @@ def test_the_code_of_several_photos_is_their_mean(net):
     torch.testing.assert_close(both, (net.summed(one) + net.summed(other)) / 2)
 
 
-@pytest.mark.parametrize("sizes", [{"code": 0}, {"rank": 0}, {"iterations": 0}])
+@pytest.mark.parametrize("sizes", [{"code": 0}, {"rank": 0}, {"iterations": 0}, {"width": 0}])
 def test_sizes_that_make_no_sense(config, sizes):
     with pytest.raises(HyperNetError, match="at least 1"):
         replace(config, **sizes)
