@@ -27,7 +27,7 @@ PRECISIONS = ("no", "bf16", "fp16")
 PREDICTION_TYPES = ("", "epsilon", "v_prediction")
 MOST = 1_000_000_000
 MOST_BYTES = 10_000  # of a text
-# What the file of a hypernetwork may hold, by the last part of a setting's name.
+# What the file of a hypernetwork may hold, and what takes no absurd time or memory, by a setting's name or its last part.
 LIMITS = {
     **hypernet_file.LIMITS,
     "max_iterations": hypernet_file.LIMITS["iterations"],
@@ -36,6 +36,8 @@ LIMITS = {
     "people": 100_000,
     "max_photos": 1000,
     "photos": 1000,
+    "samples.steps": 1000,
+    "draws": 10_000,
 }
 AT_LEAST_1 = ("image_size", "rank", "group", "accumulate", "samples.steps", "evaluate.draws")
 
@@ -177,7 +179,7 @@ class Settings:
         values = flat(self)
         for name, value in values.items():
             if not isinstance(value, bool) and isinstance(value, int):
-                most = LIMITS.get(name.rpartition(".")[2], MOST)
+                most = LIMITS.get(name, LIMITS.get(name.rpartition(".")[2], MOST))
                 _require(0 <= value <= most, name, f"from 0 to {most:,}", value)
         _require(self.mixed_precision in PRECISIONS, "mixed_precision", " or ".join(PRECISIONS), self.mixed_precision)
         longest = max(len(self.prompt), len(self.class_prompt))

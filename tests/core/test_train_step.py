@@ -97,6 +97,7 @@ def test_noise_levels_that_make_no_sense_are_refused(section, noise):
      ("train.max_grad_norm", -1.0, "a max_grad_norm above 0"), ("samples.steps", 0, "samples.steps: at least 1"), ("evaluate.draws", 0, "evaluate.draws: at least 1"),
      ("evaluate.photos", 10**9, "evaluate.photos: from 0 to 1,000"), ("train.max_photos", 10**9, "max_photos: from 0 to 1,000"),
      ("train.people", 10**9, "people: from 0 to 100,000"),
+     ("samples.steps", 10**9, "samples.steps: from 0 to 1,000"), ("evaluate.draws", 10**9, "evaluate.draws: from 0 to 10,000"),
      ("fit.learning_rate", -1.0, "fit.learning_rate: above 0"), ("fit.learning_rate", 1e300, "above 0, at most 1000"),
      ("mixed_precision", "fp8", "mixed_precision: no or bf16"), ("prediction_type", "x0", "prediction_type: epsilon")],
 )  # fmt: skip
