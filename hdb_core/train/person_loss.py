@@ -23,6 +23,8 @@ from .predicted import PeopleInBase, PhotoOf
 from .regression import regression_loss
 from .turns import Turn, turns_of
 
+KEEPERS = 4  # one person in so many keeps the class prompt: what moves it is much the same for everybody
+
 
 @dataclass(frozen=True)
 class TrainConfig(LoopConfig):
@@ -34,8 +36,8 @@ class TrainConfig(LoopConfig):
         regression_weight: weight of the L2 loss on the weights of fitted people, see ``fit.steps``.
         diffusion_weight: weight of the diffusion loss through the frozen base model.
         class_weight: weight of the loss that keeps the base model's answers to the class prompt, the one without the
-            token, so that other people can be drawn while a person is applied. It costs one and a half more passes of
-            the base model; 0 is off.
+            token, so that other people can be drawn while a person is applied. It is taken of one person in four, and
+            costs two fifths of a pass of the base model; 0 is off.
         noise: part of the noise schedule that is trained on, its lower and its upper end, 0 to 1.
         rest: weight of what a photo's mask leaves out; its white counts 1. At 0 the person spreads into the rest, and
             backgrounds suffer.
@@ -82,14 +84,16 @@ class Shown(NamedTuple):
         iterations: k.
         faces: (B, N, …), what the hypernetwork sees.
         batch: the photos to be denoised, with noise; None without the diffusion loss.
-        others: the same turns, but of the next person each.
-        kept: their photos, with noise, on which the class prompt is kept; None without that loss.
+        keepers: how many people, the first of ``turns``, keep the class prompt.
+        others: a turn of another person for each of them.
+        kept: the others' photos, with noise, on which it is kept; None if there are none.
     """
 
     turns: list[Turn]
     iterations: int
     faces: Tensor
     batch: Batch | None
+    keepers: int
     others: list[Turn]
     kept: Batch | None
 
@@ -130,10 +134,14 @@ class PersonLoss:
         if config.diffusion_weight:
             batch = self._batch(turns, part, generator)
             batch = batch.under(base.masks(_denoised(turns[part]), config.rest))
-        others = [*turns[1:], turns[0]]
-        if config.class_weight:
+        others = [*turns[1:], turns[0]][: -(-len(turns) // KEEPERS)]
+        keepers = len(others[part])
+        if config.class_weight and keepers:
             kept = self._batch(others, part, generator)
-        return Shown(turns[part], iterations, faces, batch, others[part], kept)
+            # The mean over all parts is the mean over all keepers.
+            share = keepers / len(others) * len(turns) / len(turns[part])
+            kept = kept._replace(weight=share * kept.weight)
+        return Shown(turns[part], iterations, faces, batch, keepers, others[part], kept)
 
     def __call__(
         self, net: nn.Module, step: int, part: slice = slice(None), read: Shown | None = None
@@ -158,12 +166,19 @@ class PersonLoss:
             error = self.base.squared_error(predicted, batch, _denoised(shown.turns))
             losses["diffusion"] = weighted_mean(error, batch)
             total = total + config.diffusion_weight * losses["diffusion"]
-        if shown.kept is not None:
-            batch = config.noise.weighted(self.base.denoiser, shown.kept)
-            error = self.base.moved_error(predicted, batch, _denoised(shown.others), self.class_prompt)
-            losses["class"] = weighted_mean(error, batch)
+        if config.class_weight:
+            losses["class"] = self._class(predicted, shown)
             total = total + config.class_weight * losses["class"]
         return {"loss": total, **losses}
+
+    def _class(self, predicted: Factors, shown: Shown) -> Tensor:
+        """How far the keepers of a part move the base model's answers to the class prompt; 0 if there are none."""
+        if shown.kept is None:
+            return torch.zeros((), device=self.base.device)
+        batch = self.config.noise.weighted(self.base.denoiser, shown.kept)
+        own = Factors(predicted.down[: shown.keepers], predicted.up[: shown.keepers])
+        error = self.base.moved_error(own, batch, _denoised(shown.others), self.class_prompt)
+        return weighted_mean(error, batch)
 
     def _batch(self, turns: Sequence[Turn], part: slice, generator: torch.Generator) -> Batch:
         """The photos of a part, whose noise is drawn with that of the whole batch; no others are read."""
