@@ -140,7 +140,8 @@ def train_hypernet(training: Training) -> None:
     config = TrainConfig(people=args.batch, learning_rate=args.rate, warmup=50, noise=NOISE, max_photos=3,
                          class_weight=args.class_weight)  # fmt: skip
     net_config = HyperNetConfig(denoiser.layout, BasisRecipe(), EncoderConfig(), width=args.width, depth=2, rank=args.rank,
-                                iterations=config.max_iterations, predict_down=False)  # fmt: skip
+                                iterations=config.max_iterations, predict_down=False,
+                                by_token=config.class_weight > 0)  # fmt: skip
     base = PeopleInBase(denoiser, crowd.people, net_config, crowd.faces(net_config.encoder))
     components = Components.of(torch.stack([shown_of(person, 0) for person in crowd.people]))
 

@@ -80,8 +80,8 @@ def source_of(config: FinetuneConfig, photos: int, init: LiDB | None) -> str:
 def describe(config: FinetuneConfig, photos: int, init: LiDB | None, steps: int) -> About:
     """What is known of a person after so many steps on so many photos, from another one or from none."""
     source = source_of(config, photos, init)
-    by_token = config.prior_weight > 0 and config.train_text_encoder
     before = About() if init is None else init.about
+    by_token = before.strengths == BY_TOKEN or (config.prior_weight > 0 and config.train_text_encoder)
     return replace(
         before,
         made_from=source,

@@ -33,7 +33,7 @@ _FIRST_STEP = 0.02  # of the read-out: small predictions at first, but no dead g
 
 @dataclass(frozen=True)
 class HyperNetConfig:
-    """Everything that decides the shapes of a hypernetwork.
+    """Everything that decides the shapes of a hypernetwork, and how its people are used.
 
     Attributes:
         layout: the layers that it predicts.
@@ -47,6 +47,7 @@ class HyperNetConfig:
         prompt: that the people are trained for, with the rare token.
         code: K, at least 1.
         predict_down: predict the down side of each person, too, instead of sharing it.
+        by_token: whether the class prompt was kept in its training, so that the token alone means the person.
     """
 
     layout: Layout
@@ -60,6 +61,7 @@ class HyperNetConfig:
     prompt: str = "a [v] face"
     code: int = 96
     predict_down: bool = False
+    by_token: bool = False
 
     @property
     def num_outputs(self) -> int:

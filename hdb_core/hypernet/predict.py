@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import HyperNetError
 from ..lidb import About, LiDB
 from ..prompt import rare_token
-from ..recommended import FROM_PREDICTION, RECOMMENDED
+from ..recommended import BY_TOKEN, FROM_PREDICTION, RECOMMENDED
 from .network import HyperNet
 
 
@@ -34,6 +34,6 @@ def predict(net: HyperNet, tokens: Tensor, iterations: int | None = None) -> LiD
         prompt=prompt,
         token=rare_token(prompt),
         photos=len(tokens),
-        strengths=RECOMMENDED[FROM_PREDICTION].strengths,
+        strengths=BY_TOKEN if net.config.by_token else RECOMMENDED[FROM_PREDICTION].strengths,
     )
     return LiDB(net.config.layout, net.config.basis, down[0].float().cpu(), up[0].float().cpu(), about)

@@ -67,7 +67,7 @@ def learn_code(net: HyperNet, base: PeopleInBase, codes: Tensor) -> None:
 
 def net_sizes(config: HyperNetConfig) -> dict[str, Any]:
     """What two hypernetworks must share for the weights of one to go on in the other."""
-    sizes = {name: value for name, value in config.fields().items() if name != "iterations"}
+    sizes = {name: value for name, value in config.fields().items() if name not in ("iterations", "by_token")}
     return {
         **sizes,
         "encoder": config.encoder.sizes,

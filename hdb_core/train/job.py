@@ -72,7 +72,7 @@ class Job:
         settings = self.settings
         return HyperNetConfig(
             self.base.denoiser.layout, self.recipe, self.encoder, rank=settings.rank, prompt=settings.prompt,
-            iterations=settings.train.max_iterations, **asdict(settings.net),
+            iterations=settings.train.max_iterations, by_token=settings.train.class_weight > 0, **asdict(settings.net),
         )  # fmt: skip
 
     def encoded(self, recipe: BasisRecipe) -> list[EncodedPerson]:

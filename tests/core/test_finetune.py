@@ -509,6 +509,11 @@ def test_whom_the_token_alone_means_is_applied_as_a_lora(toy, latents, config, t
     assert finetune(toy, latents, config).lidb.about.strengths == (alone if text and weight else usual)
 
 
+def test_whom_the_token_means_stays_so_in_further_steps(toy, latents, make_lidb, config):
+    predicted = replace(make_lidb(0, 1), about=About(FROM_PREDICTION, strengths=BY_TOKEN))
+    assert finetune(toy, latents, config, init=predicted).lidb.about.strengths == BY_TOKEN
+
+
 def test_a_person_who_goes_on_keeps_the_name_and_counts_all_steps(toy, latents, config):
     first = finetune(toy, latents, config).lidb
     named = replace(first, about=replace(first.about, name="Anna"))

@@ -346,7 +346,10 @@ def test_training_begins_with_another_hypernetwork(model, photos, straight, tmp_
     second, other = tmp_path / "second", tmp_path / "other"
     start = ["--set", f"precomputed={straight}", f"begin_with={straight / 'hypernet.safetensors'}"]
     slow = ["--steps", "1", *start, "train.learning_rate=1e-9"]
-    assert run(model, photos, second, *slow) == 0 and not (second / "encoder.safetensors").exists()
+    kept = [*slow, "train.class_weight=1"]  # which the other did not have
+    assert run(model, photos, second, *kept) == 0 and not (second / "encoder.safetensors").exists()
+    first, then = (hypernet_file.read_header(folder / "hypernet.safetensors") for folder in (straight, second))
+    assert (first.config.by_token, then.config.by_token) == (False, True)
     for name, weight in hypernet_file.load(straight / "hypernet.safetensors").state_dict().items():
         torch.testing.assert_close(weights(second)[f"net.{name}"], weight, atol=1e-6, rtol=1e-6)
     for changes, named in (
