@@ -24,9 +24,15 @@ _JUDGES = ("judge_a.safetensors", "judge_b.safetensors")
 DEPENDS_ON: Mapping[str, tuple[str, ...]] = {
     "benchmarks/results/made_with.json": (),
     "benchmarks/results/scale.*": (),
+    "benchmarks/results/speed.*": (),  # of random weights
     "benchmarks/results/judge.*": (_VAE, *_JUDGES),
     "benchmarks/results/base.*": (_BASE, _VAE, *_JUDGES),
     "benchmarks/results/control.*": (_BASE, _VAE, _HYPERNET, _CONTROL, *_JUDGES),
+    # Rows of predictions have the hypernetwork's hash in their key.
+    "benchmarks/results/cells.jsonl": (_BASE, _VAE, *_JUDGES),
+    "benchmarks/results/people.*": (_BASE, _VAE, *_JUDGES),
+    "benchmarks/results/tune_*_hyper.*": (_BASE, _VAE, _HYPERNET, *_JUDGES),
+    "benchmarks/results/tune_*": (_BASE, _VAE, *_JUDGES),
     "benchmarks/results/*": (_BASE, _VAE, _HYPERNET, *_JUDGES),
     "example_workflows/* with Z-Image.jpg": (),
     "example_workflows/* with ControlNet.jpg": (_BASE, _VAE, _HYPERNET, _CONTROL),
