@@ -247,6 +247,16 @@ def test_a_mask_belongs_to_its_photo(tmp_path):
     assert anna.region(4, 4)[..., :1].min() > 1.5
 
 
+def test_a_mask_painted_on_a_transparent_layer(tmp_path):
+    """On white, it marked all of the photo."""
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "anna.jpg")
+    mask = Image.new("RGBA", (40, 20))
+    mask.paste("white", (10, 0, 20, 20))
+    mask.save(tmp_path / "anna.mask.png")
+    region = find_people(tmp_path)[0].photos[0].region(4, 4)
+    assert region[..., :1].min() > 1.5 and region[..., 3].max() < 0.1
+
+
 def test_a_mask_counts_in_a_fit(fitter):
     mask = torch.zeros(1, 1, 6, 6)
     mask[..., :3] = 2

@@ -100,7 +100,7 @@ class Photo:
                 f"{self.mask} is {mask_wide} × {mask_high}, its photo {wide} × {high}, which has another shape. "
                 "Make the mask from the same, uncut photo."
             )
-        white = resize_to_cover(mask.whole(max(height, width))[None, :1], (height, width))[0]
+        white = resize_to_cover(mask.whole(max(height, width), "black")[None, :1], (height, width))[0]
         if not bool(white.any()):
             raise HyperNetError(f"{self.mask} marks nothing of its photo. Paint the face white, or remove the file.")
         return white / white.mean()
@@ -115,11 +115,12 @@ class Photo:
             turned = file.getexif().get(ExifTags.Base.Orientation, 1) > 4
             return (file.height, file.width) if turned else file.size
 
-    def whole(self, side: int = 0) -> Tensor:
-        """The picture upright and uncut, float32 (3, H, W) in 0..1, as Load Image reads it; a transparent one on white.
+    def whole(self, side: int = 0, ground: str = "white") -> Tensor:
+        """The picture upright and uncut, float32 (3, H, W) in 0..1, as Load Image reads it.
 
         Args:
             side: to which it will be reduced: a very large picture is, on the way, to `ROOM` times that; 0 is not.
+            ground: colour behind a transparent picture; black for a mask, which may be painted white on nothing.
 
         Raises:
             HyperNetError: if the file is no picture.
@@ -135,7 +136,7 @@ class Photo:
                 image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
             image = _reduced(image.convert("RGB"), least)
         return torch.from_numpy(np.asarray(image, dtype=np.float32)).div_(255).movedim(-1, 0)
 

@@ -233,7 +233,7 @@ def _checked(person: Person, photo: Photo, words: dict[str, str], checks: Checks
     seen = Seen(person.name, str(photo.path), "", 0, 0.0, None)
     try:
         picture = photo.whole()
-        white = None if photo.mask is None else Photo(photo.mask).whole()[:1]
+        white = None if photo.mask is None else Photo(photo.mask).whole(ground="black")[:1]
     except HyperNetError:
         return seen._replace(reason="unreadable")
     seen = seen._replace(tile=resize_to_cover(picture[None], (_TILE, _TILE))[0])
