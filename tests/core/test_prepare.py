@@ -213,6 +213,7 @@ FOREIGN = (
     "new\nline",
     "long" * 90,
     "y.mask",
+    "z.MASK. ",
     "NUL\0",
 )
 

@@ -257,6 +257,23 @@ def test_a_mask_painted_on_a_transparent_layer(tmp_path):
     assert region[..., :1].min() > 1.5 and region[..., 3].max() < 0.1
 
 
+def test_words_and_masks_however_they_are_written(tmp_path):
+    """A mask called otherwise was a photo of the person, and words were left out."""
+    for name in ("anna/1.JPG", "anna/2.png", "ben.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 20), "red").save(tmp_path / name)
+    for name in ("anna/1.MASK.PNG", "anna/2.Mask.jpg", "ben.mask.webp"):
+        Image.new("L", (40, 20), 255).save(tmp_path / name)
+    for name in ("anna/1.TXT", "ben.Txt"):
+        (tmp_path / name).write_text("smiling")
+    with tarfile.open(tmp_path / "shard.tar", "w") as file:
+        file.add(tmp_path / "anna", "zoe")
+    anna, ben, zoe = find_people(tmp_path)
+    for person in (anna, zoe):
+        assert [(photo.words, photo.mask is None) for photo in person.photos] == [("smiling", False), ("", False)]
+    assert [(photo.words, photo.mask.name) for photo in ben.photos] == [("smiling", "ben.mask.webp")]
+
+
 def test_a_mask_counts_in_a_fit(fitter):
     mask = torch.zeros(1, 1, 6, 6)
     mask[..., :3] = 2

@@ -191,7 +191,7 @@ def find_people(folder: Path) -> list[Person]:
         raise HyperNetError(f"There is no folder {folder}. Give --photos a folder with a sub-folder for each person.")
     people: dict[str, Person] = {}
     entries = sorted(folder.iterdir())
-    single = {entry.name: entry for entry in entries if not entry.is_dir()}
+    single = {_plain(entry.name): entry for entry in entries if not entry.is_dir()}
     for entry in entries:
         for person in _people_of(entry, single):
             if person.name in people:
@@ -217,6 +217,7 @@ def _people_of(entry: Path, single: dict[str, Path]) -> list[Person]:
 
 def _grouped(files: Mapping[str, Place]) -> list[Person]:
     """People from files by name: "anna/1.jpg" is of anna, "ben.jpg" of ben."""
+    files = {_plain(name): place for name, place in files.items()}
     photos: dict[str, list[Photo]] = {}
     for name in sorted(files):
         if _is_photo(name):
@@ -236,7 +237,16 @@ def _text(words: Place) -> str:
 
 
 def _is_photo(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in SUFFIXES and not name.endswith(MASK)
+    return PurePosixPath(name).suffix.lower() in SUFFIXES and not _plain(name).endswith(MASK)
+
+
+def _plain(name: str) -> str:
+    """The name, with words and masks called as we call them: "1.TXT" is "1.txt", and "1.Mask.jpg" is "1.mask.png"."""
+    suffix = PurePosixPath(name).suffix
+    stem = name.removesuffix(suffix)
+    if suffix.lower() in SUFFIXES and stem.lower().endswith(".mask"):
+        return stem[: -len(".mask")] + MASK
+    return stem + WORDS if suffix.lower() == WORDS else name
 
 
 def _files_of(shard: Path) -> dict[str, Place]:

@@ -268,7 +268,8 @@ def _names(people: Sequence[Person]) -> dict[str, str]:
     found: dict[str, str] = {}
     taken = set[str]()
     for person in people:
-        made = made_portable(person.name.removesuffix(".mask"), _MOST_NAME)  # "anna.mask.png" would be a mask
+        made = made_portable(person.name, _MOST_NAME)
+        made += "_" if made.lower().endswith(".mask") else ""  # "anna.mask.png" would be a mask
         names = (made if number == 1 else f"{made}_{number}" for number in count(1))
         found[person.name] = next(name for name in names if name.casefold() not in taken)
         taken.add(found[person.name].casefold())
