@@ -162,6 +162,19 @@ def test_shards_that_cannot_be_read(tmp_path):
         find_people(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_in_a_shard(tmp_path, kind):
+    """Photos, words and masks that tar writes as links, because another one is the same file, were left out."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    with tarfile.open(tmp_path / "shard.tar", "w") as file:
+        file.add(tmp_path / "a.png", "anna/1.png")
+        header = tarfile.TarInfo("anna/2.png")
+        header.type, header.linkname = kind, "anna/1.png"
+        file.addfile(header)
+    with pytest.raises(HyperNetError, match=r"shard.tar .*'anna/2.png' is a link; tar's --hard-dereference -h writes"):
+        find_people(tmp_path)
+
+
 CLAIMS = {
     "sparse": {"GNU.sparse.size": str(10**13), "GNU.sparse.map": "0,10"},
     "negative": {"size": "-5"},

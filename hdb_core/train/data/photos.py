@@ -258,6 +258,10 @@ def _files_of(shard: Path) -> dict[str, Place]:
             for member in file:
                 if len(file.pax_headers) > MOST_SHARED:
                     raise ValueError(f"its global headers have {len(file.pax_headers):,} entries")
+                if member.islnk() or member.issym():
+                    raise ValueError(
+                        f"{member.name!r:.100} is a link; tar's --hard-dereference -h writes files instead"
+                    )
                 is_whole = not member.issparse() and member.size <= size - member.offset_data
                 if member.size < 0 or (member.isfile() and not is_whole):  # below 0, the same could come again for ever
                     raise ValueError(f"{member.name!r:.100} is not in it as a whole")
