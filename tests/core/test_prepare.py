@@ -198,6 +198,14 @@ def test_after_a_full_disk_the_same_command_goes_on(source, tmp_path, monkeypatc
     assert "holds something already" in capsys.readouterr().err
 
 
+def test_the_folder_around_the_prepared_photos(source, tmp_path):
+    """It was trained on as a person called report, and one of all people's single photos."""
+    into = tmp_path / "data"
+    prepare(source, into, CHECKS)
+    with pytest.raises(HyperNetError, match=r"are in .*photos. Give that folder"):
+        find_people(into)
+
+
 # Names of people in a shard, as nobody's folder can be called on every system.
 FOREIGN = (
     "..",

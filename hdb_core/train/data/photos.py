@@ -189,6 +189,8 @@ def find_people(folder: Path) -> list[Person]:
     """
     if not folder.is_dir():
         raise HyperNetError(f"There is no folder {folder}. Give --photos a folder with a sub-folder for each person.")
+    if (inner := folder / "photos" / PREPARED).exists():
+        raise HyperNetError(f"The photos that were prepared in {folder} are in {inner.parent}. Give that folder.")
     people: dict[str, Person] = {}
     entries = sorted(folder.iterdir())
     single = {_plain(entry.name): entry for entry in entries if not entry.is_dir()}
