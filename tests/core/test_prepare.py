@@ -131,6 +131,11 @@ def test_captions_of_a_data_set(source, tmp_path):
     (source / "metadata.jsonl").write_text('{"image": "ben.png"}')
     with pytest.raises(HyperNetError, match=r"metadata\.jsonl cannot be read"):
         prepare(source, tmp_path / "other", CHECKS)
+    (source / "metadata.jsonl").write_text(
+        '{"file_name": "train/ben.png", "text": "of another folder: left out untold"}'
+    )
+    with pytest.raises(HyperNetError, match=r"metadata\.jsonl names no photo of .*, but .*train/ben\.png"):
+        prepare(source, tmp_path / "other", CHECKS)
 
 
 SAID = {

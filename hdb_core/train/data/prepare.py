@@ -164,6 +164,11 @@ def prepare(
     """
     people = find_people(source)
     words, names = _metadata(source), _names(people)
+    if words and words.keys().isdisjoint(portable(str(photo.path)) for own in people for photo in own.photos):
+        raise HyperNetError(
+            f"{source / METADATA} names no photo of {source}, but {min(words)}. Give file names as seen from that folder: "
+            "anna/1.jpg. Photos in shards have their words beside them."
+        )
     unfinished, finished = into / "photos.partial", into / "photos"
     if unfinished.is_dir() and not finished.exists():
         rmtree(unfinished)  # of a command that was stopped
