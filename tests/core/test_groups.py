@@ -13,9 +13,9 @@ from devtools.fuzz import nested, small_layout, split
 from hdb_core.basis import BasisRecipe
 from hdb_core.errors import HyperNetError
 from hdb_core.hypernet import EncoderConfig
-from hdb_core.train.data.groups import Group, group_paths
+from hdb_core.train.data.groups import Group, group_paths, missing_groups
 from hdb_core.train.data.people import read_people
-from hdb_core.train.data.photos import Person, Photo
+from hdb_core.train.data.photos import Entry, Person, Photo
 from hdb_core.train.data.tokens import PhotoTokens
 from hdb_core.train.face_code import Components
 
@@ -91,3 +91,25 @@ def test_a_file_of_another_run_beside_those_of_this_one(tmp_path, name):
 def test_latents_that_are_not_finite():
     with pytest.raises(HyperNetError, match="hold NaN or infinity"):
         Components.of(torch.full((3, 4, 2, 2), torch.nan))
+
+
+def test_photos_that_were_replaced(tmp_path):
+    """Prepared anew, with another cut: their old latents were trained on beside the new pixels."""
+    (tmp_path / "anna.jpg").write_bytes(b"1234")
+    shard = tmp_path / "shard.tar"
+    alone, stored = (
+        [Person("anna", (Photo(place),))] for place in (tmp_path / "anna.jpg", Entry(shard, "anna.jpg", 512, 4))
+    )
+    (group,) = missing_groups(tmp_path / "people", alone, {}, 2)
+    group.write(WRITTEN["latents"][0])
+    assert not [*missing_groups(tmp_path / "people", alone, {}, 2), *missing_groups(tmp_path / "people", stored, {}, 2)]
+    (tmp_path / "anna.jpg").write_bytes(b"12345")
+    with pytest.raises(
+        HyperNetError, match=r"was made with other settings: photos\. Use another run folder, or delete it"
+    ):
+        list(missing_groups(tmp_path / "people", alone, {}, 2))
+    data = group.path.read_bytes()
+    tensors, meta = load(data), split(data)[0]["__metadata__"]
+    del meta["photos"]  # as files of before are
+    group.path.write_bytes(save(tensors, meta))
+    assert not list(missing_groups(tmp_path / "people", alone, {}, 2))

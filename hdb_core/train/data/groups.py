@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import safe_open
@@ -16,7 +17,7 @@ from torch import Tensor
 from ...errors import HDBError, HyperNetError
 from ...files.atomic import write_bytes
 from ...files.reading import GARBLED, reason, regular
-from .photos import Person
+from .photos import Person, Place
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,11 @@ class Group:
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the file atomically."""
         names = [person.name for person in self.people]
-        header = {"settings": json.dumps(self.settings, sort_keys=True), "names": json.dumps(names)}
+        header = {
+            "settings": json.dumps(self.settings, sort_keys=True),
+            "names": json.dumps(names),
+            "photos": self._photos(),
+        }
         write_bytes(self.path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, header))
 
     def check(self) -> None:
@@ -52,10 +57,29 @@ class Group:
         other = differing(wanted, {name: settings.get(name) for name in wanted})
         if names != [person.name for person in self.people]:
             other.append("people")
+        with opened(self.path) as file:
+            if file.metadata().get("photos", self._photos()) != self._photos():
+                other.append("photos")
         if other:
             raise HyperNetError(
                 f"{self.path} was made with other settings: {', '.join(other)}. Use another run folder, or delete it."
             )
+
+    def _photos(self) -> str:
+        """A checksum of the names and sizes of the photos' files, whether in folders or in shards."""
+        files = [
+            (PurePosixPath(photo.path.name).name, _size(photo.path))
+            for person in self.people
+            for photo in person.photos
+        ]
+        return sha256(json.dumps(files).encode()).hexdigest()
+
+
+def _size(place: Place) -> int:
+    """The bytes of a file; 0 if there is none, which whoever reads it says."""
+    if isinstance(place, Path):
+        return place.stat().st_size if place.is_file() else 0
+    return place.size
 
 
 def missing_groups(
