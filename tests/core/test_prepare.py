@@ -203,6 +203,16 @@ def test_after_a_full_disk_the_same_command_goes_on(source, tmp_path, monkeypatc
     assert "holds something already" in capsys.readouterr().err
 
 
+def test_photos_in_formats_that_are_not_read(source, tmp_path):
+    """A telephone's were passed over, and who had no others was missing."""
+    (source / "anna" / "8.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    picture(8).save(source / "zoe.bmp")
+    counted = prepare(source, tmp_path / "data", CHECKS)
+    assert (counted["kept"], counted["unreadable"], counted["people"]) == (4, 2, 3)
+    with pytest.raises(HyperNetError, match=r"8\.HEIC cannot be read as a picture"):
+        find_people(source)[0].photos[-1].pixels(16)
+
+
 def test_the_folder_around_the_prepared_photos(source, tmp_path):
     """It was trained on as a person called report, and one of all people's single photos."""
     into = tmp_path / "data"

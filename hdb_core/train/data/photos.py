@@ -30,7 +30,8 @@ from ...files.reading import GARBLED, reason, regular, require_few_scans
 from ...images import resize_to_cover
 from ...prompt import require_short
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+# Photos of formats that nothing here reads, as telephones make them, are counted or refused, and not passed over.
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whatever a file is called; for others, Pillow may start programs
 MASK, WORDS, SHARD = ".mask.png", ".txt", ".tar"
 LARGE, ROOM = 16_000_000, 4  # pixels of a picture whose numbers take much memory; see `Photo.whole`
