@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ...errors import HyperNetError
@@ -151,8 +151,9 @@ class Photo:
                     raise ValueError(f"{file.width} × {file.height} pixels in {len(data):,} bytes; make it smaller")
                 yield file
         except (OSError, SyntaxError, Image.DecompressionBombError, *GARBLED) as error:
+            why = f"it is none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else reason(error)
             raise HyperNetError(
-                f"{self.path} cannot be read as a picture ({reason(error)}). Remove it or save it again."
+                f"{self.path} cannot be read as a picture ({why}). Remove it or save it again."
             ) from error
 
 
