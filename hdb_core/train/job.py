@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..basis import BasisRecipe
+from ..errors import HyperNetError
 from ..files import basis as basis_file
 from ..hypernet import EncoderConfig, HyperNetConfig
 from .base.model import BaseModel
@@ -76,8 +77,18 @@ class Job:
         )  # fmt: skip
 
     def encoded(self, recipe: BasisRecipe) -> list[EncodedPerson]:
-        """Everybody as precompute has kept them."""
-        return list(read_people(self.run.people, self.everybody, recipe, self.base.denoiser.layout))
+        """Everybody as precompute has kept them.
+
+        Raises:
+            HyperNetError: if someone is missing, or as `read_people` does.
+        """
+        found = list(read_people(self.run.people, self.everybody, recipe, self.base.denoiser.layout))
+        if missing := {person.name for person in self.needed} - {own.person.name for own in found}:
+            raise HyperNetError(
+                f"{self.run.people} lacks {len(missing):,} of {len(self.needed):,} people, such as {min(missing)!r}. Run the "
+                "stage precompute, and give all processes one run folder, on a drive that each of them sees."
+            )
+        return found
 
     def faces(self, people: Sequence[Person], encoder: EncoderConfig) -> Faces:
         """What the hypernetwork reads of people's photos."""

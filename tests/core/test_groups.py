@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from hdb_core.train.data.people import read_people
 from hdb_core.train.data.photos import Entry, Person, Photo
 from hdb_core.train.data.tokens import PhotoTokens
 from hdb_core.train.face_code import Components
+from hdb_core.train.job import Job
+from hdb_core.train.run import Run
+from hdb_core.train.settings import Settings, changed
 
 BASIS, LAYOUT, ENCODER = BasisRecipe(3, 12, 8), small_layout(), EncoderConfig("clip_vision", 16, 8, num_tokens=3)
 PEOPLE = [Person(name, (Photo(Path("1.png")), Photo(Path("2.png")))) for name in ("anna", "ben")]
@@ -113,3 +117,17 @@ def test_photos_that_were_replaced(tmp_path):
     del meta["photos"]  # as files of before are
     group.path.write_bytes(save(tensors, meta))
     assert not list(missing_groups(tmp_path / "people", alone, {}, 2))
+
+
+def test_processes_that_do_not_see_one_run_folder(tmp_path):
+    """Each trained on the people that it had computed itself, and the hypernetwork named those of the first."""
+    for name in ("anna", "ben"):
+        (tmp_path / f"{name}.jpg").write_bytes(b"1234")
+    settings = changed(Settings(), {"photos": str(tmp_path), "group": 1})
+    accelerator, base = SimpleNamespace(process_index=0, num_processes=2), SimpleNamespace()
+    base.denoiser = SimpleNamespace(layout=LAYOUT)
+    job = Job(Run(tmp_path / "run", settings), accelerator, base)
+    (group,) = missing_groups(job.run.people, job.needed, {"fit": None}, 1, job.share)
+    group.write({"latents": torch.zeros(1, 4, 2, 2).half(), "counts": torch.ones(1, dtype=torch.long)})
+    with pytest.raises(HyperNetError, match=r"people lacks 1 of 2 people, such as 'ben'.* one run folder"):
+        job.encoded(BASIS)
