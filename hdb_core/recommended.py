@@ -54,8 +54,9 @@ class Recommendation(NamedTuple):
 
 AS_LORA = Strengths(1.0, 1.0, 1.0)
 # Where a training of the text encoder had to leave the class prompt as it was, the token alone means the person, and half
-# of the text encoder's change would be half of the token.
-BY_TOKEN = AS_LORA
+# of the text encoder's change would be half of the token. More guidance costs a fine-tune likeness, and gives it to a
+# prediction; still more moves other faces.
+BY_TOKEN, PREDICTED_BY_TOKEN = AS_LORA, Strengths(1.0, 1.0, 1.5)
 MOST = 2  # times the steps that it usually takes: automatic steps end there, whatever was learned
 # A prediction needs few steps. From several photos many steps do no harm: what only one of them shows is hardly learned.
 # From one photo, little of the person in the prompt's own pass and more by guidance keeps the prompt's words.

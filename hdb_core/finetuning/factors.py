@@ -12,7 +12,7 @@ from ..basis import BasisRecipe
 from ..errors import FinetuneError
 from ..layout import Layout
 from ..lidb import MAX_COUNT, About, LiDB, extend, start_down
-from ..recommended import BY_TOKEN, FROM_PREDICTION, RECOMMENDED, made_from
+from ..recommended import BY_TOKEN, FROM_PREDICTION, PREDICTED_BY_TOKEN, RECOMMENDED, made_from
 from .config import FinetuneConfig
 
 
@@ -81,7 +81,11 @@ def describe(config: FinetuneConfig, photos: int, init: LiDB | None, steps: int)
     """What is known of a person after so many steps on so many photos, from another one or from none."""
     source = source_of(config, photos, init)
     before = About() if init is None else init.about
-    by_token = before.strengths == BY_TOKEN or (config.prior_weight > 0 and config.train_text_encoder)
+    strengths = RECOMMENDED[source].strengths
+    if before.strengths in (BY_TOKEN, PREDICTED_BY_TOKEN):
+        strengths = before.strengths
+    elif config.prior_weight > 0 and config.train_text_encoder:
+        strengths = BY_TOKEN
     return replace(
         before,
         made_from=source,
@@ -89,5 +93,5 @@ def describe(config: FinetuneConfig, photos: int, init: LiDB | None, steps: int)
         token=config.token,
         photos=photos,
         steps=min(before.steps + steps, MAX_COUNT),  # more, and they could not be saved
-        strengths=BY_TOKEN if by_token else RECOMMENDED[source].strengths,
+        strengths=strengths,
     )

@@ -17,7 +17,14 @@ from hdb_core.finetuning.factors import TrainableFactors, start_factors
 from hdb_core.finetuning.prior import beside_own_answers
 from hdb_core.layout import Layout
 from hdb_core.lidb import About, LiDB, core, expand, norm, start_down
-from hdb_core.recommended import BY_TOKEN, FROM_PHOTO, FROM_PHOTOS, FROM_PREDICTION, RECOMMENDED
+from hdb_core.recommended import (
+    BY_TOKEN,
+    FROM_PHOTO,
+    FROM_PHOTOS,
+    FROM_PREDICTION,
+    PREDICTED_BY_TOKEN,
+    RECOMMENDED,
+)
 
 close = torch.testing.assert_close
 CONFIG = FinetuneConfig(steps=3, rank=2, batch_size=3, noise=NoiseLevels(), train_text_encoder=True)
@@ -509,9 +516,10 @@ def test_whom_the_token_alone_means_is_applied_as_a_lora(toy, latents, config, t
     assert finetune(toy, latents, config).lidb.about.strengths == (alone if text and weight else usual)
 
 
-def test_whom_the_token_means_stays_so_in_further_steps(toy, latents, make_lidb, config):
-    predicted = replace(make_lidb(0, 1), about=About(FROM_PREDICTION, strengths=BY_TOKEN))
-    assert finetune(toy, latents, config, init=predicted).lidb.about.strengths == BY_TOKEN
+@pytest.mark.parametrize("strengths", [BY_TOKEN, PREDICTED_BY_TOKEN])
+def test_whom_the_token_means_stays_so_in_further_steps(toy, latents, make_lidb, config, strengths):
+    predicted = replace(make_lidb(0, 1), about=About(FROM_PREDICTION, strengths=strengths))
+    assert finetune(toy, latents, config, init=predicted).lidb.about.strengths == strengths
 
 
 def test_a_person_who_goes_on_keeps_the_name_and_counts_all_steps(toy, latents, config):

@@ -24,7 +24,7 @@ from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig, predict, 
 from hdb_core.hypernet.encoder import PhotoEncoder, initialised
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import About, core, delta_weight
-from hdb_core.recommended import BY_TOKEN, FROM_PREDICTION, RECOMMENDED
+from hdb_core.recommended import FROM_PREDICTION, PREDICTED_BY_TOKEN, RECOMMENDED
 
 ROOT = Path(__file__).resolve().parents[2]
 ENCODER = EncoderConfig(image_size=32, token_width=24, patch_size=8, stem=((16, 1),), depth=2, heads=2)
@@ -119,7 +119,7 @@ def test_photos_of_one_person_have_no_order_and_all_count(net):
 
 def test_whom_the_token_alone_means_is_applied_as_such(config):
     alone = HyperNet.create(replace(config, by_token=True))
-    assert predict(alone, tokens_of(alone, photos(1))).about.strengths == BY_TOKEN
+    assert predict(alone, tokens_of(alone, photos(1))).about.strengths == PREDICTED_BY_TOKEN
 
 
 def test_a_prediction_names_its_token(config):

@@ -124,7 +124,7 @@ def test_any_model_of_the_host(host, run, apply, photos, tmp_path, base_director
     shutil.copy(folder / "hypernet.safetensors", base_directory / "models" / "hyperdreambooth" / name)
     (net,) = run("LoadHyperNet", hypernet_name=name)
     lidb, prompt = run("PredictLiDB", hypernet=net, image=torch.rand(1, 96, 96, 3), model=model)
-    assert prompt == "a [v] face" and lidb.about.strengths == host.module("hdb_core.recommended").BY_TOKEN
+    assert prompt == "a [v] face" and lidb.about.strengths == host.module("hdb_core.recommended").PREDICTED_BY_TOKEN
     blank = {"samples": torch.zeros(vae.encode(torch.zeros(1, 64, 64, 3)).shape)}
 
     def sample(model, clip):
