@@ -36,8 +36,8 @@ class TrainConfig(LoopConfig):
         regression_weight: weight of the L2 loss on the weights of fitted people, see ``fit.steps``.
         diffusion_weight: weight of the diffusion loss through the frozen base model.
         class_weight: weight of the loss that keeps the base model's answers to the class prompt, the one without the
-            token, so that other people can be drawn while a person is applied. It is taken of one person in four, and
-            costs two fifths of a pass of the base model; 0 is off.
+            token, so that other people can be drawn while a person is applied. It counts one person in four; the base
+            model then computes 1.4 times as much. 0 is off.
         noise: part of the noise schedule that is trained on, its lower and its upper end, 0 to 1.
         rest: weight of what a photo's mask leaves out; its white counts 1. At 0 the person spreads into the rest, and
             backgrounds suffer.
@@ -84,8 +84,7 @@ class Shown(NamedTuple):
         iterations: k.
         faces: (B, N, …), what the hypernetwork sees.
         batch: the photos to be denoised, with noise; None without the diffusion loss.
-        keepers: how many people, the first of ``turns``, keep the class prompt.
-        others: a turn of another person for each of them.
+        others: a turn of another person for each of those who keep the class prompt, the first of ``turns``.
         kept: the others' photos, with noise, on which it is kept; None if there are none.
     """
 
@@ -93,7 +92,6 @@ class Shown(NamedTuple):
     iterations: int
     faces: Tensor
     batch: Batch | None
-    keepers: int
     others: list[Turn]
     kept: Batch | None
 
@@ -135,13 +133,12 @@ class PersonLoss:
             batch = self._batch(turns, part, generator)
             batch = batch.under(base.masks(_denoised(turns[part]), config.rest))
         others = [*turns[1:], turns[0]][: -(-len(turns) // KEEPERS)]
-        keepers = len(others[part])
-        if config.class_weight and keepers:
+        if config.class_weight and others[part]:
             kept = self._batch(others, part, generator)
             # The mean over all parts is the mean over all keepers.
-            share = keepers / len(others) * len(turns) / len(turns[part])
+            share = len(others[part]) / len(others) * len(turns) / len(turns[part])
             kept = kept._replace(weight=share * kept.weight)
-        return Shown(turns[part], iterations, faces, batch, keepers, others[part], kept)
+        return Shown(turns[part], iterations, faces, batch, others[part], kept)
 
     def __call__(
         self, net: nn.Module, step: int, part: slice = slice(None), read: Shown | None = None
@@ -176,8 +173,9 @@ class PersonLoss:
         if shown.kept is None:
             return torch.zeros((), device=self.base.device)
         batch = self.config.noise.weighted(self.base.denoiser, shown.kept)
-        own = Factors(predicted.down[: shown.keepers], predicted.up[: shown.keepers])
-        error = self.base.moved_error(own, batch, _denoised(shown.others), self.class_prompt)
+        count = len(shown.others)
+        keepers = Factors(predicted.down[:count], predicted.up[:count])
+        error = self.base.moved_error(keepers, batch, _denoised(shown.others), self.class_prompt)
         return weighted_mean(error, batch)
 
     def _batch(self, turns: Sequence[Turn], part: slice, generator: torch.Generator) -> Batch:

@@ -52,14 +52,13 @@ class Group:
         Raises:
             HyperNetError: if settings or people are others.
         """
-        settings, names = read_header(self.path)
+        settings, names, photos = read_header(self.path)
         wanted = {name: value for name, value in self.settings.items() if value is not None}
         other = differing(wanted, {name: settings.get(name) for name in wanted})
         if names != [person.name for person in self.people]:
             other.append("people")
-        with opened(self.path) as file:
-            if file.metadata().get("photos", self._photos()) != self._photos():
-                other.append("photos")
+        if photos and photos != self._photos():
+            other.append("photos")
         if other:
             raise HyperNetError(
                 f"{self.path} was made with other settings: {', '.join(other)}. Use another run folder, or delete it."
@@ -120,15 +119,15 @@ def group_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("group_*.safetensors"))
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The settings that a file was made with, and the names of its people.
+def read_header(path: Path) -> tuple[dict[str, Any], list[str], str]:
+    """The settings that a file was made with, its people's names, and the checksum of their photos, "" in older ones.
 
     Raises:
         HyperNetError: if it is no such file.
     """
     with opened(path) as file:
         header = file.metadata()
-        return dict(json.loads(header["settings"])), list(json.loads(header["names"]))
+        return dict(json.loads(header["settings"])), list(json.loads(header["names"])), header.get("photos", "")
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def read_people(folder: Path, people: Sequence[Person], basis: BasisRecipe, layo
     if not paths:
         raise HyperNetError(f"{folder} holds no latents. Run the stage precompute first.")
     for path in paths:
-        settings, names = read_header(path)
+        settings, names, _ = read_header(path)
         with opened(path) as file:
             fit = settings["fit"] or {}
             # What was fitted in other coordinates says nothing here.

@@ -67,7 +67,7 @@ class PhotoTokens:
         self._places: dict[str, tuple[Path, int]] = {}
         counts: dict[str, int] = {}
         for path in group_paths(folder):
-            settings, names = read_header(path)
+            settings, names, _ = read_header(path)
             with opened(path) as file:
                 photos = file.get_tensor("counts").tolist()
                 _require_encoder(path, settings["encoder"], encoder)
