@@ -29,13 +29,13 @@ from ...errors import HyperNetError
 from ...files.reading import GARBLED, reason, regular, require_few_scans
 from ...images import resize_to_cover
 from ...prompt import require_short
+from .tar import members
 
 # Photos of formats that nothing here reads, as telephones make them, are counted or refused, and not passed over.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whatever a file is called; for others, Pillow may start programs
 MASK, WORDS, SHARD = ".mask.png", ".txt", ".tar"
 LARGE, ROOM = 16_000_000, 4  # pixels of a picture whose numbers take much memory; see `Photo.whole`
-MOST_SHARED = 100  # entries of a shard's global headers, of which tarfile makes a copy for each file
 MOST_WITHIN, MOST_OF_A_BYTE = 50_000_000, 50  # pixels of any picture, and of a larger one for each byte of its file
 PREPARED = "prepared.json"  # of a folder that `prepare` has made: how its photos are cut, {"cut": "face"}
 Item = TypeVar("Item")
@@ -257,22 +257,10 @@ def _files_of(shard: Path) -> dict[str, Place]:
     """Name → place of the files of a shard."""
     try:
         size = regular(shard).stat().st_size
-        members = []
-        with tarfile.open(shard, "r:") as file:
-            for member in file:
-                if len(file.pax_headers) > MOST_SHARED:
-                    raise ValueError(f"its global headers have {len(file.pax_headers):,} entries")
-                if member.islnk() or member.issym():
-                    raise ValueError(
-                        f"{member.name!r:.100} is a link; tar's --hard-dereference -h writes files instead"
-                    )
-                is_whole = not member.issparse() and member.size <= size - member.offset_data
-                if member.size < 0 or (member.isfile() and not is_whole):  # below 0, the same could come again for ever
-                    raise ValueError(f"{member.name!r:.100} is not in it as a whole")
-                members += [member] if member.isfile() else []
+        with shard.open("rb") as file:
+            found = ((member.name.removeprefix("./"), member) for member in members(file, size))
+            return {name: Entry(shard, name, member.offset, member.size) for name, member in found}
     except (tarfile.TarError, OSError, *GARBLED) as error:
         raise HyperNetError(
             f"{shard} is damaged or compressed ({reason(error)}). Write it again as a plain .tar."
         ) from error
-    names = (member.name.removeprefix("./") for member in members)
-    return {name: Entry(shard, name, m.offset_data, m.size) for name, m in zip(names, members, strict=True)}
