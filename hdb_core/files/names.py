@@ -81,8 +81,11 @@ def made_portable(name: str, most_bytes: int = MOST_BYTES) -> str:
     """
     harmful = _HARMFUL | set("/\\")
     letters = (c if c not in harmful and unicodedata.category(c)[0] != "C" else "_" for c in name)
-    text = unicodedata.normalize("NFC", "".join(letters)).lstrip(" ").rstrip(". ") or "_"
-    text = f"_{text}" if _unfit(text) else text  # a device
+    text = _cut(unicodedata.normalize("NFC", "".join(letters)).lstrip(" "), most_bytes) or "_"
+    return _cut(f"_{text}", most_bytes) if _unfit(text) else text  # a device
+
+
+def _cut(text: str, most_bytes: int) -> str:
     return text.encode()[:most_bytes].decode(errors="ignore").rstrip(". ")
 
 

@@ -70,6 +70,7 @@ def test_what_is_refused(name, reason):
         ("anna", "anna"), ("J. R. Zoe\u0308", "J. R. Zo\u00eb"), ("a/b\\c:d", "a_b_c_d"), ("..", "_"), ("", "_"), ("a. .", "a"),
         ("con", "_con"), ("Nul.x", "_Nul.x"), ("a\0\n\udcffb", "a___b"), ("../../etc", ".._.._etc"), ("x" * 300, "x" * 200),
         ("ä" * 101 + ".", "ä" * 100), ('Anna / 2: the "cat".', "Anna _ 2_ the _cat_"), ("a\u200bb\ud800", "a_b_"), (" a", "a"),
+        ("." * 250 + "x", "_"), ("con" + " " * 250 + "x", "_con"), ("con." + "x" * 250, "_con." + "x" * 195),
     ],
 )  # fmt: skip
 def test_any_text_becomes_a_name(name, made):

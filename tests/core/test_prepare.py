@@ -238,6 +238,11 @@ FOREIGN = (
     "y.mask",
     "z.MASK. ",
     "NUL\0",
+    "." * 250 + "x",
+    "anna",
+    "anna.png",
+    "single",
+    "prepared.json",
 )
 
 

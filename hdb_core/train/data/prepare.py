@@ -31,7 +31,19 @@ from ...files.names import made_portable, portable
 from ...files.reading import GARBLED, reason, regular
 from ...images import resize_to_cover
 from ...prompt import require_short
-from .photos import MASK, PREPARED, WORDS, Person, Photo, Place, find_people, in_threads, is_of_shape, read_bytes
+from .photos import (
+    MASK,
+    PREPARED,
+    SUFFIXES,
+    WORDS,
+    Person,
+    Photo,
+    Place,
+    find_people,
+    in_threads,
+    is_of_shape,
+    read_bytes,
+)
 from .shards import Files, FolderWriter, Keyed, ShardWriter
 
 METADATA = "metadata.jsonl"  # of a folder of pictures as Hugging Face's datasets read it
@@ -274,7 +286,8 @@ def _names(people: Sequence[Person]) -> dict[str, str]:
     taken = set[str]()
     for person in people:
         made = made_portable(person.name, _MOST_NAME)
-        made += "_" if made.lower().endswith(".mask") else ""  # "anna.mask.png" would be a mask
+        # "anna.mask.png" would be a mask, and a folder "anna.jpg" may be the name of anna's only photo.
+        made += "_" if made.lower().endswith((".mask", WORDS, PREPARED, *SUFFIXES)) else ""
         names = (made if number == 1 else f"{made}_{number}" for number in count(1))
         found[person.name] = next(name for name in names if name.casefold() not in taken)
         taken.add(found[person.name].casefold())
