@@ -203,6 +203,20 @@ def test_after_a_full_disk_the_same_command_goes_on(source, tmp_path, monkeypatc
     assert "holds something already" in capsys.readouterr().err
 
 
+def test_only_the_photos_of_a_stopped_command_are_replaced(source, tmp_path):
+    into = tmp_path / "data"
+    (into / "photos.partial").mkdir(parents=True)
+    (into / "report.png").write_text("mine")
+    with pytest.raises(HyperNetError, match="holds something already"):
+        prepare(source, into, CHECKS)
+    assert (into / "report.png").read_text() == "mine"
+    (into / "report.png").unlink()
+    (into / "photos.partial").rmdir()
+    (into / "photos.partial").symlink_to(source)
+    with pytest.raises(HyperNetError, match="holds something already"):
+        prepare(source, into, CHECKS)
+
+
 def test_photos_in_formats_that_are_not_read(source, tmp_path):
     """A telephone's were passed over, and who had no others was missing."""
     (source / "anna" / "8.HEIC").write_bytes(b"\0\0\0\x18ftypheic")

@@ -182,9 +182,10 @@ def prepare(
             "anna/1.jpg. Photos in shards have their words beside them."
         )
     unfinished, finished = into / "photos.partial", into / "photos"
-    if unfinished.is_dir() and not finished.exists():
+    held = list(into.iterdir()) if into.exists() else []
+    if held == [unfinished] and unfinished.is_dir() and not unfinished.is_symlink():
         rmtree(unfinished)  # of a command that was stopped
-    elif into.exists() and any(into.iterdir()):
+    elif held:
         raise HyperNetError(f"{into} holds something already. Give --into a new folder, or delete that one.")
     unfinished.mkdir(parents=True)
     cut, name = (_centre, "centre") if detector is None else (_around_face(detector), "face")
