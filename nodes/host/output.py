@@ -66,7 +66,7 @@ def save_once(prefix: str, write: Callable[[Path], object]) -> tuple[Path, bool]
         # Of two servers that write the same at once, the one with the lower number stays.
         if (other_name := _numbered(other))[0] == name and other_name[1] < number:
             with suppress(OSError):
-                if filecmp.cmp(other, path, shallow=False):
+                if not other.samefile(path) and filecmp.cmp(other, path, shallow=False):  # it may be a link to this one
                     path.unlink()
                     return other, False
     return path, True

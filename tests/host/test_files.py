@@ -113,6 +113,15 @@ def test_of_two_equal_files_the_first_stays(run, host, person):
     assert save_once("same/person", write) == (path, False)
 
 
+def test_a_link_to_the_new_file_is_no_earlier_one(host):
+    """It has the same contents: the new file was removed, and nobody's was left."""
+    folder = Path(host.folder_paths.get_output_directory(), "linked")
+    folder.mkdir()
+    (folder / "person_00001_.safetensors").symlink_to("person_00002_.safetensors")
+    path, new = host.module("nodes.host.output").save_once("linked/person", lambda path: path.write_bytes(b"new"))
+    assert new and path.name == "person_00002_.safetensors" and path.read_bytes() == b"new"
+
+
 def test_a_person_is_saved_with_a_name_and_a_picture_and_shown(run, host, person, photo, said):
     about = replace(person(1).about, steps=57, model="SD15")
     lidb = replace(person(1), about=about)
