@@ -70,8 +70,10 @@ class FileKind:
         """
         try:
             yield
+        except self.error:
+            raise
         except HDBError as error:
-            raise error if isinstance(error, self.error) else self.error(f"{path.name!r}: {error}") from error
+            raise self.error(f"{path.name!r}: {error}") from error
         except GARBLED as error:
             raise self.damaged(path, f"its header lacks or garbles a field ({reason(error)})") from error
 

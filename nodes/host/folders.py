@@ -134,7 +134,7 @@ def learned_basis(recipe: BasisRecipe) -> BasisRecipe | None:
 
 
 def _files(shelf: Shelf) -> dict[str, Path]:
-    """Every file of our extension by its `portable` name; the first folder with a name has it."""
+    """Every file of our extension by its `portable` name; of several, the first that can be loaded, or else the first."""
     found: dict[str, Path] = {}
     for folder in folder_paths.get_folder_paths(shelf.category):
         for path in _below(folder):
@@ -143,7 +143,8 @@ def _files(shelf: Shelf) -> dict[str, Path]:
                 continue
             with suppress(UnicodeError):
                 name.encode()  # one that is no text cannot be sent to the browser
-                found.setdefault(name, Path(path))
+                if name not in found or (not _is_ours(shelf.kind, found[name]) and _is_ours(shelf.kind, Path(path))):
+                    found[name] = Path(path)
     return found
 
 
@@ -163,17 +164,23 @@ def _below(folder: str) -> Iterator[str]:
 def _is_ours(kind: FileKind, path: Path) -> bool:
     try:
         stat = path.stat()
-    except OSError:
+        return _has_header(kind, path, (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size))
+    except (HDBError, OSError):
         return False
-    return _has_header(kind, path, (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size))
 
 
 @lru_cache(maxsize=10_000)
 def _has_header(kind: FileKind, path: Path, version: tuple[int, ...]) -> bool:
-    """Whether a file, as it was at a time, is whole and of a kind and version that can be read."""
+    """Whether a file, as it was at a time, is whole and of a kind and version that can be read.
+
+    Raises:
+        HDBError, OSError: if the system did not let us read it, which is not remembered.
+    """
     try:
         return bool(read_fields(kind, path))
-    except (HDBError, OSError):
+    except HDBError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
         return False
 
 

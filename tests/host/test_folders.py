@@ -184,6 +184,32 @@ def test_what_is_listed_can_be_loaded_and_nothing_else_is_listed(run, host, shel
 
 
 @EVERY
+def test_a_damaged_file_hides_no_good_one_of_its_name(run, host, shelf, honest, category, tmp_path, monkeypatch):
+    folder, listed = shelf
+    other, (node_id, name) = tmp_path / "other", SHELVES[category]
+    other.mkdir()
+    known = host.folder_paths.folder_names_and_paths
+    monkeypatch.setitem(known, category, ([str(folder), str(other)], {".safetensors"}))
+    (folder / "one.safetensors").write_text("damaged")
+    (other / "one.safetensors").write_bytes(honest)
+    assert listed() == ["one.safetensors"] and run(node_id, **{name: "one.safetensors"})
+
+
+@EVERY
+def test_a_passing_error_is_not_remembered(shelf, honest, monkeypatch):
+    folder, listed = shelf
+    (folder / "one.safetensors").write_bytes(honest)
+
+    def refused(*_):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refused)
+        assert listed() == []
+    assert listed() == ["one.safetensors"]
+
+
+@EVERY
 def test_the_same_name_on_every_system(run, shelf, honest, category):
     folder, listed = shelf
     composed = unicodedata.normalize("NFC", "Zoë")
