@@ -76,8 +76,10 @@ def garbled_as(refusal: Callable[[str], HDBError]) -> Iterator[None]:
         yield
     except HDBError:
         raise
-    except GARBLED as error:
-        raise refusal(reason(error)) from error
+    except Exception as error:
+        if isinstance(error, GARBLED) or type(error) is Exception:  # which is what the tokenizers library raises
+            raise refusal(reason(error)) from error
+        raise
 
 
 def reason(error: BaseException) -> str:

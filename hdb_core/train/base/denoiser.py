@@ -13,8 +13,9 @@ from torch import Tensor
 from ...errors import LayoutError
 from ...files.reading import garbled_as
 from ...layout import FAMILIES, FAMILY_BY_CONTEXT, find_targets, layout_of
+from ...prompt import CLASS_PROMPT
 from .local import local_config
-from .single_file import Parts, TextEncoder, load_tokenizer, read_single_file
+from .single_file import GIVE_TOKENIZER, Parts, TextEncoder, load_tokenizer, read_single_file
 
 # Of a schedule that ends in noise alone, whose last sigma would be infinite; sigma is 4519 there. ComfyUI has the same.
 _LEAST_SIGNAL = 4.8973451890853435e-08
@@ -24,6 +25,7 @@ _SECOND_PARTS = ("text_encoder_2", "tokenizer_2")  # of SDXL
 # nothing reads, that of SDXL has it.
 _TEXT_ENCODERS = {"sd1": ("clip_l",), "sd2": ("text_encoder",), "sdxl": ("clip_l", "clip_g")}
 _PIXELS = 8  # side of what a latent stands for
+_TRIED = 64  # side of the picture that a loaded model is tried on, pixels
 
 
 class Conditioning(NamedTuple):
@@ -82,9 +84,13 @@ class DiffusersDenoiser:
         self._tokens: dict[str, Tensor] = {}
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """What B prompts say, each through its own sample's adapters: text states (B, 77, D)."""
+        """What B prompts say, each through its own sample's adapters: text states (B, 77, D).
+
+        Raises:
+            LayoutError: if a tokenizer is of another model than its text encoder.
+        """
         for prompt in set(prompts) - self._tokens.keys():
-            self._tokens[prompt] = torch.cat([_tokens(text.tokenizer, prompt) for text in self.texts])
+            self._tokens[prompt] = torch.cat([_tokens(text, prompt) for text in self.texts])
         tokens = torch.stack([self._tokens[prompt] for prompt in prompts], 1).to(self.device)
         if self.family != "sdxl":
             return Conditioning(self.texts[0].model(tokens[0]).last_hidden_state)
@@ -130,10 +136,17 @@ class DiffusersDenoiser:
         return {"text_embeds": conditioning.pooled.to(self.dtype), "time_ids": sizes}
 
 
-def _tokens(tokenizer: Any, prompt: str) -> Tensor:
+def _tokens(text: TextEncoder, prompt: str) -> Tensor:
     """(1, 77)."""
     given = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
-    return tokenizer(prompt, **given).input_ids
+    tokens = text.tokenizer(prompt, **given).input_ids
+    known = text.model.get_input_embeddings().num_embeddings
+    if int(tokens.max()) >= known:  # on a GPU, looking it up would end the process
+        raise LayoutError(
+            f"The tokenizer is of another model: it has a token {int(tokens.max()):,}, but the text encoder knows "
+            f"{known:,}. {GIVE_TOKENIZER}"
+        )
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -180,7 +193,7 @@ def load_base_model(
 
     Raises:
         FileNotFoundError: if there is no such model, it lacks a part, or there is no tokenizer.
-        LayoutError: if the model is of no known family, or damaged.
+        LayoutError: if the model is of no known family, damaged, or its parts do not work together.
     """
     if model.is_file():
         parts = read_single_file(model, dtype, tokenizer, prediction_type)
@@ -194,7 +207,22 @@ def load_base_model(
         convolutions,
     )
     vae = parts.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return DiffusersModel(denoiser, vae)
+    base = DiffusersModel(denoiser, vae)
+    with garbled_as(
+        lambda why: LayoutError(
+            f"A first step of {model} on a tiny picture fails ({why}). Give --model a text-to-image model "
+            f"({', '.join(FAMILIES.values())}) whose parts are all its own."
+        )
+    ):
+        _try(base)
+    return base
+
+
+@torch.no_grad()
+def _try(base: DiffusersModel) -> None:
+    """Compute once with every part: those of an inpainting model or an upscaler, for example, load and then fail."""
+    latents = base.encode(torch.zeros(1, 3, _TRIED, _TRIED)).to(base.denoiser.device)
+    base.denoiser.denoise(latents, base.denoiser.sigmas()[-1:], base.denoiser.encode_prompts([CLASS_PROMPT]))
 
 
 def _read_folder(folder: Path, dtype: torch.dtype, tokenizer: Path | None) -> Parts:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import LayoutError
 from ...files.reading import GARBLED, garbled_as, reason, regular
+from ...prompt import CLASS_PROMPT
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -28,7 +29,7 @@ _SIZE_WIDTH = 256  # that SDXL encodes each size in
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _HEAD_WIDTH = 64  # of CLIP, SD 2.x and SDXL; SD 1.x has 8 heads of any width
 _TOKENIZERS = ("tokenizer", "comfy/sd1_tokenizer", ".comfyui/ComfyUI/comfy/sd1_tokenizer")
-_GIVE_TOKENIZER = (
+GIVE_TOKENIZER = (
     "Add --set tokenizer=FOLDER, a folder with CLIP's vocab.json and merges.txt: comfy/sd1_tokenizer of a ComfyUI, or "
     "the tokenizer folder of a diffusers model."
 )
@@ -103,7 +104,7 @@ def find_tokenizer(path: Path) -> Path:
     for parent in (*path.resolve().parents, *Path(__file__).resolve().parents):
         if folders := [parent / name for name in _TOKENIZERS if _is_tokenizer(parent / name)]:
             return folders[0]
-    raise FileNotFoundError(f"A single file holds no tokenizer, and there is none around {path}. {_GIVE_TOKENIZER}")
+    raise FileNotFoundError(f"A single file holds no tokenizer, and there is none around {path}. {GIVE_TOKENIZER}")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -111,14 +112,16 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         FileNotFoundError: if it has none.
-        LayoutError: if it is damaged.
+        LayoutError: if it is damaged or of another kind.
     """
     from transformers import CLIPTokenizer
 
     if not _is_tokenizer(folder):
-        raise FileNotFoundError(f"{folder} holds no tokenizer. {_GIVE_TOKENIZER}")
-    with garbled_as(lambda why: LayoutError(f"The tokenizer in {folder} is damaged ({why}). {_GIVE_TOKENIZER}")):
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        raise FileNotFoundError(f"{folder} holds no tokenizer. {GIVE_TOKENIZER}")
+    with garbled_as(lambda why: LayoutError(f"The tokenizer in {folder} is damaged ({why}). {GIVE_TOKENIZER}")):
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer(CLASS_PROMPT)  # a vocabulary of another kind loads, too
+        return tokenizer
 
 
 def unet_of(checkpoint: Tensors) -> Any:

@@ -1,0 +1,102 @@
+"""Diffusers folders and tokenizers of another kind are refused in a sentence, when they are loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from hdb_core.errors import LayoutError
+from hdb_core.train.base.denoiser import load_base_model
+
+
+@pytest.fixture
+def copy(model, tmp_path):
+    """The model, to change."""
+    return shutil.copytree(model, tmp_path / "model")
+
+
+def load(folder, tokenizer=None):
+    return load_base_model(folder, torch.device("cpu"), torch.float32, tokenizer)
+
+
+def unet(**other):
+    """With other settings than it has."""
+    return lambda folder: UNet2DConditionModel.from_config(
+        UNet2DConditionModel.load_config(folder / "unet"), **other
+    ).save_pretrained(folder / "unet")
+
+
+def text_encoder(**other):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 768, "intermediate_size": 32, "num_attention_heads": 4}
+    return lambda folder: CLIPTextModel(CLIPTextConfig(**sizes | other)).save_pretrained(folder / "text_encoder")
+
+
+def vae(folder):
+    made = AutoencoderKL(latent_channels=16, block_out_channels=(32,), norm_num_groups=8)
+    shutil.rmtree(folder / "vae")
+    made.save_pretrained(folder / "vae")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (unet(in_channels=9), "to have 9 channels, but got 4"),
+        (unet(num_class_embeds=1000), "class_labels should be provided"),
+        (unet(out_channels=8), "must match"),
+        (vae, "to have 4 channels, but got 16"),
+        (text_encoder(hidden_size=128), "cannot be multiplied"),
+        (text_encoder(max_position_embeddings=20), "77"),
+    ],
+    ids=["inpainting", "upscaler", "variance", "VAE", "width", "positions"],
+)
+def test_parts_that_do_not_work_together(copy, change, said):
+    change(copy)
+    with pytest.raises(LayoutError, match=rf"A first step of .*model on a tiny picture fails \(.*{said}.*Give --model"):
+        load(copy)
+
+
+def vocabulary(change):
+    """A folder with CLIP's vocabulary in the older two files, changed."""
+
+    def write(folder, model):
+        described = json.loads((model / "tokenizer" / "tokenizer.json").read_text())["model"]
+        words, merges = change(described["vocab"], [" ".join(pair) for pair in described["merges"]])
+        (folder / "vocab.json").write_text(json.dumps(words))
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+
+    return write
+
+
+def of_bert(folder, model):
+    made = Tokenizer(models.WordPiece({"[UNK]": 0, "[CLS]": 1, "a": 2, "face": 3}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(os.fspath(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        vocabulary(lambda words, merges: ({word: i + 60_000 for word, i in words.items()}, merges)),
+        vocabulary(lambda words, merges: ({word: str(i) for word, i in words.items()}, merges)),
+        vocabulary(lambda words, merges: ({}, [])),
+        of_bert,
+    ],
+    ids=["of another model", "texts", "empty", "of BERT"],
+)
+def test_tokenizers_of_another_kind(model, tmp_path, write):
+    write(tmp_path, model)
+    with pytest.raises(LayoutError, match=r"The tokenizer .*Add --set tokenizer=FOLDER"):
+        load(model, tmp_path)
+
+
+def test_the_same_vocabulary_in_two_files(model, tmp_path):
+    vocabulary(lambda words, merges: (words, merges))(tmp_path, model)
+    own, given = (load(model, tokenizer).denoiser.encode_prompts(["a [v] face"]) for tokenizer in (None, tmp_path))
+    assert torch.equal(own.text, given.text)
