@@ -62,6 +62,16 @@ def test_parts_that_do_not_work_together(copy, change, said):
         load(copy)
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
+def test_quantised_parts(copy, part, method):
+    path = copy / part / "config.json"
+    described = {"quant_method": method, "load_in_4bit": True, "bits": 4}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": described}))
+    with pytest.raises(LayoutError, match=rf"{part} holds quantised weights"):
+        load(copy)
+
+
 def vocabulary(change):
     """A folder with CLIP's vocabulary in the older two files, changed."""
 

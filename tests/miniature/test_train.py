@@ -817,6 +817,7 @@ def test_encoders_that_cannot_be_used(model, photos, clip_vision, tmp_path, caps
         (listed, "listed is damaged ("),
         (described(model_type=[]), "model_type is damaged ("),
         (described(num_attention_heads=0), "num_attention_heads is damaged ("),
+        (described(quantization_config={"quant_method": "gptq", "bits": 4}), "holds quantised weights"),
         (described(intermediate_size=10**9), "its config.json describes 98,000,"),  # transformers would make 400 GB up
     ):
         assert run(model, photos, tmp_path / "run", "--clip-vision", str(folder), stage="precompute") == 1

@@ -14,7 +14,7 @@ from ...errors import LayoutError
 from ...files.reading import garbled_as
 from ...layout import FAMILIES, FAMILY_BY_CONTEXT, find_targets, layout_of
 from ...prompt import CLASS_PROMPT
-from .local import local_config
+from .local import local_config, require_unquantised
 from .single_file import GIVE_TOKENIZER, Parts, TextEncoder, load_tokenizer, read_single_file
 
 # Of a schedule that ends in noise alone, whose last sigma would be infinite; sigma is 4519 there. ComfyUI has the same.
@@ -193,7 +193,7 @@ def load_base_model(
 
     Raises:
         FileNotFoundError: if there is no such model, it lacks a part, or there is no tokenizer.
-        LayoutError: if the model is of no known family, damaged, or its parts do not work together.
+        LayoutError: if the model is of no known family, damaged or quantised, or its parts do not work together.
     """
     if model.is_file():
         parts = read_single_file(model, dtype, tokenizer, prediction_type)
@@ -263,8 +263,9 @@ def _whole(kind: Any, folder: Path, **options: Any) -> Any:
     """A part of a diffusers folder; where weights are missing, diffusers and transformers would make up random ones.
 
     Raises:
-        LayoutError: if some are missing.
+        LayoutError: if some are missing, or they are quantised.
     """
+    require_unquantised(folder)
     module, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise LayoutError(

@@ -20,7 +20,7 @@ from ...errors import HyperNetError
 from ...files.reading import garbled_as
 from ...hypernet import EncoderConfig
 from ...images import resize_to_cover
-from .local import local_config
+from .local import local_config, require_unquantised
 
 Color = tuple[float, float, float]
 _CLIP_COLORS: tuple[Color, Color] = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -98,6 +98,7 @@ def load_vision_encoder(folder: Path, device: torch.device) -> VisionEncoder:
     Raises:
         FileNotFoundError: if there is no such folder, or no model in it.
         HyperNetError: if ComfyUI could not load this encoder, or weights are missing or damaged.
+        LayoutError: if its weights are quantised.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -126,6 +127,7 @@ def _loaded(folder: Path, device: torch.device) -> VisionEncoder:
     architecture, config_class, model_class = classes[kind]
     config = local_config(config_class, folder)
     host = _host_encoder(architecture, config, folder)
+    require_unquantised(folder)
     config.hidden_act, config.layer_norm_eps = host.activation, host.epsilon
     with torch.device("meta"):
         numbers = sum(weight.numel() for weight in model_class(config).parameters())
