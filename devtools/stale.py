@@ -13,6 +13,10 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
+from filelock import FileLock
+
+from hdb_core.files.atomic import write_text
+
 from .environment import ROOT
 
 RECORDS = ROOT / "benchmarks" / "results" / "made_with.json"
@@ -23,6 +27,7 @@ _JUDGES = ("judge_a.safetensors", "judge_b.safetensors")
 # What a file depends on, by the first pattern that fits; files that fit none are no results.
 DEPENDS_ON: Mapping[str, tuple[str, ...]] = {
     "benchmarks/results/made_with.json": (),
+    "benchmarks/results/*.lock": (),
     "benchmarks/results/scale.*": (),
     "benchmarks/results/speed.*": (),  # of random weights
     "benchmarks/results/judge.*": (_VAE, *_JUDGES),
@@ -59,9 +64,10 @@ def record(path: Path) -> None:
     """Notes that a result was made with the present weights; files that are no results are left alone."""
     if weights := weights_of(path.resolve()):
         present = hashes()
-        records = read_records() | {path.resolve().relative_to(ROOT).as_posix(): {w: present[w] for w in weights}}
-        text = json.dumps(dict(sorted(records.items())), indent=1) + "\n"
-        RECORDS.write_text(text, encoding="utf-8")
+        made = {path.resolve().relative_to(ROOT).as_posix(): {w: present[w] for w in weights}}
+        with FileLock(RECORDS.with_name(f"{RECORDS.name}.lock")):  # or two could read before either writes
+            text = json.dumps(dict(sorted((read_records() | made).items())), indent=1) + "\n"
+            write_text(RECORDS, text)
 
 
 def hashes() -> dict[str, str]:

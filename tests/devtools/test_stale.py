@@ -1,6 +1,8 @@
 """Every kept table, picture and recommendation was made with the weights that are shipped."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,26 @@ def test_other_weights_make_what_depends_on_them_stale(changed):
 def test_a_result_that_nobody_recorded_is_listed():
     path = ROOT / "benchmarks" / "results" / "base.md"
     assert stale.stale([path], {}, stale.hashes()) == ["benchmarks/results/base.md: nobody noted which weights made it"]
+
+
+RECORDING = """
+import sys
+from pathlib import Path
+from devtools import stale
+
+stale.ROOT = Path(sys.argv[1])
+results = stale.ROOT / "benchmarks" / "results"
+stale.RECORDS = results / "made_with.json"
+for i in range(50):
+    stale.record(results / f"{sys.argv[2]}_{i}.json")
+"""
+
+
+def test_two_benchmarks_record_at_once(tmp_path):
+    (results := tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    both = [subprocess.Popen([sys.executable, "-c", RECORDING, tmp_path, name], cwd=ROOT) for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(json.loads((results / "made_with.json").read_text())) == 100
 
 
 def test_writers_record_what_they_write(tmp_path, monkeypatch):
