@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -59,6 +60,14 @@ def vae(folder):
 def test_parts_that_do_not_work_together(copy, change, said):
     change(copy)
     with pytest.raises(LayoutError, match=rf"A first step of .*model on a tiny picture fails \(.*{said}.*Give --model"):
+        load(copy)
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_weights_that_are_not_finite(copy, name):
+    path = copy / f"{name}.safetensors"
+    save_file({name: torch.nan * weight for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(LayoutError, match=r"fails \(it gives NaN or infinity\)"):
         load(copy)
 
 

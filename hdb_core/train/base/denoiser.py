@@ -222,7 +222,9 @@ def load_base_model(
 def _try(base: DiffusersModel) -> None:
     """Compute once with every part: those of an inpainting model or an upscaler, for example, load and then fail."""
     latents = base.encode(torch.zeros(1, 3, _TRIED, _TRIED)).to(base.denoiser.device)
-    base.denoiser.denoise(latents, base.denoiser.sigmas()[-1:], base.denoiser.encode_prompts([CLASS_PROMPT]))
+    conditioning = base.denoiser.encode_prompts([CLASS_PROMPT])
+    if not bool(base.denoiser.denoise(latents, base.denoiser.sigmas()[-1:], conditioning).isfinite().all()):
+        raise ValueError("it gives NaN or infinity")
 
 
 def _read_folder(folder: Path, dtype: torch.dtype, tokenizer: Path | None) -> Parts:
