@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load, save, save_file
 
 from devtools.fuzz import nested, small_layout, split
 from hdb_core.basis import BasisRecipe
 from hdb_core.errors import HyperNetError
+from hdb_core.files.container import checksum
 from hdb_core.hypernet import EncoderConfig
 from hdb_core.train.data.groups import Group, group_paths, missing_groups
 from hdb_core.train.data.people import read_people
@@ -64,9 +66,31 @@ def test_a_damaged_file_is_one_sentence(tmp_path, kind, damage):
     data = path.read_bytes()
     tensors, meta = load(data), split(data)[0]["__metadata__"]
     DAMAGE[damage](tensors, meta, kind)
+    meta["checksum"] = checksum(meta, tensors)  # or this alone would be refused
     path.write_bytes(save(tensors, meta))
     with pytest.raises(HyperNetError, match=r"cannot be read|have changed since|holds tokens of"):
         read(tmp_path, kind)
+
+
+@pytest.mark.parametrize("name", ["latents", "counts", "up"])
+def test_changed_numbers_are_not_trained_on(tmp_path, name):
+    tensors, settings = WRITTEN["latents"]
+    path = tmp_path / "group_00000.safetensors"
+    Group(0, PEOPLE, path, settings).write(tensors)
+    save_file({**tensors, name: 1 + tensors[name]}, path, split(path.read_bytes())[0]["__metadata__"])
+    with pytest.raises(HyperNetError, match=r"do not match its checksum.*Delete it: the next run makes it again"):
+        read(tmp_path, "latents")
+
+
+def test_a_copy_of_a_group_and_other_files_beside_it(tmp_path):
+    tensors, settings = WRITTEN["latents"]
+    path = tmp_path / "group_00000.safetensors"
+    Group(0, PEOPLE, path, settings).write(tensors)
+    save_file(tensors, tmp_path / "group_photo.safetensors")
+    assert len(read(tmp_path, "latents")) == 2
+    shutil.copy(path, tmp_path / "group_00001.safetensors")
+    with pytest.raises(HyperNetError, match=r"group_00001.safetensors holds 'anna', and so does group_00000"):
+        read(tmp_path, "latents")
 
 
 def test_fitted_people_of_another_model_and_broken_tokens(tmp_path):

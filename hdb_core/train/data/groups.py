@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...errors import HDBError, HyperNetError
 from ...files.atomic import write_bytes
+from ...files.container import checksum
 from ...files.reading import GARBLED, reason, regular
 from .photos import Person, Place
 
@@ -44,7 +45,9 @@ class Group:
             "names": json.dumps(names),
             "photos": self._photos(),
         }
-        write_bytes(self.path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, header))
+        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        header["checksum"] = checksum(header, stored)
+        write_bytes(self.path, save(stored, header))
 
     def check(self) -> None:
         """Compare the file that is there with what would be written.
@@ -116,7 +119,7 @@ def missing_groups(
 
 def group_paths(folder: Path) -> list[Path]:
     """The finished files of a folder, in order."""
-    return sorted(folder.glob("group_*.safetensors"))
+    return sorted(folder.glob("group_[0-9]*.safetensors"))
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], list[str], str]:
@@ -146,6 +149,18 @@ def opened(path: Path) -> Iterator[Any]:
         raise HyperNetError(
             f"{path} cannot be read ({reason(error)}). Delete it: the next run makes it again."
         ) from error
+
+
+def whole(file: Any) -> dict[str, Tensor]:
+    """All tensors of an `opened` file; they stay on the disk.
+
+    Raises:
+        LookupError, ValueError: if they are not those that were written.
+    """
+    header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if checksum(header, tensors) != header["checksum"]:
+        raise ValueError("its contents do not match its checksum")
+    return tensors
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from ...layout import Layout
 from ...lidb import Factors
 from ..base.model import BaseModel
 from ..fit import Fitter
-from .groups import group_paths, missing_groups, opened, read_header
+from .groups import group_paths, missing_groups, opened, read_header, whole
 from .latents import encode
 from .photos import Person
 
@@ -78,32 +78,36 @@ def read_people(folder: Path, people: Sequence[Person], basis: BasisRecipe, layo
     """All that `precompute` wrote, in the order of the groups; people fitted in another basis or layout as not fitted.
 
     Raises:
-        HyperNetError: if nothing is there, a file is damaged, or a person is no longer among ``people``.
+        HyperNetError: if nothing is there, a file is damaged, or a person is no longer among ``people`` or there twice.
     """
     known = {person.name: person for person in people}
-    paths, shapes = group_paths(folder), dict[str, torch.Size]()
+    paths, shapes, places = group_paths(folder), dict[str, torch.Size](), dict[str, Path]()
     if not paths:
         raise HyperNetError(f"{folder} holds no latents. Run the stage precompute first.")
     for path in paths:
         settings, names, _ = read_header(path)
         with opened(path) as file:
-            fit = settings["fit"] or {}
+            tensors, fit = whole(file), settings["fit"] or {}
             # What was fitted in other coordinates says nothing here.
             fits = (fit.get("basis"), fit.get("layout")) == (json.loads(json.dumps(basis.fields())), layout.hash)
-            up: Any = file.get_tensor("up") if fits else [None] * len(names)
+            up: Any = tensors["up"] if fits else [None] * len(names)
             if fits and (up.ndim, *up.shape[1:3]) != (4, len(layout.layers), basis.up_dim):
                 raise ValueError("fitted people of another shape")
-            encoded = file.get_tensor("latents")
+            encoded = tensors["latents"]
             if encoded.ndim not in (4, 5) or encoded.dtype != torch.float16:  # 5 of a video model
                 raise ValueError("latents of another shape or type")
             for what, own in (("latents", encoded), *((("fitted people", up),) if fits else ())):
                 if 0 in own.shape or shapes.setdefault(what, own.shape[1:]) != own.shape[1:]:
                     raise ValueError(f"{what} of another shape than those of {paths[0].name}")
-            latents = encoded.split(file.get_tensor("counts").tolist())
+            latents = encoded.split(tensors["counts"].tolist())
             for name, own, fitted in zip(names, latents, up, strict=True):
                 if name not in known or len(known[name].photos) != len(own):
                     raise HyperNetError(
                         f"The photos of {name!r} have changed since precompute. Start a new run folder."
+                    )
+                if places.setdefault(name, path) != path:
+                    raise HyperNetError(
+                        f"{path} holds {name!r}, and so does {places[name].name}. Move it elsewhere if it is a copy."
                     )
                 yield EncodedPerson(known[name], own, fitted)
 
