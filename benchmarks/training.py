@@ -23,10 +23,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from devtools.device import add_option, made_on
 from hdb_core.files import hypernet as hypernet_file
+from hdb_core.train.beginning import save_encoder
 from miniature.scores import mean_over_people
 
 from .common.bench import RESULTS, ROOT
@@ -138,8 +137,7 @@ def encoder_of(hypernet: Path, folder: Path) -> Path:
     """The image encoder of a hypernetwork's file as a file of its own, which a training can begin with."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "encoder.safetensors"
-    weights = hypernet_file.load(hypernet).encoder.state_dict()
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, path)
+    save_encoder(hypernet_file.load(hypernet).encoder.state_dict(), path)
     return path
 
 

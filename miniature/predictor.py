@@ -13,18 +13,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 
 from devtools.device import add_option
 from hdb_core.basis import BasisRecipe
 from hdb_core.diffusion import NoiseLevels
 from hdb_core.files import hypernet as hypernet_file
-from hdb_core.files.atomic import replacing
 from hdb_core.hypernet import EncoderConfig, HyperNet, HyperNetConfig
 from hdb_core.hypernet.encoder import initialised
 from hdb_core.prompt import CLASS_PROMPT
 from hdb_core.train.base.denoiser import load_base_model
-from hdb_core.train.beginning import learn_code, load_encoder
+from hdb_core.train.beginning import learn_code, load_encoder, save_encoder
 from hdb_core.train.data.people import EncodedPerson
 from hdb_core.train.encoder_loss import PhotoLoss, PhotoPredictor, PretrainConfig
 from hdb_core.train.face_code import Components, shown_of
@@ -128,8 +126,7 @@ def train_encoder(training: Training) -> None:
 
     def save() -> None:
         weights = {n.removeprefix("encoder."): w for n, w in loop.average.items() if n.startswith("encoder.")}
-        with replacing(args.run / ENCODER_FILE) as temporary:
-            save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, temporary)
+        save_encoder(weights, args.run / ENCODER_FILE)
 
     loop.run(OnCrowd(training, loss, take), save, notes=training.notes)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Module
 
 from ..errors import HyperNetError
+from ..files import container
 from ..files import hypernet as hypernet_file
-from ..files.reading import GARBLED, reason, regular
 from ..hypernet import HyperNet, HyperNetConfig
 from .data.groups import differing
 from .face_code import MOST_PHOTOS, fit_code
@@ -24,6 +24,15 @@ from .settings import NetSettings
 NOTHING_LEARNED = (
     "The image encoder is untrained. Run the stage pretrain first, or set begin_with to the encoder.safetensors of another "
     "run, and pretrain.steps to 0."
+)
+
+ENCODER = container.FileKind(
+    key="encoder",
+    name="trained image encoder",
+    version=1,
+    choose="Give the encoder.safetensors of another run.",
+    remake="run the stage pretrain again",
+    error=HyperNetError,
 )
 
 
@@ -76,18 +85,25 @@ def net_sizes(config: HyperNetConfig) -> dict[str, Any]:
     }
 
 
-def load_encoder(encoder: Module, path: Path) -> None:
-    """Load what pretrain wrote.
+def save_encoder(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write an image encoder atomically, by the names of its state_dict.
 
     Raises:
-        HyperNetError: if it is damaged, or of another size.
+        HyperNetError: if it cannot be written.
+    """
+    tensors = {name: weight.cpu().contiguous() for name, weight in weights.items()}
+    container.write(ENCODER, path, {}, tensors, lambda header, path: None)
+
+
+def load_encoder(encoder: Module, path: Path) -> None:
+    """Load what `save_encoder` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        HyperNetError: if it is another one, damaged, or of another size.
     """
     try:
-        weights = load_file(regular(path))
-    except (OSError, *GARBLED) as error:
-        raise HyperNetError(f"{path} is no safetensors file: {reason(error)}. Make or copy it again.") from error
-    try:
-        encoder.load_state_dict(weights)
+        encoder.load_state_dict(container.read_tensors(ENCODER, container.read_fields(ENCODER, path), path))
     except RuntimeError as error:
         raise HyperNetError(
             f"{path} is an image encoder of other sizes. Give the settings of encoder that it was trained with."

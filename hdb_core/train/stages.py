@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,11 +17,11 @@ from ..basis import layer_basis
 from ..errors import HyperNetError
 from ..files import basis as basis_file
 from ..files import hypernet as hypernet_file
-from ..files.atomic import replacing, write_bytes, write_text
+from ..files.atomic import replacing, write_text
 from ..hypernet import HyperNet, HyperNetConfig
 from ..hypernet.encoder import initialised
 from .basis import BasisConfig, held_share, learn_basis
-from .beginning import beginning, load_encoder, net_sizes
+from .beginning import beginning, load_encoder, net_sizes, save_encoder
 from .data.faces import PhotoPixels
 from .data.latents import encode
 from .data.people import EncodedPerson, precompute
@@ -124,8 +123,7 @@ def run_pretrain(job: Job) -> None:
 
     def save() -> None:
         weights = {n.removeprefix("encoder."): w for n, w in loop.average.items() if n.startswith("encoder.")}
-        tensors = {name: weight.cpu().contiguous() for name, weight in weights.items()}
-        write_bytes(run.encoder, safetensors.torch.save(tensors))
+        save_encoder(weights, run.encoder)
 
     loop.run(loss_of, save)
 

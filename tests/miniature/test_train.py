@@ -326,6 +326,11 @@ def test_an_encoder_of_another_run(model, photos, straight, tmp_path, capsys):
     cut.write_bytes((straight / "encoder.safetensors").read_bytes()[:-100])
     assert run(model, photos, tmp_path / "fifth", "--steps", "1", *theirs, f"begin_with={cut}") == 1
     assert "begin_with cannot be read" in capsys.readouterr().err
+    flipped = bytearray((straight / "encoder.safetensors").read_bytes())
+    flipped[-1001] ^= 0x40
+    cut.write_bytes(flipped)
+    assert run(model, photos, tmp_path / "sixth", "--steps", "1", *theirs, f"begin_with={cut}") == 1
+    assert "'cut.safetensors' is damaged or incomplete: its contents do not match" in capsys.readouterr().err
 
 
 def test_portraits_are_predicted_and_never_seen(model, photos, straight, tmp_path, monkeypatch):
