@@ -54,6 +54,7 @@ class Run:
         self.pretrain_state, self.pretrain_log = folder / "pretrain_state.safetensors", folder / "pretrain.csv"
         self.state, self.log, self.samples = folder / "state.safetensors", folder / "log.csv", folder / "samples"
         self.file, self.evaluation = folder / "hypernet.safetensors", folder / "evaluation.json"
+        self.basis_shares = folder / "basis.json"
 
     @classmethod
     def open(cls, folder: Path, values: Mapping[str, Any]) -> Run:
@@ -62,7 +63,8 @@ class Run:
         A new run takes from its photos how they were cut, unless ``encoder.cut`` is among the settings.
 
         Raises:
-            HyperNetError: if config.json or what is said of the photos is damaged, a value makes no sense, or cannot change any more.
+            HyperNetError: if config.json or what is said of the photos is damaged, a value makes no sense, or cannot change any more;
+                if the folder holds somebody else's files that a run writes over.
         """
         path = folder / "config.json"
         before = Settings()
@@ -71,9 +73,15 @@ class Run:
                 before = changed(before, _flattened(_read_json(path)))
             except (OSError, *GARBLED) as error:
                 raise HyperNetError(f"{path} cannot be read: {error!s:.300}") from error
+            if not before.model or not before.photos:
+                raise _foreign(path, "names no model and photos")
         run = cls(folder, changed(before, values))
         if path.exists():
             run._require_same(before)
+        elif theirs := [
+            own for own in (run.evaluation, run.basis_shares, *run.samples.glob("step_*.png")) if own.exists()
+        ]:
+            raise _foreign(theirs[0], f"is there, but not {path.name}")
         elif run.settings.photos and "encoder.cut" not in values:
             run.settings = changed(run.settings, _prepared(Path(run.settings.photos)))
         if not run.settings.model or not run.settings.photos:
@@ -186,6 +194,13 @@ def _locked(folder: Path, name: str, own: Sequence[Path], patience: float = 0) -
         yield
     finally:
         lock.release()
+
+
+def _foreign(path: Path, why: str) -> HyperNetError:
+    return HyperNetError(
+        f"{path} {why}, so it is not of a run: it may be somebody else's, and the run would write over it. Move it "
+        "elsewhere, or use another run folder."
+    )
 
 
 def _prepared(photos: Path) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _measure_basis(job: Job, people: Sequence[Person], config: BasisConfig) -> N
     held, random = held_share(denoiser, shown, both, config)
     job.accelerator.print(f"The basis covers {held:.1%} of the gradients of {len(people)} held-out people, a random one {random:.1%}.")  # fmt: skip
     found = {"unseen_people": len(people), "held": held, "held_by_a_random_basis": random}
-    write_text(job.run.folder / "basis.json", json.dumps(found) + "\n")
+    write_text(job.run.basis_shares, json.dumps(found) + "\n")
 
 
 def run_precompute(job: Job) -> None:

@@ -70,6 +70,19 @@ def test_a_file_with_a_few_settings_is_enough(tmp_path):
     assert Run.open(tmp_path, {"rank": 2}).settings == changed(Settings(), {**NEW, "train.steps": 7, "rank": 2})
 
 
+@pytest.mark.parametrize("name", ["config.json", "evaluation.json", "basis.json", "samples/step_000500.png"])
+def test_a_new_run_does_not_write_over_files_of_others(tmp_path, name, capsys):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"seed": 7, "rank": 3}')
+    assert main([str(tmp_path), "--model", "model.safetensors", "--photos", "photos"]) == 1
+    assert f"{path} " in (said := capsys.readouterr().err) and "it may be somebody else's" in said
+    assert path.read_text() == '{"seed": 7, "rank": 3}'
+    if name != "config.json":
+        (tmp_path / "config.json").write_text(json.dumps(NEW))
+        assert Run.open(tmp_path, {})  # a run's own
+
+
 def test_a_new_run_takes_the_cut_of_its_photos(tmp_path):
     values = {**NEW, "photos": str(tmp_path / "photos")}
     said = tmp_path / "photos" / "prepared.json"

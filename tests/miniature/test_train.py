@@ -573,10 +573,10 @@ def test_a_run_that_ended_before_its_file_writes_it(model, photos, ended, straig
 
 
 def test_a_state_of_other_sizes_is_refused(model, photos, straight, tmp_path, capsys):
-    """Even if no file of settings stands beside it."""
+    """Even if the file of settings beside it was written by hand."""
     os.link(straight / "state.safetensors", tmp_path / "state.safetensors")
     others = ["--rank", "2", "--set", f"precomputed={straight}", "basis.seed=1", "prompt=a [w] face", "net.depth=2"]
-    (tmp_path / "config.json").write_text(json.dumps({"rank": 2, "held_out": 0.5, "prompt": "a [w] face", "convolutions": False,
+    (tmp_path / "config.json").write_text(json.dumps({"model": str(model), "photos": str(photos), "rank": 2, "held_out": 0.5, "prompt": "a [w] face", "convolutions": False,
         "basis": {"seed": 1, "down_dim": 12, "up_dim": 8}, "net": {"depth": 2, "width": 32, "code": 4},
         "encoder": {"image_size": 32, "token_width": 32, "depth": 1, "stem": [[16, 1], [16, 1]]}}))  # fmt: skip
     others += ["held_out=0.5", "train.regression_weight=0"]
