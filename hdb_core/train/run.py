@@ -224,7 +224,7 @@ def _read_json(path: Path) -> Any:
         data = file.read(MAX_CONFIG_BYTES + 1)
     if len(data) > MAX_CONFIG_BYTES:
         raise ValueError(f"it is longer than {MAX_CONFIG_BYTES:,} bytes")
-    return json.loads(data.decode("utf-8"))
+    return json.loads(data.decode("utf-8-sig"))
 
 
 def _flattened(stored: Mapping[str, Any]) -> dict[str, Any]:

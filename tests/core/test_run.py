@@ -70,6 +70,11 @@ def test_a_file_with_a_few_settings_is_enough(tmp_path):
     assert Run.open(tmp_path, {"rank": 2}).settings == changed(Settings(), {**NEW, "train.steps": 7, "rank": 2})
 
 
+def test_a_file_of_settings_as_notepad_saves_it(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(NEW), encoding="utf-8-sig")
+    assert Run.open(tmp_path, {}).settings == changed(Settings(), NEW)
+
+
 @pytest.mark.parametrize("name", ["config.json", "evaluation.json", "basis.json", "samples/step_000500.png"])
 def test_a_new_run_does_not_write_over_files_of_others(tmp_path, name, capsys):
     path = tmp_path / name
