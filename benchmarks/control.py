@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from devtools.environment import ROOT
-from hdb_core.recommended import FROM_PREDICTION, RECOMMENDED
 from miniature.checkpoint import CONTROL_FILE
 from miniature.drawing import photo, silhouette
 from miniature.judge import Judge
@@ -29,14 +28,13 @@ from .common import grid
 from .common.bench import Bench, chosen_subjects, load_judges, open_bench, parser
 from .common.files import rounded, write_json, write_text
 from .common.report import table_of_means
-from .common.studio import HYPERNET, Models, Studio, as_image, file_hash, hypernet_hash
+from .common.studio import HYPERNET, Models, Studio, as_image, file_hash, hash_or_missing, recommended_strengths
 from .common.subjects import Subject
 from .pairs import placed
 
 if TYPE_CHECKING:
     from hdb_core.lidb import LiDB
 
-STRENGTHS = RECOMMENDED[FROM_PREDICTION].strengths
 BACKGROUNDS = "green wall", "pink wall"  # of which a photo shows one at most
 SCORES = "identity", "retrieval", "edit"
 APART = 25  # of 255, in the channel that differs most: more is another colour
@@ -94,7 +92,7 @@ class Row:
         """What decides the pictures, besides what all benchmarks share."""
         own: dict[str, Any] = {"prompts": [prompt_of(subject).text()]}
         if self.person:
-            own |= {"hypernet": hypernet_hash(HYPERNET), "strengths": STRENGTHS._asdict()}
+            own |= {"hypernet": hash_or_missing(HYPERNET), "strengths": recommended_strengths(HYPERNET)._asdict()}
         if self.control:
             own |= {"control": file_hash(self.control)}
         return own | ({"another": True} if self.another else {})
@@ -102,7 +100,7 @@ class Row:
     def made(self, bench: Bench, subject: Subject, lidb: LiDB) -> np.ndarray:
         """uint8 (pictures, 128, 128, 3) of a person, whose prediction is used if the row applies it."""
         studio = bench.studio
-        models = studio.apply(lidb, STRENGTHS) if self.person else studio.base
+        models = studio.apply(lidb, lidb.about.strengths) if self.person else studio.base
         positive = studio.host.run("CLIPTextEncode", clip=models.clip, text=prompt_of(subject).text())[0]
         if self.control:
             positive, models = controlled(studio, models, positive, self.control, self.shape(subject))

@@ -46,8 +46,8 @@ from .common.methods import (
 )
 from .common.report import short_table
 from .common.results import Table, add_options, make_and_report
-from .common.settings import LORA, STRENGTHS, NodeConfig
-from .common.studio import HYPERNET
+from .common.settings import LORA, NodeConfig
+from .common.studio import HYPERNET, recommended_strengths
 from .common.textual_inversion import TextualInversionConfig
 
 NARROW_HYPERNET = ROOT / ".runs" / "narrow" / "hypernet.safetensors"
@@ -56,7 +56,6 @@ STEPS = sorted({5, 10, 20, 40, FEW})
 FEW_AND_MANY = (FEW, 40)
 COLD_STEPS = (24, 40, 400)
 RANKS = (1, 4)  # of LoRA
-BOTH = (STRENGTHS, AS_LORA)
 
 
 def all_methods(
@@ -75,7 +74,7 @@ def all_methods(
         inversion: of Textual Inversion.
         narrow: file of a hypernetwork in a narrow basis.
     """
-    predicted = Predicted("hyper", hypernet, strengths=BOTH)
+    predicted = Predicted("hyper", hypernet, strengths=(recommended_strengths(hypernet), AS_LORA))
     several, in_narrow = Predicted("hyper_3photos", hypernet, photos=3), Predicted("hyper_narrow", narrow)
 
     def after(steps: int, start: Predicted, name: str = "_described", **how: Any) -> FastFinetuning:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from hdb_core.recommended import FROM_PREDICTION, RECOMMENDED
 from miniature.captions import context_words
 from miniature.judge import Judge, true_readings
 from miniature.people import SCENES, Context
@@ -30,13 +29,12 @@ from .common import grid
 from .common.bench import Bench, chosen_subjects, load_judges, open_bench, parser
 from .common.files import rounded, write_json, write_text
 from .common.report import table_of_means
-from .common.studio import HYPERNET, SIZE, Models, hypernet_hash
+from .common.studio import HYPERNET, SIZE, Models, hash_or_missing, recommended_strengths
 from .common.subjects import Subject
 
 if TYPE_CHECKING:
     from hdb_core.lidb import LiDB
 
-STRENGTHS = RECOMMENDED[FROM_PREDICTION].strengths
 LEGEND = (
     "*Identity* and *of the other*: 0 a stranger, 100 a true picture, of whom the half should show and of the other one; "
     "*found*: of 1,000 people the right one is the nearest, *the other found*: the other one is; *told apart*: nearer to "
@@ -87,7 +85,7 @@ def alone(bench: Bench, pair: Pair, people: tuple[LiDB, LiDB]) -> np.ndarray:
     own = zip(people, pair.prompts, strict=True)
     studio = bench.studio
     return np.stack(
-        [studio.pictures(studio.apply(lidb, STRENGTHS), p.text(), pair.seed, bench.seeds) for lidb, p in own]
+        [studio.pictures(studio.apply(lidb, lidb.about.strengths), p.text(), pair.seed, bench.seeds) for lidb, p in own]
     )
 
 
@@ -101,8 +99,8 @@ def together(bench: Bench, pair: Pair, people: tuple[LiDB, LiDB]) -> np.ndarray:
 def applied_twice(bench: Bench, pair: Pair, people: tuple[LiDB, LiDB]) -> np.ndarray:
     studio, run = bench.studio, bench.studio.host.run
     models: Models = studio.base
-    options = studio.strengths(STRENGTHS)
     for lidb in people:
+        options = studio.strengths(lidb.about.strengths)
         model, clip = run("ApplyLiDBToModel", model=models.model, clip=models.clip, lidb=lidb, options=options)
         models = models._replace(model=model, clip=clip)
     parts = (studio.masked(models.clip, p.text(), mask) for p, mask in zip(pair.prompts, halves(), strict=True))
@@ -129,7 +127,8 @@ def settings(pair: Pair) -> dict[str, Any]:
     """What decides the pictures of a pair, besides the row and what all benchmarks share."""
     texts = [prompt.text() for prompt in pair.prompts]
     people = [subject.seed for subject in pair.subjects]
-    return {"hypernet": hypernet_hash(HYPERNET), "people": people, "prompts": texts, "strengths": STRENGTHS._asdict()}
+    strengths = recommended_strengths(HYPERNET)._asdict()
+    return {"hypernet": hash_or_missing(HYPERNET), "people": people, "prompts": texts, "strengths": strengths}
 
 
 def make(bench: Bench, pair: Pair, report_only: bool) -> None:

@@ -33,7 +33,7 @@ from .common.methods import (
     TextualInversion,
 )
 from .common.results import Table, add_options, make_and_report
-from .common.settings import LORA, STRENGTHS, NodeConfig
+from .common.settings import LORA, NodeConfig
 from .common.textual_inversion import TextualInversionConfig
 from .hypernet import HYPERNET
 from .people import BASIS
@@ -69,7 +69,7 @@ def swept(
     basis: Path = BASIS,
     checkpoints: Sequence[int] | None = None,
     described: bool = False,
-    strengths: tuple[Strengths, ...] = (STRENGTHS,),
+    strengths: tuple[Strengths, ...] = (),
     base_negative: bool = False,
     masked: bool = False,
     photos: int = 1,
@@ -105,8 +105,8 @@ def main() -> None:
         "--described", action="store_true", help="caption the photo with what it shows besides the person"
     )
     options.add_argument(
-        "--strengths", type=parsed_strengths, nargs="+", default=[STRENGTHS], metavar="MODEL,CLIP,GUIDANCE",
-        help="that a LiDB is applied with",
+        "--strengths", type=parsed_strengths, nargs="+", default=[], metavar="MODEL,CLIP,GUIDANCE",
+        help="that a LiDB is applied with (default: as recommended for a prediction, or for several photos)",
     )  # fmt: skip
     options.add_argument(
         "--base-negative", action="store_true", help="a reference with the base's negative prompt, too"

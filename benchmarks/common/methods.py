@@ -25,7 +25,7 @@ from .cells import Cell
 from .dreambooth import DreamBoothConfig, dreambooth
 from .reference import Checkpoint
 from .settings import GUIDED, STRENGTHS, resolved
-from .studio import Made, Models, hash_or_missing, hypernet_hash
+from .studio import Made, Models, hash_or_missing, recommended_strengths
 from .subjects import CLASS_PROMPT, Subject
 from .textual_inversion import TextualInversionConfig, textual_inversion
 
@@ -112,22 +112,27 @@ class Predicted:
         name: of the row.
         hypernet: the hypernetwork's file.
         photos: how many of the person it sees.
-        strengths: that the person is applied with, each a row; see `applied_rows`.
+        strengths: that the person is applied with, each a row; see `applied_rows`. None are those that the file recommends.
     """
 
     name: str
     hypernet: Path
     photos: int = 1
-    strengths: tuple[Strengths, ...] = (STRENGTHS,)
+    strengths: tuple[Strengths, ...] = ()
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
         """All that decides the prediction."""
-        return {"hypernet": hypernet_hash(self.hypernet), "photos": self.photos}
+        return {"hypernet": hash_or_missing(self.hypernet), "photos": self.photos}
+
+    @cached_property
+    def recommended(self) -> Strengths:
+        """What is recommended for its people, and for those who are trained further."""
+        return recommended_strengths(self.hypernet)
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, Any]]:
-        return applied_rows(self.name, self.settings, self.strengths)
+        return applied_rows(self.name, self.settings, self.strengths or (self.recommended,))
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
         lidb, seconds, flops = self.made(bench, subject)
@@ -174,7 +179,8 @@ class FastFinetuning:
             Automatic steps end as the node's do.
         start: what it goes on from, which brings its basis; None is a random one.
         described: the photos are captioned with what they show besides the person.
-        strengths: that the person is applied with, each a row; see `applied_rows`.
+        strengths: that the person is applied with, each a row; see `applied_rows`. None are those of the prediction that it
+            starts from, or `STRENGTHS`.
         masked: only the head of the photo is learned.
         photos: how many of the person it learns from.
         class_pictures: a prior_weight counts on pictures of the class, instead of on the base model's own answers.
@@ -184,7 +190,7 @@ class FastFinetuning:
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     start: Predicted | LearnedBasis | None = None
     described: bool = False
-    strengths: tuple[Strengths, ...] = (STRENGTHS,)
+    strengths: tuple[Strengths, ...] = ()
     masked: bool = False
     photos: int = 1
     class_pictures: bool = True
@@ -212,7 +218,8 @@ class FastFinetuning:
             resolved["photos"] = self.photos
         if self._takes_pictures:
             resolved["class_pictures"] = CLASS_PICTURES
-        rows = applied_rows(self.name, resolved, self.strengths)
+        recommended = self.start.recommended if isinstance(self.start, Predicted) else STRENGTHS
+        rows = applied_rows(self.name, resolved, self.strengths or (recommended,))
         return {**rows, f"{self.name}_saved": {**rows[self.name], "file": FILE}}
 
     @property

@@ -8,11 +8,11 @@ from typing import Any
 
 from hdb_core.diffusion import NoiseLevels
 from hdb_core.finetuning import FinetuneConfig
-from hdb_core.recommended import FROM_PHOTO, FROM_PREDICTION, RECOMMENDED
+from hdb_core.recommended import FROM_PHOTO, FROM_PHOTOS, RECOMMENDED
 
 NOISE = frozenset(field.name for field in fields(NoiseLevels))
-# What a prediction and what one photo is recommended to be applied with: the rows' own, and "_guided".
-STRENGTHS, GUIDED = RECOMMENDED[FROM_PREDICTION].strengths, RECOMMENDED[FROM_PHOTO].strengths
+# What a person from photos alone is applied with: as recommended for several, and "_guided", as for one.
+STRENGTHS, GUIDED = RECOMMENDED[FROM_PHOTOS].strengths, RECOMMENDED[FROM_PHOTO].strengths
 # Dimensions of a basis that is complete on every layer of SD 1.x; narrower layers cut it to their size.
 COMPLETE = {"down_dim": 1280, "up_dim": 1280}
 # Steps and rate chosen on dev people.

@@ -21,7 +21,8 @@ from devtools import environment
 from devtools.device import made_on, synchronize
 from devtools.environment import Host
 from devtools.inprocess import InProcessHost, boot
-from hdb_core.recommended import AS_LORA, Strengths
+from hdb_core.files.hypernet import read_header
+from hdb_core.recommended import AS_LORA, FROM_PREDICTION, RECOMMENDED, Strengths
 
 from .settings import NOISE, NodeConfig
 
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
     from hdb_core.lidb import LiDB
 
 SIZE = 128
-HYPERNET = environment.BASE / "models" / "hyperdreambooth" / environment.HYPERNET
-SHIPPED_HYPERNET = environment.ROOT / "weights" / "miniature_hypernet.safetensors"
+HYPERNET = environment.BASE / "models" / "hyperdreambooth" / environment.HYPERNET  # a copy of that in weights/
 WIDGETS = frozenset(("prompt", "photo_words", "steps", "resolution", "seed"))  # of Fast Finetune itself
 MISSING = "missing"  # instead of the hash of a file
 TIMED = 5  # predictions: a single one of milliseconds says more of what else the machine did
@@ -292,9 +292,9 @@ def hash_or_missing(path: Path) -> str:
     return file_hash(path) if path.is_file() else MISSING
 
 
-def hypernet_hash(path: Path) -> str:
-    """The same of a hypernetwork; of the one that `dev.py` makes of ``weights/``, the hash of what it is made of."""
-    return hash_or_missing(SHIPPED_HYPERNET if path.resolve() == HYPERNET.resolve() else path)
+def recommended_strengths(hypernet: Path) -> Strengths:
+    """What a hypernetwork's people are applied with; if its file is missing, those of most."""
+    return read_header(hypernet).config.strengths if hypernet.is_file() else RECOMMENDED[FROM_PREDICTION].strengths
 
 
 def counted_flops(work: Callable[[], object]) -> int:

@@ -24,6 +24,7 @@ from ..basis import BasisRecipe
 from ..errors import HyperNetError
 from ..layout import Layout
 from ..lidb import start_down
+from ..recommended import FROM_PREDICTION, PREDICTED_BY_TOKEN, RECOMMENDED, Strengths
 from .encoder import MOST_OPERATIONS, EncoderConfig, PhotoEncoder, initialised, layer_operations
 
 SEEN = 128  # directions in which the looks of photos are compared
@@ -67,6 +68,11 @@ class HyperNetConfig:
     def num_outputs(self) -> int:
         """Numbers predicted a layer."""
         return self.rank * (self.basis.up_dim + (self.basis.down_dim if self.predict_down else 0))
+
+    @property
+    def strengths(self) -> Strengths:
+        """What its people are applied with."""
+        return PREDICTED_BY_TOKEN if self.by_token else RECOMMENDED[FROM_PREDICTION].strengths
 
     def __post_init__(self) -> None:
         if self.code < 1 or self.rank < 1 or self.iterations < 1:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import HyperNetError
 from ..lidb import About, LiDB
 from ..prompt import rare_token
-from ..recommended import FROM_PREDICTION, PREDICTED_BY_TOKEN, RECOMMENDED
+from ..recommended import FROM_PREDICTION
 from .network import HyperNet
 
 
@@ -29,12 +29,11 @@ def predict(net: HyperNet, tokens: Tensor, iterations: int | None = None) -> LiD
     if not bool(down.isfinite().all() and up.isfinite().all()):
         raise HyperNetError("The hypernetwork predicted NaN or infinity. Its file may be damaged; load it again.")
     prompt = net.config.prompt
-    usual = RECOMMENDED[FROM_PREDICTION].strengths
     about = About(
         made_from=FROM_PREDICTION,
         prompt=prompt,
         token=rare_token(prompt),
         photos=len(tokens),
-        strengths=PREDICTED_BY_TOKEN if net.config.by_token else usual,
+        strengths=net.config.strengths,
     )
     return LiDB(net.config.layout, net.config.basis, down[0].float().cpu(), up[0].float().cpu(), about)

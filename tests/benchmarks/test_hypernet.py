@@ -14,9 +14,8 @@ def settings_of(methods):
 
 
 @pytest.fixture
-def methods(tmp_path):
-    path = tmp_path / "net.safetensors"
-    path.write_bytes(b"weights")
+def methods(tmp_path, write_hypernet):
+    path = write_hypernet(tmp_path / "net.safetensors")
 
     def make(narrow=path, **settings):
         inversion = TextualInversionConfig(checkpoints=(10, 20))

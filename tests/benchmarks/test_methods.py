@@ -30,6 +30,7 @@ from hdb_core.recommended import (
     FROM_PHOTOS,
     FROM_PREDICTION,
     IN_LEARNED_BASIS,
+    PREDICTED_BY_TOKEN,
     RECOMMENDED,
     Strengths,
 )
@@ -95,10 +96,9 @@ def test_a_row_is_keyed_by_every_setting_of_its_training(bench):
     assert len(keys) == 5 * 2 + 2
 
 
-def test_a_prediction_is_keyed_by_the_file_and_all_that_it_is_asked(bench, tmp_path):
-    nets = [tmp_path / f"{name}.safetensors" for name in ("one", "two", "again")]
-    for path, content in zip(nets, (b"one", b"two", b"one"), strict=True):
-        path.write_bytes(content)
+def test_a_prediction_is_keyed_by_the_file_and_all_that_it_is_asked(bench, tmp_path, write_hypernet):
+    seeds = {"one": 1, "two": 2, "again": 1}
+    nets = [write_hypernet(tmp_path / f"{name}.safetensors", seed) for name, seed in seeds.items()]
     one, two, again = (Predicted("hyper", path) for path in nets)
     assert one.rows == again.rows
     cold, warm, lora = FastFinetuning("x"), FastFinetuning("x", start=one), LoRA("x", LORA)
@@ -110,12 +110,15 @@ def test_a_prediction_is_keyed_by_the_file_and_all_that_it_is_asked(bench, tmp_p
     assert Stranger(one).rows["stranger"] == one.rows["hyper"]
 
 
-def test_each_way_to_apply_a_person_is_a_row(bench, tmp_path):
-    net = tmp_path / "net.safetensors"
-    net.write_bytes(b"weights")
-    one, both = Predicted("hyper", net), Predicted("hyper", net, strengths=(STRENGTHS, AS_LORA))
+@pytest.mark.parametrize("by_token", [False, True])
+def test_each_way_to_apply_a_person_is_a_row(bench, tmp_path, write_hypernet, by_token):
+    net = write_hypernet(tmp_path / "net.safetensors", by_token=by_token)
+    own = PREDICTED_BY_TOKEN if by_token else RECOMMENDED[FROM_PREDICTION].strengths
+    one, both = Predicted("hyper", net), Predicted("hyper", net, strengths=(own, AS_LORA))
     assert list(both.rows) == ["hyper", "hyper_as_lora"]
-    assert both.rows["hyper"] == one.rows["hyper"] == {**both.rows["hyper_as_lora"], "strengths": STRENGTHS._asdict()}
+    assert both.rows["hyper"] == one.rows["hyper"] == {**both.rows["hyper_as_lora"], "strengths": own._asdict()}
+    assert FastFinetuning("x", start=one).rows["x"]["strengths"] == own._asdict()
+    assert FastFinetuning("x").rows["x"]["strengths"] == STRENGTHS._asdict()
     assert bench.cells.key(both.rows["hyper"]) != bench.cells.key(both.rows["hyper_as_lora"])
     tuned = FastFinetuning("x", start=both, strengths=(AS_LORA, Strengths(0.5, 1, 3)))
     assert list(tuned.rows) == ["x", "x_0.5,1,3", "x_saved"]
@@ -187,9 +190,8 @@ def test_rows_of_the_people_benchmark(tmp_path):
         chosen_rows(methods, ["lidb_41"], "")
 
 
-def test_sweeps(tmp_path):
-    net = tmp_path / "net.safetensors"
-    net.write_bytes(b"weights")
+def test_sweeps(tmp_path, write_hypernet):
+    net = write_hypernet(tmp_path / "net.safetensors")
     pairs = ["learning_rate=0.01,0.02", "max_timestep=0.9"]
     cold, warm, lora = (tune.swept(method, pairs, net) for method in ("lidb", "hyper", "lora"))
     names = ["learning_rate=0.01 max_timestep=0.9", "learning_rate=0.02 max_timestep=0.9"]
