@@ -342,9 +342,9 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _ensure_models(host: Host) -> None:
-    """The models of `weights/`: the base expanded to the single-file checkpoint that stock loaders read, the hypernetwork
-    with today's header, the people that it predicts of the example photos. All are left alone until `weights/` or what
-    writes them changes, since a running server reads them."""
+    """The models of `weights/`: the base expanded to the single-file checkpoint that stock loaders read, hypernetwork and
+    ControlNet as they are, the people predicted of the example photos. All are left alone until `weights/` or what writes
+    them changes, since a running server reads them."""
     weights, core = ROOT / "weights", ROOT / "hdb_core"
     folders = (core, core / "files", core / "hypernet")
     photos = sorted((ROOT / "example_workflows" / "input").glob("*.png"))
@@ -358,24 +358,25 @@ def _ensure_models(host: Host) -> None:
         _say("The miniature base model is not in weights/: continuing without it.")
         return
     target = host.base / "models" / "checkpoints" / CHECKPOINT
-    shipped, hypernet = weights / "miniature_hypernet.safetensors", host.base / "models" / "hyperdreambooth" / HYPERNET
-    shipped_control, control = weights / "miniature_control.safetensors", host.base / "models" / "controlnet" / CONTROL
+    copies = {
+        host.base / "models" / "hyperdreambooth" / HYPERNET: weights / "miniature_hypernet.safetensors",
+        host.base / "models" / "controlnet" / CONTROL: weights / "miniature_control.safetensors",
+    }
     stamp = target.with_suffix(".stamp")
     wanted = _digest([*writers, *sorted(p for p in weights.rglob("*") if p.is_file())])
-    as_shipped = all(a.is_file() == b.is_file() for a, b in ((hypernet, shipped), (control, shipped_control)))
+    as_shipped = all(copy.is_file() == shipped.is_file() for copy, shipped in copies.items())
     if target.is_file() and as_shipped and _read(stamp) == wanted:
         return
     _say("Expanding the miniature base model …")
     stamp.unlink(missing_ok=True)
     _make_model(host, "expand", target)
-    if shipped.is_file():
-        _make_model(host, "hypernet", hypernet)
+    for copy, shipped in copies.items():
+        copy.unlink(missing_ok=True)  # a server that has it open keeps what it reads
+        if shipped.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(shipped, copy)
+    if (host.base / "models" / "hyperdreambooth" / HYPERNET).is_file():
         _make_model(host, "people", host.base / "models")
-    else:
-        hypernet.unlink(missing_ok=True)
-    control.unlink(missing_ok=True)  # a server that has it open keeps what it reads
-    if shipped_control.is_file():
-        shutil.copy(shipped_control, control)
     stamp.write_text(wanted)
 
 

@@ -40,6 +40,7 @@ DEPENDS_ON: Mapping[str, tuple[str, ...]] = {
     "benchmarks/results/tune_*": (_BASE, _VAE, *_JUDGES),
     "benchmarks/results/*": (_BASE, _VAE, _HYPERNET, *_JUDGES),
     "example_workflows/* with Z-Image.jpg": (),
+    "example_workflows/0[14] *.jpg": (_BASE, _VAE),  # nobody is predicted there
     "example_workflows/* with ControlNet.jpg": (_BASE, _VAE, _HYPERNET, _CONTROL),
     "example_workflows/*.jpg": (_BASE, _VAE, _HYPERNET),
     "hdb_core/recommended.py": (_BASE, _VAE, _HYPERNET, *_JUDGES),

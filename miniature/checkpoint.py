@@ -7,7 +7,6 @@ Packed matrices are int8 with a float16 scale a row; token rows that no caption 
 """
 
 import argparse
-import json
 import re
 import shutil
 from pathlib import Path
@@ -17,12 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from hdb_core.files import container
 from hdb_core.files import hypernet as hypernet_file
 from hdb_core.files import lidb as lidb_file
 from hdb_core.files import lora as lora_file
 from hdb_core.files.atomic import replacing
-from hdb_core.hypernet import HyperNet, predict, preprocess
+from hdb_core.hypernet import predict, preprocess
 from hdb_core.layout import ldm_block
 
 from .packing import pack_tensors, read_packed, unpack_tensors
@@ -176,37 +174,12 @@ def write_base(folder: Path, base: dict[str, torch.Tensor], rows: torch.Tensor) 
         save_file(pack_tensors(base) | {TOKEN_ROWS: rows.to(torch.int32)}, partial, metadata=_HEADER)
 
 
-def convert_hypernet(source_dir: Path, target: Path) -> None:
-    """Writes the shipped hypernetwork, whose header is of the format before the present one, as nodes read it.
-
-    Args:
-        source_dir: the repository's ``weights/``.
-        target: the file to make, for example ``models/hyperdreambooth/hdb_miniature.safetensors``.
-
-    Raises:
-        FileNotFoundError: It is not there.
-    """
-    path = source_dir / HYPERNET_FILE
-    tensors, metadata = read_packed(path)
-    fields = json.loads(metadata[hypernet_file.KIND.key])
-    layout, basis = container.read_space(hypernet_file.KIND, fields, path)
-    sizes = dict(fields["sizes"])
-    sizes["predict_down"] = sizes.pop("free_down")
-    sizes["encoder"]["cut"] = "centre"
-    net = HyperNet.create(hypernet_file.read_config(sizes, layout, basis))
-    unknown = {name: weight for name, weight in net.state_dict().items() if name.startswith("seen_")}
-    net.load_state_dict({name: weight.float() for name, weight in tensors.items()} | unknown)
-    _see_training_photos(net.eval())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    hypernet_file.save(net, target, fields["info"])
-
-
 @torch.no_grad()
 def write_people(hypernet: Path, target: Path, photos: Path = PHOTOS) -> None:
     """Predicts the people that the example workflows load as saved ones, and writes one as an ordinary LoRA.
 
     Args:
-        hypernet: as `convert_hypernet` writes it.
+        hypernet: its file.
         target: the host's ``models``; the files go to ``lidb`` and ``loras``.
         photos: ``hdb_person_N.png`` are the people, ``hdb_photo_alone.png`` is the LoRA.
     """
@@ -227,33 +200,18 @@ def write_people(hypernet: Path, target: Path, photos: Path = PHOTOS) -> None:
             lora_file.save(person, lora)
 
 
-@torch.no_grad()
-def _see_training_photos(net: HyperNet, count: int = 500) -> None:
-    """Sets how photos of people like those it was trained on look, which its file did not keep: two of each person.
-
-    Where there is nothing to draw people with, as in a ComfyUI of the user's own, it stays unknown.
-    """
-    try:
-        from .photos import FIRST, training_photo
-    except ModuleNotFoundError:
-        return
-    pictures = (training_photo(FIRST + number // 2, 1 + number % 2) for number in range(count))
-    pixels = torch.stack([torch.from_numpy(picture.copy()).float() / 255 for picture in pictures])
-    net.set_seen(torch.cat([net.look(preprocess(some, net.config.encoder)) for some in pixels.split(50)]))
-
-
 def _pack(runs: Path, folder: Path) -> None:
     """Takes over what trainings packed; a file whose training is not there stays as it is."""
     for made in (runs / "vae" / VAE_FILE, runs / "base" / BASE_FILE, runs / "control" / CONTROL_FILE):
         if made.is_file():
             shutil.copy(made, folder)
-    if (runs / "hypernet" / "hypernet.safetensors").is_file():
-        shutil.copy(runs / "hypernet" / "hypernet.safetensors", folder / HYPERNET_FILE)
+    if (trained := runs / "token" / "hypernet.safetensors").is_file():
+        shutil.copy(trained, folder / HYPERNET_FILE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("pack", "expand", "hypernet", "people", "diffusers"))
+    parser.add_argument("command", choices=("pack", "expand", "people", "diffusers"))
     parser.add_argument("--runs", type=Path, default=Path(".runs"))
     parser.add_argument("--weights", type=Path, default=Path(__file__).parent.parent / "weights")
     parser.add_argument("--target", type=Path, help="default: a file or folder of .runs")
@@ -262,8 +220,6 @@ def main() -> None:
         _pack(args.runs, args.weights)
     elif args.command == "expand":
         expand(args.weights, args.target or args.runs / "hdb_miniature.safetensors")
-    elif args.command == "hypernet":
-        convert_hypernet(args.weights, args.target or args.runs / "hdb_miniature_hypernet.safetensors")
     elif args.command == "people":
         models = args.target or args.runs / "models"
         write_people(models / "hyperdreambooth" / "hdb_miniature.safetensors", models)

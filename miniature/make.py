@@ -22,7 +22,8 @@ _TRAIN = "--model .runs/diffusers --image-size 128"
 _FACES = f"{_TRAIN} --photos .runs/faces"
 _SHARED = "--set precomputed=.runs/latents_of_faces"
 _LEVELS = "train.noise=[0.05,0.95] evaluate.noise=[0.05,0.95]"
-_DIFFUSION = f"net.depth=2 net.predict_down=false train.warmup=20 train.max_photos=2 {_LEVELS} samples.every=0"
+_NET = f"net.depth=2 net.predict_down=false train.warmup=20 {_LEVELS} samples.every=0"
+_DIFFUSION = f"{_NET} train.max_photos=2"
 _SAME_ENCODER = f"{_DIFFUSION} begin_with=.runs/hypernet/encoder.safetensors pretrain.steps=0"
 _LEARNED = "basis.file=.runs/basis/basis.safetensors"
 STAGES = {
@@ -39,6 +40,11 @@ STAGES = {
     "pretrain.steps=8000 pretrain.people=32",
     "hypernet": f"hdb_core.train .runs/hypernet {_FACES} --rank 4 --steps 1000 {_SHARED} pretrain.portraits=true "
     f"pretrain.steps=2800 begin_with=.runs/encoder/encoder.safetensors {_DIFFUSION} evaluate.photos=3",
+    # From there, so that the token alone means the person; mostly on people whom the encoder has not seen.
+    "other_faces": "miniature.photos --folder .runs/other_faces --after 7400 --people 6000 --photos 4 --masks face",
+    "token": f"hdb_core.train .runs/token {_TRAIN} --photos .runs/other_faces --rank 4 --steps 500 --set pretrain.steps=0 "
+    f"begin_with=.runs/hypernet/hypernet.safetensors {_NET} train.max_photos=3 train.learning_rate=5e-4 "
+    "train.class_weight=1 evaluate.photos=3",
     "pack_hypernet": "miniature.checkpoint pack",
     "control": "miniature.control",
     "pack_control": "miniature.checkpoint pack",
@@ -60,7 +66,9 @@ STAGES = {
 MADE_BY = {
     "miniature_vae.safetensors": ("pictures", "vae", "pack"),
     "miniature_base.safetensors": ("pictures", "vae", "text", "base", "pack"),
-    "miniature_hypernet.safetensors": (*("diffusers", "faces", "encoder", "hypernet", "pack_hypernet"),),
+    "miniature_hypernet.safetensors": (
+        *("diffusers", "faces", "encoder", "hypernet", "other_faces", "token", "pack_hypernet"),
+    ),
     "miniature_control.safetensors": ("control", "pack_control"),
     "judge_a.safetensors": ("pictures", "judge_a"),
     "judge_b.safetensors": ("pictures", "judge_b"),

@@ -15,10 +15,11 @@ from PIL import Image, ImageOps
 from hdb_core.files import hypernet as hypernet_file
 from hdb_core.hypernet import HyperNet, preprocess
 
-from .checkpoint import convert_hypernet
+from .checkpoint import HYPERNET_FILE
 from .drawing import draw, photo
 from .people import BACKGROUNDS, SPLITS, STYLES, Context, Person, sample_context, sample_person
 
+WEIGHTS = Path(__file__).parent.parent / "weights"
 SIDE = 128  # pixels of the pictures
 
 
@@ -67,10 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--photographs", type=Path, help="a folder of pictures")
-    parser.add_argument("--hypernet", type=Path, default=Path(".runs/hdb_miniature_hypernet.safetensors"))
+    parser.add_argument("--hypernet", type=Path, default=WEIGHTS / HYPERNET_FILE)
     args = parser.parse_args()
-    if not args.hypernet.exists():
-        convert_hypernet(Path(__file__).parent.parent / "weights", args.hypernet)
     net = hypernet_file.load(args.hypernet)
     print("| pictures | number | unlike |\n| --- | ---: | ---: |")
     for name, pictures in kinds(args.count, args.photographs):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from miniature.checkpoint import convert_hypernet, expand, write_diffusers
+from miniature.checkpoint import HYPERNET_FILE, expand, write_diffusers
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 PHOTO = WEIGHTS.parent / "example_workflows" / "input" / "hdb_photo.png"
@@ -23,15 +23,6 @@ def folder(tmp_path_factory):
     with torch.inference_mode(False):
         write_diffusers(WEIGHTS, target)
     return target
-
-
-@pytest.fixture(scope="module")
-def hypernet_file(tmp_path_factory):
-    """The shipped hypernetwork as it is when the environment is set up."""
-    path = tmp_path_factory.mktemp("hypernet") / "shipped_hypernet.safetensors"
-    with torch.inference_mode(False):
-        convert_hypernet(WEIGHTS, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +78,7 @@ def test_same_latents(host, trained, in_host, photo):
 
 
 @pytest.mark.parametrize("made", ["predicted", "fitted"])
-def test_people_of_the_training_look_the_same_in_the_host(host, run, apply, trained, in_host, hypernet_file, made):
+def test_people_of_the_training_look_the_same_in_the_host(host, run, apply, trained, in_host, made):
     """A person whom the shipped hypernetwork predicts, and one fitted there, from their files, by the host's sampler."""
     import comfy.sample
     import comfy.samplers
@@ -99,7 +90,7 @@ def test_people_of_the_training_look_the_same_in_the_host(host, run, apply, trai
     someone = people.Person("somebody", (people.Photo(PHOTO),))
     with torch.inference_mode(False):
         if made == "predicted":
-            net = host.module("hdb_core.files.hypernet").load(hypernet_file)
+            net = host.module("hdb_core.files.hypernet").load(WEIGHTS / HYPERNET_FILE)
             config = net.config
             with torch.no_grad():
                 pixels = faces.PhotoPixels(config.encoder).read([(someone, 0)])[None]
@@ -116,8 +107,8 @@ def test_people_of_the_training_look_the_same_in_the_host(host, run, apply, trai
         expected, without = trained.decode(there), trained.decode(base)
     model, clip, vae = in_host
     if made == "predicted":
-        (host.extra_hypernets / hypernet_file.name).symlink_to(hypernet_file)
-        (hypernet,) = run("LoadHyperNet", hypernet_name=hypernet_file.name)
+        (host.extra_hypernets / HYPERNET_FILE).symlink_to(WEIGHTS / HYPERNET_FILE)
+        (hypernet,) = run("LoadHyperNet", hypernet_name=HYPERNET_FILE)
         same, _ = run("PredictLiDB", hypernet=hypernet, image=someone.photos[0].whole().movedim(0, -1)[None])
     else:
         path = host.extra / "fitted.safetensors"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from miniature import checkpoint
 from miniature.base import Base
 from miniature.checkpoint import expand, write_base, write_vae
 from miniature.control import Controlled, build_control, control_tensors
@@ -125,8 +123,3 @@ def test_an_untrained_control_lora_changes_nothing(miniature):
         assert torch.equal(controlled(noisy, timesteps, tokens), miniature.base(noisy, timesteps, tokens))
     sizes = {name: parameter.numel() for name, parameter in control.named_parameters() if parameter.requires_grad}
     assert 2 * sum(sizes.values()) < 12_000_000 and all("original" not in name for name in sizes)
-
-
-def test_a_comfyui_that_draws_no_people_has_the_hypernetwork_all_the_same(monkeypatch):
-    monkeypatch.setitem(sys.modules, "miniature.photos", None)
-    checkpoint._see_training_photos(None)

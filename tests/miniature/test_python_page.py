@@ -14,10 +14,10 @@ PAGE = ROOT / "docs" / "python.md"
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with what the page names: a base model, a photo, a hypernetwork."""
-    from miniature.checkpoint import convert_hypernet, write_diffusers
+    from miniature.checkpoint import HYPERNET_FILE, write_diffusers
 
     write_diffusers(ROOT / "weights", tmp_path / "model")
-    convert_hypernet(ROOT / "weights", tmp_path / "hypernet.safetensors")
+    (tmp_path / "hypernet.safetensors").symlink_to(ROOT / "weights" / HYPERNET_FILE)
     (tmp_path / "anna.png").write_bytes((ROOT / "example_workflows" / "input" / "hdb_photo.png").read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
