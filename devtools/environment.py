@@ -358,8 +358,9 @@ def _ensure_models(host: Host) -> None:
         _say("The miniature base model is not in weights/: continuing without it.")
         return
     target = host.base / "models" / "checkpoints" / CHECKPOINT
+    hypernet = host.base / "models" / "hyperdreambooth" / HYPERNET
     copies = {
-        host.base / "models" / "hyperdreambooth" / HYPERNET: weights / "miniature_hypernet.safetensors",
+        hypernet: weights / "miniature_hypernet.safetensors",
         host.base / "models" / "controlnet" / CONTROL: weights / "miniature_control.safetensors",
     }
     stamp = target.with_suffix(".stamp")
@@ -375,7 +376,7 @@ def _ensure_models(host: Host) -> None:
         if shipped.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(shipped, copy)
-    if (host.base / "models" / "hyperdreambooth" / HYPERNET).is_file():
+    if hypernet.is_file():
         _make_model(host, "people", host.base / "models")
     stamp.write_text(wanted)
 

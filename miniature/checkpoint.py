@@ -202,11 +202,16 @@ def write_people(hypernet: Path, target: Path, photos: Path = PHOTOS) -> None:
 
 def _pack(runs: Path, folder: Path) -> None:
     """Takes over what trainings packed; a file whose training is not there stays as it is."""
-    for made in (runs / "vae" / VAE_FILE, runs / "base" / BASE_FILE, runs / "control" / CONTROL_FILE):
+    places = {
+        runs / "vae" / VAE_FILE: VAE_FILE,
+        runs / "base" / BASE_FILE: BASE_FILE,
+        runs / "control" / CONTROL_FILE: CONTROL_FILE,
+        runs / "token" / "hypernet.safetensors": HYPERNET_FILE,
+        runs / "hypernet" / HYPERNET_FILE: HYPERNET_FILE,  # of miniature.predictor, which needs no stage token
+    }
+    for made, name in places.items():
         if made.is_file():
-            shutil.copy(made, folder)
-    if (trained := runs / "token" / "hypernet.safetensors").is_file():
-        shutil.copy(trained, folder / HYPERNET_FILE)
+            shutil.copy(made, folder / name)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ STAGES = {
     "pretrain.steps=8000 pretrain.people=32",
     "hypernet": f"hdb_core.train .runs/hypernet {_FACES} --rank 4 --steps 1000 {_SHARED} pretrain.portraits=true "
     f"pretrain.steps=2800 begin_with=.runs/encoder/encoder.safetensors {_DIFFUSION} evaluate.photos=3",
-    # From there, so that the token alone means the person; mostly on people whom the encoder has not seen.
+    # From there, so that the token alone means the person. The last of the same people: who is held out, is so in both.
     "other_faces": "miniature.photos --folder .runs/other_faces --after 7400 --people 6000 --photos 4 --masks face",
     "token": f"hdb_core.train .runs/token {_TRAIN} --photos .runs/other_faces --rank 4 --steps 500 --set pretrain.steps=0 "
     f"begin_with=.runs/hypernet/hypernet.safetensors {_NET} train.max_photos=3 train.learning_rate=5e-4 "

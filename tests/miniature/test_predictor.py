@@ -2,12 +2,13 @@
 
 import csv
 import sys
+from pathlib import Path
 
 import pytest
 
 from hdb_core.files import hypernet as hypernet_file
 from hdb_core.hypernet import network
-from miniature import crowd, predictor
+from miniature import checkpoint, crowd, predictor
 from miniature.crowd import draw_group
 from miniature.predictor import ENCODER_FILE, HYPERNET_FILE
 
@@ -45,3 +46,13 @@ def test_a_predictor_of_a_growing_crowd(trained, monkeypatch):
     net = hypernet_file.load(trained("hypernet", "--encoder", str(encoder)) / HYPERNET_FILE)
     assert not net.config.predict_down and net.code_map.any()
     assert net.seen_limit > 0  # it knows how the photos of its training look
+
+
+@pytest.mark.parametrize("made", [Path("hypernet") / HYPERNET_FILE, Path("token") / "hypernet.safetensors"])
+def test_a_trained_hypernetwork_is_taken_over(tmp_path, made):
+    weights = tmp_path / "weights"
+    for folder in (weights, (tmp_path / made).parent):
+        folder.mkdir()
+    (tmp_path / made).write_bytes(b"trained")
+    checkpoint._pack(tmp_path, weights)
+    assert {path.name: path.read_bytes() for path in weights.iterdir()} == {HYPERNET_FILE: b"trained"}
