@@ -134,7 +134,6 @@ def parser(description: str | None, people: int, name: str) -> argparse.Argument
     options.add_argument("--scheduler", default=defaults.scheduler)
     options.add_argument("--sampler-steps", type=int, default=defaults.steps)
     options.add_argument("--cfg", type=float, default=defaults.cfg)
-    options.add_argument("--float32", action="store_true", help="sample without bfloat16: 2.5 times slower")
     return options
 
 
@@ -146,7 +145,7 @@ def open_bench(args: argparse.Namespace, short: bool = False) -> Bench:
     """
     if not args.checkpoint.is_file():
         raise SystemExit(f"No checkpoint {args.checkpoint}: complete weights/, or name one with --checkpoint.")
-    sampling = Sampling(args.sampler, args.scheduler, args.sampler_steps, args.cfg, not args.float32)
+    sampling = Sampling(args.sampler, args.scheduler, args.sampler_steps, args.cfg)
     kept = KeptScores(args.results / KEPT, judge_keys(args.weights))
     return Bench(
         args.checkpoint.resolve(), sampling, args.seeds_per_prompt, args.runs.resolve(), kept, short, args.device

@@ -23,6 +23,7 @@ from devtools.environment import Host
 from devtools.inprocess import InProcessHost, boot
 from hdb_core.files.hypernet import read_header
 from hdb_core.recommended import AS_LORA, FROM_PREDICTION, RECOMMENDED, Strengths
+from miniature.training import working_dtype
 
 from .settings import NOISE, NodeConfig
 
@@ -38,19 +39,12 @@ TIMED = 5  # predictions: a single one of milliseconds says more of what else th
 
 @dataclass(frozen=True)
 class Sampling:
-    """How every picture is sampled. Fixed once, on the base.
-
-    Attributes:
-        bf16: run the UNet under autocast. Weights and patches stay float32: in bfloat16 weights (the host's own
-            --bf16-unet, which computes in float32 on a CPU) a small patch would be rounded away. On a GPU the host keeps
-            float16 weights.
-    """
+    """How every picture is sampled. Fixed once, on the base."""
 
     sampler_name: str = "dpmpp_2m"
     scheduler: str = "karras"
     steps: int = 8
     cfg: float = 3.0
-    bf16: bool = True
 
 
 class Models(NamedTuple):
@@ -71,13 +65,19 @@ class Made(NamedTuple):
 
 
 class Studio:
-    """A booted host with one checkpoint loaded."""
+    """A booted host with one checkpoint loaded.
+
+    The UNet samples under autocast where that is faster. Weights and patches stay float32: in bfloat16 weights (the
+    host's own --bf16-unet, which computes in float32 on a CPU) a small patch would be rounded away. On a GPU the host
+    keeps float16 weights.
+    """
 
     def __init__(self, host: InProcessHost, checkpoint: Path, sampling: Sampling, device: str = "cpu") -> None:
         import comfy.utils
 
         comfy.utils.PROGRESS_BAR_ENABLED = False
         self.host, self.sampling, self.device = host, sampling, device
+        self.dtype = working_dtype(device)
         self._step_flops: dict[str, int] = {}
         self._hypernets: dict[Path, Any] = {}
         host.folder_paths.add_model_folder_path("checkpoints", str(checkpoint.parent))
@@ -111,7 +111,7 @@ class Studio:
     def made_on(self) -> dict[str, str]:
         """The device, the card, the versions and the dtype behind everything that is made here."""
         weights = str(self.base.model.model.get_dtype()).removeprefix("torch.")
-        return made_on(self.device, f"{weights}, bfloat16 autocast" if self.sampling.bf16 else weights)
+        return made_on(self.device, f"{weights}, bfloat16 autocast" if self.dtype == torch.bfloat16 else weights)
 
     @torch.inference_mode()
     def pictures(self, models: Models, prompt: str, seed: int, count: int, width: int = SIZE) -> np.ndarray:
@@ -125,7 +125,7 @@ class Studio:
         run, sampling = self.host.run, self.sampling
         negative = models.negative or self.negative(models.clip)
         latents = run("EmptyLatentImage", width=width, height=SIZE, batch_size=count)[0]
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=sampling.bf16):
+        with torch.autocast(torch.device(self.device).type, self.dtype, enabled=self.dtype == torch.bfloat16):
             samples = run(
                 "KSampler", model=models.model, seed=seed, steps=sampling.steps, cfg=sampling.cfg, denoise=1.0,
                 sampler_name=sampling.sampler_name, scheduler=sampling.scheduler,

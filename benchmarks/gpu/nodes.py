@@ -125,7 +125,7 @@ def main() -> None:
     part, _ = Part.from_arguments(__doc__)
     kept = KeptScores(RESULTS / KEPT, judge_keys(ROOT / "weights"))
     folder = ROOT / ".runs" / "gpu_nodes"
-    sampling = Sampling(steps=1, bf16=False) if part.toy else Sampling()
+    sampling = Sampling(steps=1) if part.toy else Sampling()
     checkpoint = BASE / "models" / "checkpoints" / CHECKPOINT
     bench = Bench(checkpoint, sampling, 1 if part.toy else 4, folder, kept, part.toy, part.device)
     people = SPLITS["test"][: 1 if part.toy else 100]
