@@ -60,7 +60,7 @@ class Group:
         other = differing(wanted, {name: settings.get(name) for name in wanted})
         if names != [person.name for person in self.people]:
             other.append("people")
-        if photos and photos != self._photos():
+        if photos != self._photos():
             other.append("photos")
         if other:
             raise HyperNetError(
@@ -123,14 +123,14 @@ def group_paths(folder: Path) -> list[Path]:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], list[str], str]:
-    """The settings that a file was made with, its people's names, and the checksum of their photos, "" in older ones.
+    """The settings that a file was made with, its people's names, and the checksum of their photos.
 
     Raises:
         HyperNetError: if it is no such file.
     """
     with opened(path) as file:
         header = file.metadata()
-        return dict(json.loads(header["settings"])), list(json.loads(header["names"])), header.get("photos", "")
+        return dict(json.loads(header["settings"])), list(json.loads(header["names"])), header["photos"]
 
 
 @contextmanager
