@@ -39,7 +39,7 @@ class SocketError(HDBError, ValueError):
 
 
 def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The same node, which refuses what is no object of an input's type and no number before it does anything.
+    """The same node, which first refuses what is no object of an input's type, no number, or a number beyond its limits.
 
     A text that is null is the input's default.
     """
@@ -77,4 +77,18 @@ def _taken(schema: io.Schema, one: Any, value: Any) -> Any:
         raise SocketError(
             f"{schema.display_name} got {got:.60} for {one.id}. Connect an output of the type {kind} to it."
         )
+    if kind == "STRING" and value is not None and not _is_text(value):
+        raise SocketError(f"{schema.display_name} got half a character for {one.id}. Type the text again.")
+    # The host compares only what is typed.
+    if kind in ("INT", "FLOAT") and value is not None and not one.min <= value <= one.max:
+        raise SocketError(f"{schema.display_name} got {value} for {one.id}. Give it {one.min} to {one.max}.")
     return value
+
+
+def _is_text(value: str) -> bool:
+    """Whether a file can hold it: JSON can bring one half of a character that is written as two."""
+    try:
+        value.encode()
+    except UnicodeError:
+        return False
+    return True

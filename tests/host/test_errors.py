@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ BAD_INPUT = {
     "words for two photos": ({"photo_words": "smiling\nat the beach"}, "line of photo_words or one for each of the 1"),
     "empty prompt": ({"prompt": "  "}, "prompt"),
     "rank 0": ({"rank": 0}, "rank"),
-    "rank above the basis": ({"rank": 51}, "rank: 1 to 50"),
+    "rank above the basis": ({"rank": 51}, "rank.* 1 to 50"),
     "steps below 0": ({"steps": -1}, "steps"),
     "batch 0": ({"batch_size": 0}, "batch_size"),
     "learning rate 0": ({"learning_rate": 0.0}, "learning_rate"),
@@ -216,6 +217,26 @@ def test_no_number_in_a_widget(run, host, number):
                 run(node_id, **{one.id: number})
             found += 1
     assert found >= 10
+
+
+def test_numbers_beyond_the_limits_of_a_widget(run, host):
+    """Over a wire, where the host does not compare them."""
+    found = 0
+    for node_id, node in host.nodes.items():
+        schema = node.GET_SCHEMA()
+        for one in (i for i in schema.inputs if i.get_io_type() in ("INT", "FLOAT")):
+            for number in (one.min - 1, one.max + 1):
+                given = [number] if schema.is_input_list else number
+                says = re.escape(f"got {number} for {one.id}. Give it {one.min} to {one.max}.")
+                with pytest.raises(host.module("nodes.host.sockets").SocketError, match=says):
+                    run(node_id, **{one.id: given})
+                found += 1
+    assert found >= 30
+
+
+def test_half_a_character_in_a_text(run, host, person):
+    with pytest.raises(host.module("nodes.host.sockets").SocketError, match=r"got half a character for name\."):
+        run("SaveLiDB", lidb=person(7), filename_prefix="a", name="\ud800")
 
 
 @pytest.mark.parametrize("null", ["None", None])
