@@ -55,10 +55,11 @@ class Cut(NamedTuple):
 
 
 def register_detectors() -> None:
-    """Tell hosts that have no folder for detectors about models/detection."""
-    if FOLDER not in folder_paths.folder_names_and_paths:
-        paths = [str(Path(folder_paths.models_dir, FOLDER))]
-        folder_paths.folder_names_and_paths[FOLDER] = (paths, {*KORNIA, *ONNX})
+    """Tell hosts that have no folder for detectors about models/detection, besides those of extra_model_paths.yaml."""
+    known, extensions = folder_paths.folder_names_and_paths.get(FOLDER, ([], {*KORNIA, *ONNX}))
+    ours = str(Path(folder_paths.models_dir, FOLDER))
+    paths = known if ours in known else [*known, ours]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, extensions)
 
 
 def detector() -> tuple[str, Detector] | None:

@@ -158,6 +158,19 @@ def test_yunet_weights_are_read_from_the_folder_without_a_download(run, host, ba
     path.unlink()
 
 
+def test_folders_of_extra_model_paths_do_not_replace_ours(host, base_directory, monkeypatch):
+    faces, known = host.module("nodes.host.faces"), host.folder_paths.folder_names_and_paths
+    monkeypatch.delitem(known, faces.FOLDER, raising=False)
+    host.folder_paths.add_model_folder_path(faces.FOLDER, "/elsewhere")
+    faces.register_detectors()
+    faces.register_detectors()
+    ours = str(base_directory / "models" / faces.FOLDER)
+    assert host.folder_paths.get_folder_paths(faces.FOLDER) == ["/elsewhere", ours]
+    monkeypatch.delitem(known, faces.FOLDER)
+    faces.register_detectors()
+    assert host.folder_paths.get_folder_paths(faces.FOLDER) == [ours]
+
+
 def message(**fields):
     """Fields of ONNX's messages, by number: numbers, bytes, or several of either."""
     found = b""
