@@ -79,7 +79,9 @@ class Run:
         if path.exists():
             run._require_same(before)
         elif theirs := [
-            own for own in (run.evaluation, run.basis_shares, *run.samples.glob("step_*.png")) if own.exists()
+            own
+            for own in (run.evaluation, run.basis_shares, run.pretrain_log, run.log, *run.samples.glob("step_*.png"))
+            if own.exists()
         ]:
             raise _foreign(theirs[0], f"is there, but not {path.name}")
         elif run.settings.photos and "encoder.cut" not in values:

@@ -75,7 +75,9 @@ def test_a_file_of_settings_as_notepad_saves_it(tmp_path):
     assert Run.open(tmp_path, {}).settings == changed(Settings(), NEW)
 
 
-@pytest.mark.parametrize("name", ["config.json", "evaluation.json", "basis.json", "samples/step_000500.png"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "evaluation.json", "basis.json", "log.csv", "pretrain.csv", "samples/step_000500.png"]
+)
 def test_a_new_run_does_not_write_over_files_of_others(tmp_path, name, capsys):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -122,6 +124,8 @@ def test_a_prompt_that_no_hypernetwork_could_be_saved_with_is_refused(name):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
 @pytest.mark.parametrize("name", ["config.json", "log.csv", "begin"])
 def test_pipes_in_a_run_are_refused_and_not_waited_for(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(NEW))
+    (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     (tmp_path / "hypernet.safetensors").touch()
     with pytest.raises(HyperNetError, match="folder or a device"):
@@ -193,6 +197,7 @@ def test_stages_that_apply(tmp_path):
 
 def test_a_training_is_finished_when_its_log_and_its_file_say_so(tmp_path):
     run = Run.open(tmp_path, {**NEW, "train.steps": 20, "pretrain.steps": 10})
+    run.write_settings()
     assert logged_step(run.log) == 0 and not run.finished("train")
     run.log.write_text("step,loss\n10,1\n20,1\n")
     assert not run.finished("train")
