@@ -94,6 +94,9 @@ def main(arguments: Sequence[str] | None = None, load: Loader = by_diffusers, co
     except (HDBError, OSError) as error:
         sys.stderr.write(f"{error}\n")  # of whichever process
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\nStopped. The same command goes on.\n")
+        return 130  # as a shell gives it
     finally:
         if accelerator is not None:
             accelerator.end_training()

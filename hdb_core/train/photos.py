@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (HDBError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\nStopped. The same command begins again.\n")
+        return 130  # as a shell gives it
     sys.stdout.write(
         f"{counted['kept']:,} photos of {counted['people']:,} people are in {args.into / 'photos'}.\n"
         f"Dropped: {dropped(counted)}. Look at {args.into / 'report.png'} and {args.into / 'photos.csv'}.\n"
