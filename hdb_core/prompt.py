@@ -23,12 +23,14 @@ def caption(prompt: str, words: str) -> str:
     return f"{prompt}, {words}" if words else prompt
 
 
-def require_short(words: str) -> str:
-    """The same words, if they are no longer than a prompt.
+def require_text(words: str) -> str:
+    """The same words, if they are text and no longer than a prompt.
 
     Raises:
         ValueError: if they are.
     """
     if len(words) > MOST_CHARACTERS:
         raise ValueError(f"words of {len(words):,} characters, where {MOST_CHARACTERS:,} are the most")
+    if "\0" in words:  # of UTF-16 that was read as UTF-8
+        raise ValueError("words with a NUL character")
     return words

@@ -65,8 +65,9 @@ class TrainConfig(LoopConfig):
             raise HyperNetError(
                 "Both losses are off. Set train.diffusion_weight or train.regression_weight to a number above 0."
             )
-        if self.class_weight < 0:
-            raise HyperNetError(f"Expected train.class_weight of 0 or more, got {self.class_weight}.")
+        for name in ("diffusion_weight", "regression_weight", "class_weight"):
+            if getattr(self, name) < 0:
+                raise HyperNetError(f"Expected train.{name} of 0 or more, got {getattr(self, name)}.")
         if self.max_photos < 1 or self.max_iterations < 1 or not 0 <= self.rest <= 1:
             raise HyperNetError(
                 "Expected train.max_photos and train.max_iterations of at least 1 and train.rest from 0 to 1, got "

@@ -9,6 +9,7 @@ from ..errors import HyperNetError
 from ..hypernet import HyperNet
 from .beginning import NOTHING_LEARNED, load_encoder, matching_hypernet
 from .data.groups import group_paths, read_header
+from .data.people import IDENTITY
 from .job import Job
 from .loop import parts_of
 from .split import split
@@ -26,6 +27,7 @@ def refuse_early(job: Job, stages: Sequence[str]) -> None:
         HyperNetError: as the stage would that comes to it.
     """
     settings = job.settings
+    _require_same_base(job)
     for stage, config in (("pretrain", settings.pretrain), ("train", settings.train)):
         if stage in stages:
             job.run.require_own_result(stage)
@@ -35,6 +37,15 @@ def refuse_early(job: Job, stages: Sequence[str]) -> None:
         _require_encoder(job)
     if "train" in stages:
         _require_for_train(job)
+
+
+def _require_same_base(job: Job) -> None:
+    for path in group_paths(job.run.people)[:1]:
+        if read_header(path)[0].get(IDENTITY) != job.base.identity:
+            raise HyperNetError(
+                f"{job.run.people} was computed with another base model than {job.settings.model}. Give --model the same "
+                "file, wherever it is now, or use another run folder."
+            )
 
 
 def _require_encoder(job: Job) -> None:

@@ -16,18 +16,21 @@ from utils.extra_config import load_extra_path_config
 
 from ...hdb_core.errors import HyperNetError
 from ...hdb_core.files.reading import garbled_as
+from ...hdb_core.train.base.local import identity_of
 from ...hdb_core.train.base.model import BaseModel, BatchDenoiser
 from ...hdb_core.train.settings import Settings
 from .batches import ManyDenoiser
 from .differentiable import differentiable
 from .photos import encode
 
+Parts = tuple[Any, Any, Any]  # MODEL, CLIP, VAE
+
 
 class HostModel:
     """`BaseModel` over the host's MODEL and VAE."""
 
-    def __init__(self, denoiser: BatchDenoiser, model: Any, vae: Any) -> None:
-        self.denoiser, self.model, self.vae = denoiser, model, vae
+    def __init__(self, denoiser: BatchDenoiser, model: Any, vae: Any, identity: str) -> None:
+        self.denoiser, self.model, self.vae, self.identity = denoiser, model, vae, identity
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -41,10 +44,10 @@ class HostModel:
 
 
 @contextmanager
-def opened(model: Any, clip: Any, vae: Any, convolutions: bool) -> Iterator[BaseModel]:
-    """MODEL, CLIP and VAE as the base model of a training, valid within the context."""
+def opened(model: Any, clip: Any, vae: Any, convolutions: bool, identity: str) -> Iterator[BaseModel]:
+    """MODEL, CLIP and VAE of an identity as the base model of a training, valid within the context."""
     with differentiable(model, clip, convolutions=convolutions, prompts=None) as denoiser:
-        yield HostModel(ManyDenoiser(denoiser), model, vae)
+        yield HostModel(ManyDenoiser(denoiser), model, vae, identity)
 
 
 @contextmanager
@@ -69,24 +72,24 @@ def loaded(settings: Settings) -> Iterator[BaseModel]:
         )
 
     with garbled_as(refusal), torch.inference_mode():
-        parts = _of_three(settings) if settings.text_encoders or settings.vae else _of_checkpoint(settings)
-    with opened(*parts, settings.convolutions) as base:
+        parts, files = _of_three(settings) if settings.text_encoders or settings.vae else _of_checkpoint(settings)
+    with opened(*parts, settings.convolutions, identity_of(files)) as base:
         yield base
 
 
-def _of_checkpoint(settings: Settings) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE of *Load Checkpoint*."""
+def _of_checkpoint(settings: Settings) -> tuple[Parts, list[Path]]:
+    """MODEL, CLIP and VAE of *Load Checkpoint*, and their file."""
     path = _file("checkpoints", settings.model, "model")
     model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(path))
     if model is None or clip is None or vae is None:
         raise HyperNetError(
             f"{path} is no whole checkpoint, with MODEL, CLIP and VAE. Give the others by text_encoders, clip_type and vae."
         )
-    return model, clip, vae
+    return (model, clip, vae), [path]
 
 
-def _of_three(settings: Settings) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE of *Load Diffusion Model*, *Load CLIP* and *Load VAE*."""
+def _of_three(settings: Settings) -> tuple[Parts, list[Path]]:
+    """MODEL, CLIP and VAE of *Load Diffusion Model*, *Load CLIP* and *Load VAE*, and their files."""
     diffusion = _file("diffusion_models", settings.model, "model")
     texts = [_file("text_encoders", name, "text_encoders") for name in settings.text_encoders]
     pixels = _file("vae", settings.vae, "vae")
@@ -100,7 +103,7 @@ def _of_three(settings: Settings) -> tuple[Any, Any, Any]:
     clip = comfy.sd.load_clip([str(path) for path in texts], embeddings, types[settings.clip_type])
     vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(pixels)))
     vae.throw_exception_if_invalid()
-    return comfy.sd.load_diffusion_model(str(diffusion)), clip, vae
+    return (comfy.sd.load_diffusion_model(str(diffusion)), clip, vae), [diffusion, *texts, pixels]
 
 
 def _file(folder: str, name: str, setting: str) -> Path:

@@ -9,6 +9,7 @@ import re
 import tarfile
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -94,6 +95,17 @@ def test_masks_of_another_resolution(source, tmp_path, size):
     torch.testing.assert_close(same.region(8, 8), other.region(8, 8), atol=0.03, rtol=0)
     Image.linear_gradient("L").resize((240, 240)).save(mask)
     assert prepare(source, tmp_path / "none", CHECKS)["mask of other shape"] == 1
+
+
+def test_ctrl_c_ends_with_a_sentence(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hdb_core.train.photos.prepare", Mock(side_effect=KeyboardInterrupt))
+    assert main([str(source), "--into", str(tmp_path / "data")]) == 130
+    assert "Stopped. The same command begins again." in capsys.readouterr().err
+
+
+def test_a_sharpness_that_makes_no_sense_is_refused(source, tmp_path, capsys):
+    assert main([str(source), "--into", str(tmp_path / "data"), "--least-sharpness", "nan"]) == 1
+    assert "Expected least_sharpness: from 0 to 1, got nan" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["size", "smallest"])

@@ -268,6 +268,9 @@ def test_captions_that_cannot_be_read(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(HyperNetError, match=r"a\.txt cannot be read: it is no text in UTF-8"):
         find_people(tmp_path)
+    (tmp_path / "a.txt").write_bytes("smiling".encode("utf-16-le"))
+    with pytest.raises(HyperNetError, match=r"a\.txt cannot be read: words with a NUL character.* UTF-8"):
+        find_people(tmp_path)
     (tmp_path / "a.txt").write_text(
         "smile " * 20_000
     )  # ComfyUI's text encoder would read it for a minute, at every step

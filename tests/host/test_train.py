@@ -107,7 +107,7 @@ def test_any_model_of_the_host(host, run, apply, photos, tmp_path, base_director
 
     @contextmanager
     def load(settings, device, dtype):
-        with training.opened(model, clip, vae, settings.convolutions) as base:
+        with training.opened(model, clip, vae, settings.convolutions, family) as base:
             yield base
 
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}

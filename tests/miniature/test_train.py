@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -241,6 +242,23 @@ def test_runs_share_what_one_has_precomputed(model, photos, prepared, tmp_path, 
     assert "was made with other settings: fit" in capsys.readouterr().err
 
 
+def test_another_base_model_is_refused(model, photos, prepared, tmp_path, capsys):
+    """Of the same layers: the training went on with the latents of the first one's VAE."""
+    folder, moved, other = prepared(), tmp_path / "moved", tmp_path / "other"
+    for copy in (moved, other):
+        shutil.copytree(model, copy)
+    (weights,) = (other / "unet").glob("*.safetensors")
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    settings = (folder / "config.json").read_bytes()
+    assert run(other, photos, folder) == 1
+    assert "was computed with another base model than" in capsys.readouterr().err
+    assert (folder / "config.json").read_bytes() == settings
+    assert run(other, photos, tmp_path / "new", "--set", f"precomputed={folder}", stage="precompute") == 1
+    assert "was computed with another base model than" in capsys.readouterr().err
+    assert run(moved, photos, folder, stage="precompute") == 0
+
+
 def test_training_learns_and_is_judged_by_masks(model, photos, prepared, tmp_path, capsys):
     folder = prepared()
     options = ["--steps", "40", "--set", "train.learning_rate=3e-3", *SHARED_DOWN]
@@ -297,7 +315,7 @@ def test_pretrained_encoder_is_what_training_starts_from(model, photos, prepared
     options = ["--set", "pretrain.learning_rate=3e-3", "pretrain.steps=60"]
     assert run(model, photos, folder, *options, stage="train") == 1
     assert "The image encoder is untrained" in capsys.readouterr().err
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         stopping(patch, 20)
         run(model, photos, folder, *options, stage="pretrain")
     assert run(model, photos, folder, *options, stage="pretrain") == 0
@@ -452,7 +470,7 @@ def stopping(monkeypatch, step):
 
     def rate_or_stop(self, now):
         if now == step:
-            raise KeyboardInterrupt
+            raise SystemExit
         return rate(self, now)
 
     monkeypatch.setattr(LoopConfig, "rate", rate_or_stop)
@@ -467,7 +485,7 @@ with MonkeyPatch.context() as patch:
     stopping(patch, int(sys.argv[1]))
     try:
         main(sys.argv[2:])
-    except KeyboardInterrupt:
+    except SystemExit:
         pass
 """
 
@@ -491,7 +509,7 @@ def assert_same_weights(folder, other, atol=2e-4, rtol=2e-3):
 
 def test_a_stopped_run_ends_as_one_that_was_not(model, photos, prepared, straight):
     folder = prepared()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         stopping(patch, 5)
         run(model, photos, folder, stage="train")
     assert run(model, photos, folder, stage="train") == 0
@@ -502,7 +520,7 @@ def test_steps_that_a_kill_undid_are_logged_once(model, photos, prepared):
     folder = prepared()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "LOG_EVERY", 2)
-        with pytest.MonkeyPatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        with pytest.MonkeyPatch.context() as killed, pytest.raises(SystemExit):
             stopping(killed, 5)
             killed.setattr(TrainingLoop, "_save", lambda self: None)
             run(model, photos, folder, stage="train")
@@ -519,10 +537,10 @@ def test_a_run_that_was_killed_before_its_last_save_is_not_finished(model, photo
     """Its log would say so, beside the file of an earlier step."""
     folder = ended()
     shutil.copy(straight / "hypernet.safetensors", folder)
-    with pytest.MonkeyPatch.context() as killed, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as killed, pytest.raises(SystemExit):
 
         def kill(self):
-            raise KeyboardInterrupt
+            raise SystemExit
 
         killed.setattr(TrainingLoop, "_save", kill)
         run(model, photos, folder, "--steps", "12")
@@ -629,6 +647,12 @@ def test_what_ends_a_training_is_said_last(model, photos, prepared, monkeypatch,
     assert re.split(r"[\r\n]+", capsys.readouterr().err.strip())[-1] == "It diverged."
 
 
+def test_ctrl_c_ends_a_training_with_a_sentence(model, photos, prepared, monkeypatch, capsys):
+    monkeypatch.setattr(TrainingLoop, "_require_finite", Mock(side_effect=KeyboardInterrupt))
+    assert run(model, photos, prepared(), stage="train") == 130
+    assert re.split(r"[\r\n]+", capsys.readouterr().err.strip())[-1] == "Stopped. The same command goes on."
+
+
 @pytest.mark.parametrize("parts", ["2", "4"])
 def test_accumulated_gradients_are_those_of_the_whole(model, photos, prepared, straight, parts):
     folder = prepared()
@@ -668,7 +692,7 @@ def test_one_process_learns_the_basis_for_two(model, photos, tmp_path):
 def test_one_process_stops_two_go_on_and_one_ends(model, photos, prepared, straight, tmp_path):
     """And the two accumulate, which the one does not."""
     folder, script = prepared(), tmp_path / "stop.py"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         stopping(patch, 2)
         run(model, photos, folder, stage="train")
     script.write_text(STOP_OF_TWO)
@@ -842,7 +866,7 @@ def test_no_attention_is_downloaded(model, clip_vision, tmp_path, name):
 
 @pytest.mark.parametrize(
     ("stage", "options", "message"),
-    [("train", [], "Run the stage precompute first"), ("precompute", ["--model", "nowhere"], "no diffusers model"),
+    [("train", [], "Run the stage precompute first"), ("precompute", ["--model", "nowhere"], "There is no nowhere"),
      ("precompute", ["--photos", "nowhere"], "There is no folder"), ("precompute", ["--set", "tokenizer=nowhere"], "lacks tokenizer"),
      (None, ["--set", "begin_with=nowhere"], "nowhere")],
 )  # fmt: skip

@@ -26,6 +26,10 @@ class BaseModel(Protocol):
     """A loaded base model: its denoiser and its VAE."""
 
     @property
+    def identity(self) -> str:
+        """What tells it from other models of the same layers, `local.identity_of`."""
+
+    @property
     def denoiser(self) -> BatchDenoiser:
         """The frozen model."""
 

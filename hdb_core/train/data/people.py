@@ -21,6 +21,8 @@ from .groups import group_paths, missing_groups, opened, read_header, whole
 from .latents import encode
 from .photos import Person
 
+IDENTITY = "identity of the base model"  # in a group's settings
+
 
 @dataclass(frozen=True)
 class EncodedPerson:
@@ -64,6 +66,7 @@ def precompute(
     """
     settings: dict[str, Any] = {"image_size": image_size, "group": group}
     settings["base model"] = base.denoiser.layout.without_convolutions().hash
+    settings[IDENTITY] = base.identity
     settings["fit"] = None if fitter is None else fitter.fields()
     for missing in missing_groups(folder, people, settings, group, share, report):
         photos = [encode(base, person, image_size) for person in missing.people]

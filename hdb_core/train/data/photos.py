@@ -28,7 +28,7 @@ from torch import Tensor
 from ...errors import HyperNetError
 from ...files.reading import GARBLED, reason, regular, require_few_scans
 from ...images import resize_to_cover
-from ...prompt import require_short
+from ...prompt import require_text
 from .tar import members
 
 # Photos of formats that nothing here reads, as telephones make them, are counted or refused, and not passed over.
@@ -234,7 +234,7 @@ def _grouped(files: Mapping[str, Place]) -> list[Person]:
 
 def _text(words: Place) -> str:
     try:
-        return require_short(read_bytes(words).decode("utf-8-sig").strip())
+        return require_text(read_bytes(words).decode("utf-8-sig").strip())
     except (OSError, ValueError) as error:
         why = "it is no text in UTF-8" if isinstance(error, UnicodeError) else reason(error)
         raise HyperNetError(f"{words} cannot be read: {why}. Save it again in UTF-8, shorten or remove it.") from error

@@ -30,7 +30,7 @@ from ...files.fields import as_type
 from ...files.names import made_portable, portable
 from ...files.reading import GARBLED, reason, regular
 from ...images import resize_to_cover
-from ...prompt import require_short
+from ...prompt import require_text
 from .photos import (
     MASK,
     PREPARED,
@@ -82,7 +82,7 @@ class Checks:
             at 256 pixels, sharp ones had 0.04 to 0.18, twice enlarged ones 0.019 to 0.044, four times at most 0.018.
 
     Raises:
-        HyperNetError: a side makes no sense.
+        HyperNetError: a number makes no sense.
     """
 
     size: int = 512
@@ -93,6 +93,7 @@ class Checks:
         for name in ("size", "smallest"):
             value = getattr(self, name)
             require(2 <= value <= _MOST_SIDE, name, f"from 2 to {_MOST_SIDE:,}", value, HyperNetError)
+        require(0 <= self.least_sharpness <= 1, "least_sharpness", "from 0 to 1", self.least_sharpness, HyperNetError)
 
 
 class Seen(NamedTuple):
@@ -342,7 +343,7 @@ def _metadata(source: Path) -> dict[str, str]:
             if line.strip():
                 row = json.loads(line)
                 words = as_type(row.get("text", row.get("caption")), str | None, "text")
-                found[portable(str(source / row["file_name"]))] = require_short((words or "").strip())
+                found[portable(str(source / row["file_name"]))] = require_text((words or "").strip())
     except (OSError, *GARBLED) as error:
         raise HyperNetError(
             f"{path} cannot be read ({reason(error)}): expected lines such as "
