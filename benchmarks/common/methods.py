@@ -54,9 +54,16 @@ def sampled(bench: Bench, models: Models, subject: Subject, **facts: Any) -> Cel
 
 
 def sampled_texts(bench: Bench, models: Models, subject: Subject, texts: Sequence[str], **facts: Any) -> Cell:
-    """The pictures of any prompts, one for each of the same seeds."""
+    """The pictures of any prompts, one for each of the same seeds; seconds of a busy machine are left out of the facts."""
+    if is_busy():
+        facts.pop("seconds", None)
     pictures = [bench.studio.pictures(models, text, subject.seed, bench.seeds) for text in texts]
     return Cell(np.stack(pictures), {"prompts": list(texts), **facts, "made_on": bench.studio.made_on})
+
+
+def is_busy() -> bool:
+    """Whether more has run here than there are cores, so that seconds say what else did."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) + 0.5
 
 
 class Base:

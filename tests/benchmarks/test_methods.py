@@ -1,5 +1,8 @@
 """Which rows a benchmark has, what decides their keys, and that finished cells are not made again."""
 
+import os
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -17,6 +20,7 @@ from benchmarks.common.methods import (
     Stranger,
     chosen_rows,
     fill,
+    sampled_texts,
 )
 from benchmarks.common.results import share
 from benchmarks.common.settings import LORA, NOISE, STRENGTHS, NodeConfig
@@ -68,6 +72,18 @@ def test_only_what_is_missing_is_made(bench):
     fill(bench, [method], ["two"], Subject(DEV + 1), lines.append)
     assert method.asked == [(DEV, ["one"]), (DEV, ["two"]), (DEV + 1, ["two"])]
     assert [line.split(":")[0] for line in lines] == [f"{DEV} one", f"{DEV} two", f"{DEV + 1} two"]
+
+
+@pytest.mark.skipif(not hasattr(os, "getloadavg"), reason="Windows keeps no load")
+def test_seconds_of_a_busy_machine_are_not_kept(monkeypatch):
+    cores, flat = os.cpu_count() or 1, np.zeros((2, 8, 8, 3), np.uint8)
+    studio = SimpleNamespace(pictures=lambda *_: flat, made_on={"card": "a CPU"})
+    for load, kept in ((cores, {"steps": 12, "seconds": 3.0}), (cores + 1, {"steps": 12})):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))
+        cell = sampled_texts(
+            SimpleNamespace(studio=studio, seeds=2), None, Subject(DEV), ["a face"], steps=12, seconds=3.0
+        )
+        assert cell.facts == {"prompts": ["a face"], "made_on": {"card": "a CPU"}, **kept}
 
 
 def test_what_every_judge_has_scored_elsewhere_is_not_made_again(bench):
