@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import wraps
 from inspect import signature
 from numbers import Integral, Real
@@ -29,6 +28,7 @@ _CLASSES = {
     "APPLY_OPTIONS": Strengths,
 }
 _NOT_OF_HOST = (*_JSON, *_CLASSES.values())
+_NUMBERS = {"INT": int, "FLOAT": float}
 _WIDGETS = {"STRING": str, "INT": Integral, "FLOAT": Real}  # some nodes give anything to them, or nothing
 _SAID_ELSEWHERE = {"CLIP", "IMAGE"}  # where null is what a checkpoint or a loader may give
 _NULL = str(None)  # what the host makes of null in a text
@@ -64,8 +64,6 @@ def _taken(schema: io.Schema, one: Any, value: Any) -> Any:
     kind = one.get_io_type()
     if kind == "STRING" and str(value) == _NULL:
         return one.default
-    if kind == "FLOAT" and isinstance(value, float) and not math.isfinite(value):
-        raise SocketError(f"{schema.display_name} got {value} for {one.id}. Give it a number.")
     if value is None:
         fits = one.optional or kind in _SAID_ELSEWHERE or kind not in _OF_HOST | (_CLASSES | _WIDGETS).keys()
     elif kind in _OF_HOST:
@@ -79,9 +77,10 @@ def _taken(schema: io.Schema, one: Any, value: Any) -> Any:
         )
     if kind == "STRING" and value is not None and not _is_text(value):
         raise SocketError(f"{schema.display_name} got half a character for {one.id}. Type the text again.")
-    # The host compares only what is typed.
-    if kind in ("INT", "FLOAT") and value is not None and not one.min <= value <= one.max:
-        raise SocketError(f"{schema.display_name} got {value} for {one.id}. Give it {one.min} to {one.max}.")
+    if kind in _NUMBERS and value is not None:
+        if not one.min <= value <= one.max:  # NaN, too; the host compares only what is typed
+            raise SocketError(f"{schema.display_name} got {value} for {one.id}. Give it {one.min} to {one.max}.")
+        return _NUMBERS[kind](value)  # other nodes give numpy's numbers
     return value
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -232,6 +233,14 @@ def test_numbers_beyond_the_limits_of_a_widget(run, host):
                     run(node_id, **{one.id: given})
                 found += 1
     assert found >= 30
+
+
+def test_numbers_of_other_nodes(run, train, person):
+    """numpy's, which a file or a generator does not take."""
+    blended = run("BlendLiDB", lidb_a=person(1), lidb_b=person(2), blend=np.float32(0.25))[0]
+    (path,) = run("SaveLiDB", lidb=blended, filename_prefix="a", name="", rank=np.int64(3))
+    assert Path(path).is_file()
+    assert train(seed=np.uint8(1), steps=np.int64(1)).about.steps == 1
 
 
 def test_half_a_character_in_a_text(run, host, person):
