@@ -115,7 +115,7 @@ def run_pretrain(job: Job) -> None:
         load_encoder(net.encoder, Path(settings.begin_with))
     sizes = {
         "encoder": job.encoder.sizes, "portraits": config.portraits, "class prompt": settings.class_prompt,
-        **learned_from(people, settings.overfit),
+        "base model": job.base.identity, **learned_from(people, settings.overfit),
     }  # fmt: skip
     loop = TrainingLoop(
         job.accelerator, net, config, run.pretrain_state, run.pretrain_log, settings.accumulate, sizes=sizes
@@ -143,6 +143,7 @@ def run_train(job: Job) -> None:
     codes = None if run.begins_with_hypernet() else codes_of(people, settings.net.code)
     net = FromFaces(beginning(job, base, codes))
     sizes = {**net_sizes(net_config), "face code": codes is not None, **learned_from(people, settings.overfit)}
+    sizes |= {"base model": job.base.identity, "image encoder": job.vision and job.vision.weights}
     loop = TrainingLoop(job.accelerator, net, config, run.state, run.log, settings.accumulate, RATES, sizes)
     grid = _sample_grid(job, base, kept)
 

@@ -133,7 +133,7 @@ def test_photos_that_were_replaced(tmp_path):
     assert not [*missing_groups(tmp_path / "people", alone, {}, 2), *missing_groups(tmp_path / "people", stored, {}, 2)]
     (tmp_path / "anna.jpg").write_bytes(b"12345")
     with pytest.raises(
-        HyperNetError, match=r"was made with other settings: photos\. Use another run folder, or delete it"
+        HyperNetError, match=r"was made with other settings: photos\. Give the settings that it was made with"
     ):
         list(missing_groups(tmp_path / "people", alone, {}, 2))
 

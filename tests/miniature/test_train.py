@@ -41,6 +41,7 @@ from hdb_core.train import state as state_file
 from hdb_core.train.__main__ import main
 from hdb_core.train.base import vision
 from hdb_core.train.base.denoiser import load_base_model
+from hdb_core.train.base.local import identity_of
 from hdb_core.train.data.faces import PhotoPixels
 from hdb_core.train.data.photos import find_people
 from hdb_core.train.data.tokens import PhotoTokens, precompute_tokens
@@ -242,21 +243,41 @@ def test_runs_share_what_one_has_precomputed(model, photos, prepared, tmp_path, 
     assert "was made with other settings: fit" in capsys.readouterr().err
 
 
-def test_another_base_model_is_refused(model, photos, prepared, tmp_path, capsys):
+def test_another_base_model_is_refused(model, photos, prepared, ended, tmp_path, capsys):
     """Of the same layers: the training went on with the latents of the first one's VAE."""
     folder, moved, other = prepared(), tmp_path / "moved", tmp_path / "other"
     for copy in (moved, other):
         shutil.copytree(model, copy)
     (weights,) = (other / "unet").glob("*.safetensors")
-    data = weights.read_bytes()
-    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    tensors = load_file(weights)
+    save_file({**tensors, "conv_in.weight": tensors["conv_in.weight"] * 0.9}, weights)
     settings = (folder / "config.json").read_bytes()
     assert run(other, photos, folder) == 1
     assert "was computed with another base model than" in capsys.readouterr().err
     assert (folder / "config.json").read_bytes() == settings
     assert run(other, photos, tmp_path / "new", "--set", f"precomputed={folder}", stage="precompute") == 1
     assert "was computed with another base model than" in capsys.readouterr().err
+    (moved / "unet" / "diffusion_pytorch_model.non_ema.safetensors").write_bytes(b"not loaded")
     assert run(moved, photos, folder, stage="precompute") == 0
+    trained = ended("trained")
+    shutil.rmtree(trained / "people")
+    assert run(other, photos, trained, "--steps", "9") == 1
+    assert "is of a training with another base model. Give the settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_models_that_differ_in_one_tensor(tmp_path, suffix):
+    """Between places that a look all over the file skipped, as the VAE of SDXL."""
+    names = [f"{number:02}" for number in range(20)]
+    weights = {name: torch.randn(300, 100, generator=torch.Generator().manual_seed(0)) for name in names}
+    paths = [tmp_path / f"{n}{suffix}" for n in range(20)]
+    for name, path in zip(names, paths, strict=True):
+        changed = {**weights, name: weights[name] / 2}
+        save_file(changed, path) if suffix == ".safetensors" else torch.save(changed, path)
+    assert len({identity_of([path]) for path in paths}) == len(paths)
+    moved = tmp_path / f"moved{suffix}"
+    shutil.copy(paths[0], moved)
+    assert identity_of([moved]) == identity_of([paths[0]])
 
 
 def test_training_learns_and_is_judged_by_masks(model, photos, prepared, tmp_path, capsys):
@@ -804,8 +825,13 @@ def test_another_encoder_than_that_of_the_run(model, photos, straight, clip_visi
     other = clip_vision(seed=1, name="other")
     assert run(model, photos, folder, "--steps", "2", "--clip-vision", other, stage="train") == 1
     assert "was made with other settings: weights of the encoder" in capsys.readouterr().err
+    os.rename(folder / "tokens", tmp_path / "tokens")
+    assert run(model, photos, folder, "--steps", "2", "--clip-vision", other, stage="train") == 1
+    assert "of a training with another image encoder." in capsys.readouterr().err
+    shutil.rmtree(folder / "tokens")
+    os.rename(tmp_path / "tokens", folder / "tokens")
     assert run(model, photos, folder, "--steps", "2", "--clip-vision", "", stage="train") == 1
-    assert "of a training with another encoder." in capsys.readouterr().err
+    assert "of a training with another encoder, image encoder." in capsys.readouterr().err
     os.rename(first, tmp_path / "elsewhere")
     moved = str(tmp_path / "elsewhere")
     assert run(model, photos, folder, "--steps", "2", "--clip-vision", moved, stage="train") == 0

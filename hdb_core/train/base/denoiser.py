@@ -14,14 +14,13 @@ from ...errors import LayoutError
 from ...files.reading import garbled_as
 from ...layout import FAMILIES, FAMILY_BY_CONTEXT, find_targets, layout_of
 from ...prompt import CLASS_PROMPT
-from .local import identity_of, local_config, require_unquantised
+from .local import identity_of, local_config, require_unquantised, weights_in
 from .single_file import GIVE_TOKENIZER, Parts, TextEncoder, load_tokenizer, read_single_file
 
 # Of a schedule that ends in noise alone, whose last sigma would be infinite; sigma is 4519 there. ComfyUI has the same.
 _LEAST_SIGNAL = 4.8973451890853435e-08
 _PARTS = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
 _SECOND_PARTS = ("text_encoder_2", "tokenizer_2")  # of SDXL
-_WEIGHTS = (".safetensors", ".bin")
 # By the name that `find_targets` has for each text encoder. That of a diffusers folder of SD 2.x lacks the layer that
 # nothing reads, that of SDXL has it.
 _TEXT_ENCODERS = {"sd1": ("clip_l",), "sd2": ("text_encoder",), "sdxl": ("clip_l", "clip_g")}
@@ -209,7 +208,8 @@ def load_base_model(
         convolutions,
     )
     vae = parts.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    base = DiffusersModel(denoiser, vae, identity_of([model] if model.is_file() else _weights_in(model)))
+    files = [model] if model.is_file() else weights_in(model / part for part in (*_PARTS, *_SECOND_PARTS))
+    base = DiffusersModel(denoiser, vae, identity_of(files))
     with garbled_as(
         lambda why: LayoutError(
             f"A first step of {model} on a tiny picture fails ({why}). Give --model a text-to-image model "
@@ -263,12 +263,6 @@ def _read_folder(folder: Path, dtype: torch.dtype, tokenizer: Path | None) -> Pa
             _whole(AutoencoderTiny if tiny else AutoencoderKL, paths["vae"], **local),
             DDPMScheduler.from_pretrained(paths["scheduler"], **local),
         )
-
-
-def _weights_in(folder: Path) -> list[Path]:
-    """The files with weights of a diffusers folder, by part and name."""
-    parts = [path for part in (*_PARTS, *_SECOND_PARTS) for path in sorted((folder / part).glob("*"))]
-    return [path for path in parts if path.suffix in _WEIGHTS]
 
 
 def _whole(kind: Any, folder: Path, **options: Any) -> Any:

@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ...errors import LayoutError
 
-_PLACES, _BLOCK = 16, 1 << 16
+_PLACES, _BLOCK = 4096, 256  # in a file of another format than safetensors; bytes of a tensor, or at a place
+# As diffusers and transformers call the weights that they load; others beside them are variants.
+_WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)")
 
 
 def identity_of(files: Iterable[Path]) -> str:
-    """Sixteen hex digits that tell models apart, wherever they are kept: of each file its size, and 64 KB at 16 places."""
+    """Sixteen hex digits that tell loaded models apart, wherever they are kept: by their files' sizes and parts of all tensors."""
     digest = sha256()
     for path in files:
         size = path.stat().st_size
         digest.update(size.to_bytes(8, "little"))
         with path.open("rb") as file:
-            for place in range(_PLACES):
-                file.seek(max(0, size - _BLOCK) * place // (_PLACES - 1))
+            for place in _places(file, size, path.suffix.lower() == ".safetensors"):
+                file.seek(place)
                 digest.update(file.read(_BLOCK))
     return digest.hexdigest()[:16]
+
+
+def _places(file: BinaryIO, size: int, is_safetensors: bool) -> list[int]:
+    """Where to look: at every tensor's second half, or all over the file."""
+    if not is_safetensors:
+        return [max(0, size - _BLOCK) * place // (_PLACES - 1) for place in range(_PLACES)]
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    offsets = [fields["data_offsets"] for name, fields in header.items() if name != "__metadata__"]
+    return sorted(8 + length + max(start, min((start + end) // 2, end - _BLOCK)) for start, end in offsets)
+
+
+def weights_in(folders: Iterable[Path]) -> list[Path]:
+    """The files of weights that are loaded from folders of diffusers and transformers, safetensors before others."""
+    found = []
+    for folder in folders:
+        own = sorted(path for path in folder.glob("*") if _WEIGHTS.fullmatch(path.name) and path.is_file())
+        found += [path for path in own if path.suffix == ".safetensors"] or own
+    return found
 
 
 def local_config(config_class: Any, folder: Path) -> Any:

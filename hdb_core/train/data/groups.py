@@ -64,7 +64,8 @@ class Group:
             other.append("photos")
         if other:
             raise HyperNetError(
-                f"{self.path} was made with other settings: {', '.join(other)}. Use another run folder, or delete it."
+                f"{self.path} was made with other settings: {', '.join(other)}. Give the settings that it was "
+                "made with, or use another run folder."
             )
 
     def _photos(self) -> str:
