@@ -232,7 +232,7 @@ class Training:
         opened_in_host = self.host.module("nodes.host.train").opened
 
         def load(settings: Any, *_: Any) -> Any:
-            return opened_in_host(*self.models, settings.convolutions)
+            return opened_in_host(*self.models, settings.convolutions, settings.model)
 
         if self.host.module("hdb_core.train.__main__").main(arguments, load):
             raise RuntimeError("the training ended with an error")
