@@ -32,7 +32,7 @@ BAD_INPUT = {
     "words for two photos": ({"photo_words": "smiling\nat the beach"}, "line of photo_words or one for each of the 1"),
     "empty prompt": ({"prompt": "  "}, "prompt"),
     "rank 0": ({"rank": 0}, "rank"),
-    "rank above the basis": ({"rank": 51}, "rank.* 1 to 50"),
+    "rank above the basis": ({"rank": 51}, r"got 51 for rank\. Give it 1 to 50\."),
     "steps below 0": ({"steps": -1}, "steps"),
     "batch 0": ({"batch_size": 0}, "batch_size"),
     "learning rate 0": ({"learning_rate": 0.0}, "learning_rate"),
