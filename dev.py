@@ -19,7 +19,7 @@ commands:
   test        lint and all tests, or the tiers that are named; other options go to pytest
   bench       benchmarks by name
   thumbnails  the example workflows' pictures in the template browser
-  stale       kept tables, pictures and recommendations that other weights made
+  stale       kept tables, pictures and recommendations that older weights made
   gpu         checks on a GPU, also where there is no network: benchmarks/gpu.md
 `dev.py COMMAND --help` shows the options of a command."""
 
@@ -27,7 +27,7 @@ commands:
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="dev.py",
-        description="Makes what is missing, then runs a command.",
+        description="Prepares the environment, then runs a command.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -41,7 +41,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--python", type=_absolute, metavar="PATH", help="the Python of that ComfyUI, if it is not found"
     )
     parser.add_argument(
-        "--wheels", type=_absolute, metavar="FOLDER", help="no package index: this Python's torch, the rest from wheels"
+        "--wheels",
+        type=_absolute,
+        metavar="FOLDER",
+        help="work offline: this Python's torch, other packages from wheels",
     )
     args, rest = parser.parse_known_args(arguments)
     if args.command is None:

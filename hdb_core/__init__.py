@@ -1,6 +1,6 @@
 """HyperDreamBooth in plain PyTorch, without ComfyUI: predict, fine-tune, save, load and apply persons (`LiDB`).
 
-``docs/python.md`` shows all of it in ten lines.
+``docs/python.md`` shows all of it in an example.
 """
 
 from .adapters import Adapters, attach

@@ -253,8 +253,8 @@ def _optimizer(factors: TrainableFactors, config: FinetuneConfig) -> torch.optim
 
 def _diverged(good: LiDB, losses: list[float], step: int, config: FinetuneConfig, what: str) -> FinetuneDiverged:
     return FinetuneDiverged(
-        f"Fast fine-tuning diverged at step {step + 1} of {config.steps}: {what}. Lower the learning rate (now "
-        f"{config.learning_rate:g}) or the rank ({config.rank}), and check that the photo and the model are sound.",
+        f"Fast fine-tuning diverged at step {step + 1} of {config.steps}: {what}. Lower learning_rate (now "
+        f"{config.learning_rate:g}) or rank ({config.rank}), and check that the photo and the model are sound.",
         lidb=good,
         losses=tuple(losses),
         step=step + 1,

@@ -120,7 +120,7 @@ class Settings:
         tokenizer: folder of CLIP's vocabulary, if neither the model nor a ComfyUI around it has one.
         text_encoders: files of the text encoders, as for *Load CLIP*, if ``model`` is only a diffusion model. Needs
             ComfyUI's loader (``python -m custom_nodes.PACK.train``).
-        clip_type: their type in *Load CLIP*, such as flux or lumina2.
+        clip_type: their type in *Load CLIP* (such as lumina2) or *DualCLIPLoader* (flux).
         vae: file of the VAE, if ``model`` is only a diffusion model.
         clip_vision: transformers folder of a frozen CLIP, SigLIP or DINOv2 image encoder, instead of training one. Try
             it with few people, or with one photo of each.

@@ -28,7 +28,8 @@ def adapters_of(model: ModelPatcher, recipe: BasisRecipe, layout: Layout) -> Ada
     if found is None and not is_drawable(recipe, layout.layers):
         raise BasisError(
             f"The basis of this LiDB has {recipe.down_dim} × {recipe.up_dim} dimensions, and making it for the "
-            f"{len(layout.layers)} layers of this model would take very long. Make the person again in a smaller basis."
+            f"{len(layout.layers)} layers of this model would take very long. Make the person again with "
+            "Fast Finetune and no lidb connected."
         )
     while len(own) >= MOST_KEPT:  # before others are made
         del own[next(iter(own))]  # used longest ago

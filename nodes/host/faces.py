@@ -16,6 +16,7 @@ from torch import Tensor
 from ...hdb_core import detectors, faces
 from ...hdb_core.errors import FaceError
 from ...hdb_core.faces import Box, Detector, Square
+from .folders import add_folders
 from .lists import masks_of, of_each
 
 FOLDER = "detection"  # the host's own name for models that find things; older hosts lack it
@@ -23,7 +24,7 @@ KORNIA, ONNX = (".pth", ".pt", ".safetensors"), (".onnx",)
 SMALL_SHARE = 0.2  # of the picture: a face that takes less is worth a word; `faces.square_of` makes it about 0.4
 SHOWN = 768  # pixels of the preview
 PAINT = (
-    "Mark it yourself: right click on the photo in Load Image, Open in MaskEditor, paint over the face, save, and connect "
+    "Mark it yourself: right click on the photo in Load Image, Open in Mask Editor, paint over the face, save, and connect "
     "the MASK of Load Image to the mask of Crop to Face."
 )
 MOST_PIXELS = 1e6  # of a box's place and size
@@ -56,10 +57,7 @@ class Cut(NamedTuple):
 
 def register_detectors() -> None:
     """Tell hosts that have no folder for detectors about models/detection, besides those of extra_model_paths.yaml."""
-    known, extensions = folder_paths.folder_names_and_paths.get(FOLDER, ([], {*KORNIA, *ONNX}))
-    ours = str(Path(folder_paths.models_dir, FOLDER))
-    paths = known if ours in known else [*known, ours]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, extensions)
+    add_folders(FOLDER, {*KORNIA, *ONNX})
 
 
 def detector() -> tuple[str, Detector] | None:
@@ -119,7 +117,7 @@ def find_faces(picture: Tensor, order: str, boxes: Sequence[Box] | None = None, 
         if (available := detector()) is None:
             raise FaceError(
                 f"There is no face detector here. {PAINT} Or connect the bboxes of a node that finds faces, or put a YuNet "
-                f"file (yunet_final.pth) into {_folders()}."
+                f"file (https://github.com/kornia/data/raw/main/yunet_final.pth) into {_folders()}."
             )
         found = Found(faces.in_order(available[1](picture), order, *size), available[0])
     if not found.boxes:

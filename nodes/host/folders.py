@@ -50,18 +50,18 @@ LIDBS = Shelf(
 )
 HYPERNETS = Shelf(
     "hyperdreambooth", hypernet_file.KIND, "Load HyperNet",
-    "There is no hypernetwork yet. Train one for your base model with hdb_core.train, or put the file of one",
+    "There is no hypernetwork yet. The template 01 photo to person needs none. Or put the file of one for your base model",
 )  # fmt: skip
 BASES = Shelf(
-    "lidb_basis", basis_file.KIND, "Empty LiDB", "There is no learned basis yet. Learn one with hdb_core.train, or put the file of one"
+    "lidb_basis", basis_file.KIND, "Empty LiDB", "There is no learned basis yet. Fast Finetune needs none. Or put the file of one"
 )  # fmt: skip
 
 
 def register_folders() -> None:
     """Tell the host about our folders; paths that extra_model_paths.yaml has put there come first."""
-    _register(LIDBS, folder_paths.models_dir, folder_paths.get_output_directory())
-    _register(HYPERNETS, folder_paths.models_dir)
-    _register(BASES, folder_paths.models_dir)
+    add_folders(LIDBS.category, {EXTENSION}, folder_paths.get_output_directory())
+    add_folders(HYPERNETS.category, {EXTENSION})
+    add_folders(BASES.category, {EXTENSION})
     from server import PromptServer  # starts much of the web server when it is imported
 
     if server := getattr(PromptServer, "instance", None):
@@ -74,11 +74,12 @@ async def _answer(shelf: Shelf, _: web.Request) -> web.Response:
     return web.json_response(names_on(shelf))
 
 
-def _register(shelf: Shelf, *above: str) -> None:
-    known, _ = folder_paths.folder_names_and_paths.get(shelf.category, ([], set()))
-    ours = [os.path.join(folder, shelf.category) for folder in above]
+def add_folders(category: str, extensions: set[str], *above: str) -> None:
+    """Tells the host of the folder of a category in its models' folder and in others, after those that it knows."""
+    known, theirs = folder_paths.folder_names_and_paths.get(category, ([], set()))
+    ours = [os.path.join(folder, category) for folder in (folder_paths.models_dir, *above)]
     paths = [*known, *(path for path in ours if path not in known)]
-    folder_paths.folder_names_and_paths[shelf.category] = (paths, {EXTENSION})
+    folder_paths.folder_names_and_paths[category] = (paths, theirs or extensions)
 
 
 def names_on(shelf: Shelf) -> list[str]:

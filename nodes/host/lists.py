@@ -19,9 +19,7 @@ def only(inputs: Mapping[str, Sequence[Any]], error: type[HDBError]) -> dict[str
     """
     for name, values in inputs.items():
         if len(values) != 1:
-            raise error(
-                f"{name} came as a list of {len(values)}. Lists are taken as one person's photos only; connect one {name}."
-            )
+            raise error(f"{name} got a list of {len(values)}. Only photos may be a list; connect one {name}.")
     return {name: values[0] for name, values in inputs.items()}
 
 

@@ -50,12 +50,12 @@ class StepCost(NamedTuple):
         """How a step on samples of the size of `latents` is done in so many free bytes; `compression` is the VAE's."""
         cost, free = self.memory, free / _BESIDE
         at_once, side = cost.samples(free, pixels_of(latents)), int(cost.pixels(free) ** 0.5 * compression) // 64 * 64
-        fits = f"a resolution of {side} would fit" if side else "hardly any resolution would fit"
+        lower = f"Set resolution of Fast Finetune to {side}, or close" if side else "Too little for this model: close"
         return MemoryPlan(
             max(1, at_once),
             recompute=at_once == 0,
             blocks=self.blocks,
-            what_fits=f"{free * _BESIDE / GB:.1f} GB were free: {fits}. Lower it, or close other programs that use the GPU.",
+            what_fits=f"{free * _BESIDE / GB:.1f} GB were free. {lower} other programs that use the GPU.",
         )
 
 

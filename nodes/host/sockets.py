@@ -76,7 +76,7 @@ def _taken(schema: io.Schema, one: Any, value: Any) -> Any:
             f"{schema.display_name} got {got:.60} for {one.id}. Connect an output of the type {kind} to it."
         )
     if kind == "STRING" and value is not None and not _is_text(value):
-        raise SocketError(f"{schema.display_name} got half a character for {one.id}. Type the text again.")
+        raise SocketError(f"{schema.display_name} got text that is not valid Unicode for {one.id}. Type it again.")
     if kind in _NUMBERS and value is not None:
         if not one.min <= value <= one.max:  # NaN, too; the host compares only what is typed
             raise SocketError(f"{schema.display_name} got {value} for {one.id}. Give it {one.min} to {one.max}.")

@@ -470,7 +470,7 @@ def test_nan_stops_and_keeps_the_last_good_person(toy, latents, config):
         return sound(*args) * (math.nan if len(calls) == 3 else 1)
 
     toy.denoise = nan_at_the_third_step
-    with pytest.raises(FinetuneDiverged, match=r"step 3 of 5.*Lower the learning rate") as error:
+    with pytest.raises(FinetuneDiverged, match=r"step 3 of 5.*Lower learning_rate") as error:
         finetune(toy, latents, replace(config, steps=5))
     assert error.value.step == 3 and len(error.value.losses) == 2
     toy.denoise = sound

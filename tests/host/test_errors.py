@@ -244,7 +244,9 @@ def test_numbers_of_other_nodes(run, train, person):
 
 
 def test_half_a_character_in_a_text(run, host, person):
-    with pytest.raises(host.module("nodes.host.sockets").SocketError, match=r"got half a character for name\."):
+    with pytest.raises(
+        host.module("nodes.host.sockets").SocketError, match=r"got text that is not valid Unicode for name\."
+    ):
         run("SaveLiDB", lidb=person(7), filename_prefix="a", name="\ud800")
 
 

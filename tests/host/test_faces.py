@@ -108,7 +108,7 @@ def test_grey_and_transparent_photos(run):
         ({"mask": torch.ones(1, 90, 90)}, "The photo has 200 × 200 pixels, the mask 90 × 90"),
         ({"mask": 1 - painted(200, 200, 40, 40, 120)}, "leaves out its middle"),
         ({"image": torch.full((1, 200, 200, 3), torch.nan)}, "NaN"),
-        ({"index": [0, 1], "bboxes": box(10, 10, 50, 50)}, "index came as a list of 2"),
+        ({"index": [0, 1], "bboxes": box(10, 10, 50, 50)}, "index got a list of 2"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_cut_is_said(run, error, inputs, message):
@@ -139,7 +139,7 @@ def test_a_real_face_is_found_by_opencv(run, host, error, portrait):
     assert abs(place["x"] + place["width"] / 2 - width / 2) < width / 5
     for unpainted in (torch.zeros(1, 64, 64), torch.zeros(1, *portrait.shape[1:3])):  # the first is Load Image's
         assert run("CropToFace", image=portrait, mask=unpainted)[2] == [place]
-    with pytest.raises(error, match=r"No face was found \(OpenCV's cascade\). Mark it yourself: .*MaskEditor"):
+    with pytest.raises(error, match=r"No face was found \(OpenCV's cascade\). Mark it yourself: .*Mask Editor"):
         run("CropToFace", image=noise(300, 300))
 
 

@@ -407,7 +407,7 @@ def test_a_step_is_done_in_the_memory_that_there_is(train, host, loaded, monkeyp
 
 
 def test_out_of_memory_on_the_host(train, host, loaded, fingerprint, monkeypatch):
-    """A UNet that never fits: said in one sentence with a resolution that would fit, and nothing is left behind."""
+    """A UNet that never fits: said in one sentence with a resolution that fits, and nothing is left behind."""
     train()
     before = fingerprint()
     denoiser = host.module("nodes.host.denoiser").HostDenoiser
@@ -417,7 +417,7 @@ def test_out_of_memory_on_the_host(train, host, loaded, fingerprint, monkeypatch
 
     monkeypatch.setattr(denoiser, "denoise", full)
     error = host.module("hdb_core.errors").FinetuneError
-    with pytest.raises(error, match=r"single noise level.* GB were free: a resolution of \d+ would fit"):
+    with pytest.raises(error, match=r"single noise level.* GB were free. Set resolution of Fast Finetune to \d+"):
         train(batch_size=3)
     monkeypatch.undo()
     assert fingerprint() == before
@@ -440,7 +440,7 @@ def test_a_list_of_photos_and_texts_is_one_person(train, host):
     assert not torch.equal(train(image=batch, batch_size=2).up, of_list.up)  # the words count
     sizes = train(image=[batch[:1], picture(200, 90)], mask=[face_mask(), torch.ones(1, 200, 90)])
     assert sizes.about.photos == 2
-    with pytest.raises(host.module("hdb_core.errors").FinetuneError, match="steps came as a list of 2"):
+    with pytest.raises(host.module("hdb_core.errors").FinetuneError, match="steps got a list of 2"):
         train(steps=[1, 2])
 
 

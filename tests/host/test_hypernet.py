@@ -155,7 +155,7 @@ def test_a_list_of_photos_is_one_person(run, host, photo, name):
     assert of_list.about.photos == 2
     sizes = run("PredictLiDB", hypernet=hypernet, image=[photo, photo[:, :100], batch])[0]
     assert sizes.about.photos == 4
-    with pytest.raises(host.module("hdb_core.errors").HyperNetError, match="hypernet came as a list of 2"):
+    with pytest.raises(host.module("hdb_core.errors").HyperNetError, match="hypernet got a list of 2"):
         run("PredictLiDB", hypernet=[hypernet, hypernet], image=photo)
 
 

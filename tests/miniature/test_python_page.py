@@ -1,4 +1,4 @@
-"""The ten lines of docs/python.md run as they stand, on the miniature."""
+"""The example of docs/python.md runs as it stands, on the miniature."""
 
 import re
 import runpy
