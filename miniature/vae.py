@@ -51,9 +51,10 @@ def to_pictures(pixels: torch.Tensor) -> np.ndarray:
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderTiny, pictures: np.ndarray | torch.Tensor, batch: int = 64) -> torch.Tensor:
+def encode(vae: AutoencoderTiny, pictures: np.ndarray | torch.Tensor) -> torch.Tensor:
     """uint8 RGB (N, H, W, 3) to float16 raw latents (N, 4, H/8, W/8), on the VAE's device."""
     weight, parts = next(vae.parameters()), []
+    batch = 8 if weight.device.type == "cpu" else 64  # 80 pictures a second instead of 44 on two cores
     for some in torch.as_tensor(pictures).split(batch):
         pixels = to_tensor(to_device(some, weight.device)).to(weight.dtype, memory_format=torch.channels_last)
         parts.append(vae.encoder(pixels).half())

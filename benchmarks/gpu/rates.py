@@ -82,7 +82,7 @@ def encoding(part: Part, batch: int) -> Callable[[], None]:
     pictures = np.random.default_rng(0).integers(0, 256, (batch, 128, 128, 3), np.uint8)
 
     def step() -> None:
-        encode(vae, pictures, batch)
+        encode(vae, pictures)
 
     return step
 
