@@ -170,7 +170,7 @@ def layout_of(targets: Mapping[str, Any], family: str) -> Layout:
 
 
 def host_keys(layout: Layout) -> dict[str, str]:
-    """Name → weight key of ComfyUI, for every layer of a layout.
+    """Name → weight key of ComfyUI, for every layer of a model's layout.
 
     ``diffusion_model.….weight`` belongs to a MODEL, ``clip_l.…``, ``clip_h.…`` and ``clip_g.…`` to a CLIP.
     """

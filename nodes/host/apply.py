@@ -84,8 +84,9 @@ class _Patches(NamedTuple):
 
 def _patches(model: ModelPatcher, clip: CLIP, lidb: LiDB) -> _Patches:
     modules, family = target_modules(model, clip, lidb.layout.has_convolutions)
-    require_layers(lidb.layout, layout_of(modules, family))
-    keys = host_keys(lidb.layout)
+    whole = layout_of(modules, family)
+    require_layers(lidb.layout, whole)
+    keys = host_keys(whole)  # the layers of a person who has only some do not say how many blocks a level has
     patches = {
         keys[name]: LoRAAdapter(set(), (up, down, None, None, None, None))
         for name, (up, down) in expand(lidb, adapters_of(model, lidb.basis, lidb.layout)).items()

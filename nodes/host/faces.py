@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from ...hdb_core import detectors, faces
 from ...hdb_core.errors import FaceError
 from ...hdb_core.faces import Box, Detector, Square
+from ...hdb_core.files.reading import GARBLED
 from .folders import add_folders
 from .lists import masks_of, of_each
 
@@ -69,18 +71,19 @@ def detector() -> tuple[str, Detector] | None:
     for path in _yunet_files():
         by_opencv = path.suffix.lower() in ONNX
         if not by_opencv or detectors.has_opencv():
-            return f"YuNet, {path.name}", _loaded(path, path.stat().st_mtime_ns)
+            stat = path.stat()
+            return f"YuNet, {path.name}", _loaded(path, (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size))
     return ("OpenCV's cascade", _cascade()) if _has_cascade() else None
 
 
 def _yunet_files() -> list[Path]:
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
-    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if os.path.isfile(path)]
     return [path for path in files if "yunet" in path.name.lower() and path.suffix.lower() in (*KORNIA, *ONNX)]
 
 
 @lru_cache(maxsize=1)
-def _loaded(path: Path, version: int) -> Detector:
+def _loaded(path: Path, version: tuple[int, ...]) -> Detector:
     return detectors.yunet(path)
 
 
@@ -251,7 +254,7 @@ def boxes_of(value: Any, photos: int) -> list[list[Box]]:
         sides = [side for frame in made for box in frame for side in box[2:]]
         if not all(abs(number) < MOST_PIXELS for number in numbers) or min(sides, default=0) < 0:  # NaN, too
             raise ValueError("no place in a picture")
-    except (TypeError, KeyError, ValueError, OverflowError) as error:
+    except GARBLED as error:
         raise FaceError(
             "bboxes holds no boxes with x, y, width and height. Connect a node that finds faces."
         ) from error

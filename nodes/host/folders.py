@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -55,6 +56,9 @@ HYPERNETS = Shelf(
 BASES = Shelf(
     "lidb_basis", basis_file.KIND, "Empty LiDB", "There is no learned basis yet. Fast Finetune needs none. Or put the file of one"
 )  # fmt: skip
+
+
+_SEEN: dict[str, dict[str, str]] = defaultdict(dict)  # category → name → the digest when the prompt began
 
 
 def register_folders() -> None:
@@ -105,6 +109,19 @@ def find(shelf: Shelf, name: str | None) -> Path:
     )
 
 
+def find_unchanged(shelf: Shelf, name: str | None) -> Path:
+    """As `find`, of a file that is still what `fingerprint` saw: the host keeps the result for what was seen.
+
+    Raises:
+        HDBError: of the kind's class, as `find`, or if another file has come in its place.
+    """
+    path, seen = find(shelf, name), _SEEN[shelf.category]
+    if seen.get(portable(str(name)), digest := read_digest(shelf.kind, path)) != digest:
+        seen.clear()
+        raise shelf.kind.error(f"{path.name} was replaced while the prompt ran. Queue the prompt again.")
+    return path
+
+
 def validated(shelf: Shelf, name: str | None) -> bool | str:
     """What a node's validate_inputs returns for a name; None is missing, null, or comes over a wire.
 
@@ -122,7 +139,19 @@ def validated(shelf: Shelf, name: str | None) -> bool | str:
 
 def fingerprint(shelf: Shelf, name: str | None) -> str | float:
     """What a node's fingerprint_inputs returns for a name: the same for the same contents, read from the header alone."""
-    return math.nan if name is None else read_digest(shelf.kind, find(shelf, name))  # NaN: known when the node runs
+    seen = _SEEN[shelf.category]
+    if name is None:  # known when the node runs; what an earlier prompt saw does not count then
+        seen.clear()
+        return math.nan
+    seen[portable(name)] = digest = read_digest(shelf.kind, find(shelf, name))
+    return digest
+
+
+def is_taken(shelf: Shelf, path: Path) -> bool:
+    """Whether a file at a path would have its name on the shelf from a file that is there, in this folder or another."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(shelf.category)]
+    inside = next((path.relative_to(folder) for folder in folders if path.is_relative_to(folder)), None)
+    return inside is not None and any(os.path.lexists(folder / inside) for folder in folders)
 
 
 def learned_basis(recipe: BasisRecipe) -> BasisRecipe | None:
@@ -135,10 +164,13 @@ def learned_basis(recipe: BasisRecipe) -> BasisRecipe | None:
 
 
 def _files(shelf: Shelf) -> dict[str, Path]:
-    """Every file of our extension by its `portable` name; of several, the first that can be loaded, or else the first."""
+    r"""Every file of our extension by its `portable` name; of several, the first that can be loaded, or else the first.
+
+    On Linux a file's own name can have a ``\``; it comes after one that is in a folder.
+    """
     found: dict[str, Path] = {}
     for folder in folder_paths.get_folder_paths(shelf.category):
-        for path in _below(folder):
+        for path in sorted(_below(folder), key=_has_backslash):
             name = portable(os.path.relpath(path, folder))
             if "<" in name:  # the front end's menus take names as HTML; no file of ours is called so
                 continue
@@ -147,6 +179,10 @@ def _files(shelf: Shelf) -> dict[str, Path]:
                 if name not in found or (not _is_ours(shelf.kind, found[name]) and _is_ours(shelf.kind, Path(path))):
                     found[name] = Path(path)
     return found
+
+
+def _has_backslash(path: str) -> bool:
+    return os.sep == "/" and "\\" in path
 
 
 def _below(folder: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ from ...hdb_core.errors import LiDBFileError
 from ...hdb_core.files.atomic import OLD, sweep
 from ...hdb_core.files.names import checked_prefix, made_portable, portable, with_dates
 from ...hdb_core.files.reading import reason
-from .folders import EXTENSION
+from .folders import EXTENSION, LIDBS, is_taken
 
 _NUMBER = "_{:05}_" + EXTENSION
 _MOST_OF_A_NAME = 120  # bytes
@@ -41,6 +41,8 @@ def save_to_output(prefix: str, write: Callable[[Path], object]) -> Path:
         for number in itertools.count(first):
             path = Path(folder, filename + _NUMBER.format(number))
             if os.path.lexists(path):  # in other letter case, for example, which the host does not count
+                continue
+            if is_taken(LIDBS, path):  # Load LiDB would take the other one
                 continue
             with suppress(FileExistsError):  # another server on the same folder has taken the number
                 write(path)

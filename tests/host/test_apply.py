@@ -130,6 +130,16 @@ def test_options_replace_the_strengths_of_the_file(run, apply, person, loaded, s
     assert torch.equal(sample(*half), sample(*direct))
 
 
+def test_a_person_with_one_layer_changes_that_layer(host, person, apply):
+    """Its name alone does not say how many blocks a level of the model has."""
+    whole = person(1, convolutions=True)
+    keys = host.module("hdb_core.layout").host_keys(whole.layout)
+    for i, layer in enumerate(whole.layout.layers):
+        alone = replace(whole.layout, layers=(layer,))
+        model, clip = apply(replace(whole, layout=alone, down=whole.down[[i]], up=whole.up[[i]]))
+        assert {*model.patches, *clip.patcher.patches} == {keys[layer.name]}
+
+
 def test_bases_are_made_once_for_a_loaded_model_and_go_with_it(host, person, loaded, apply, monkeypatch):
     bases, made = host.module("nodes.host.bases"), []
     monkeypatch.setattr(bases, "_OF_MODEL", weakref.WeakKeyDictionary())

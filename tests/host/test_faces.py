@@ -102,6 +102,8 @@ def test_grey_and_transparent_photos(run):
         ({"bboxes": box(10, 10, 50, 50), "index": 1}, "There are 1 faces, counted from 0, and index is 1"),
         ({"bboxes": [[[box(9, 9, 50, 50)], [], []]]}, "1 photos and boxes for 3"),
         ({"bboxes": "face"}, "bboxes holds no boxes"),
+        ({"bboxes": torch.tensor([[10.0, 10.0, 50.0, 50.0]])}, "bboxes holds no boxes"),
+        ({"bboxes": np.array([[10.0, 10.0, 50.0, 50.0]])}, "bboxes holds no boxes"),
         ({"bboxes": box(60, 10, -50, 100)}, "bboxes holds no boxes"),
         ({"bboxes": [[box(10, 10, 50, 50), box(60, 60, 9, -9)]]}, "bboxes holds no boxes"),
         ({"mask": torch.full((1, 200, 200), 0.4)}, "The mask is empty"),
@@ -119,7 +121,7 @@ def test_what_cannot_be_cut_is_said(run, error, inputs, message):
 def test_without_a_detector_the_three_ways_are_named(run, host, error, monkeypatch):
     monkeypatch.setattr(host.module("hdb_core.detectors"), "has_opencv", lambda: False)
     host.module("nodes.host.faces")._has_cascade.cache_clear()
-    with pytest.raises(error, match=r"MASK.*bboxes.*YuNet file \(yunet_final.pth\) into .*detection"):
+    with pytest.raises(error, match=r"MASK.*bboxes.*YuNet file \(https://.*yunet_final.pth\) into .*detection"):
         run("CropToFace", image=noise(200, 200))
     host.module("nodes.host.faces")._has_cascade.cache_clear()
 

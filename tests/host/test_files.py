@@ -51,6 +51,30 @@ def test_files_are_numbered_and_listed_at_once(run, host, person):
     )
 
 
+@pytest.mark.parametrize("place", ["models", "yaml"])
+def test_a_number_that_another_folder_has_taken_is_passed_over(run, host, person, base_directory, place):
+    """Load LiDB would give that folder's person."""
+    (first,) = run("SaveLiDB", lidb=person(8), filename_prefix=f"lidb/taken_{place}")
+    folder = base_directory / "models" / "lidb" if place == "models" else host.extra
+    folder.mkdir(parents=True, exist_ok=True)
+    os.replace(first, folder / Path(first).name)
+    (second,) = run("SaveLiDB", lidb=person(9), filename_prefix=f"lidb/taken_{place}")
+    assert Path(second).name == f"taken_{place}_00002_.safetensors"
+    assert run("LoadLiDB", lidb_name=Path(second).name)[0].layout == person(9).layout
+
+
+@pytest.mark.skipif(os.sep != "/", reason="a name holds no backslash on Windows")
+def test_a_name_with_a_backslash_hides_no_file_of_a_folder(run, host, person):
+    (own,) = run("SaveLiDB", lidb=person(1), filename_prefix="lidb/friends/anna")
+    (other,) = run("SaveLiDB", lidb=person(2), filename_prefix="lidb/stranger")
+    stranger = Path(other).parent / rf"friends\{Path(own).name}"
+    os.replace(other, stranger)
+    find = host.module("nodes.host.folders")
+    assert find.find(find.LIDBS, f"friends/{Path(own).name}") == Path(own)
+    os.remove(own)
+    assert find.find(find.LIDBS, f"friends/{Path(own).name}") == stranger
+
+
 @pytest.mark.parametrize("place", ["models", "yaml", "subfolder"])
 def test_found_where_models_live(run, host, person, base_directory, place):
     (path,) = run("SaveLiDB", lidb=person(7), filename_prefix=f"elsewhere/{place}")
@@ -166,6 +190,25 @@ def test_a_changed_file_is_read_again(run, host, person):
     (other,) = run("SaveLiDB", lidb=person(2), filename_prefix="lidb/other")
     os.replace(other, path)
     assert first != node.fingerprint_inputs(lidb_name=name)
+
+
+def test_a_file_that_is_replaced_while_the_prompt_runs_is_refused(run, host, person):
+    """The host would keep the other person under the fingerprint of this one."""
+    node = host.nodes["LoadLiDB"]
+    (path,) = run("SaveLiDB", lidb=person(1), filename_prefix="lidb/replaced")
+    (other,) = run("SaveLiDB", lidb=person(2), filename_prefix="lidb/replacing")
+    name = load_name(host, path)
+    node.fingerprint_inputs(lidb_name=name)
+    run("LoadLiDB", lidb_name=name)
+    os.replace(other, path)
+    with pytest.raises(host.module("hdb_core.errors").LiDBFileError, match="was replaced while the prompt ran"):
+        run("LoadLiDB", lidb_name=name)
+    node.fingerprint_inputs(lidb_name=name)
+    run("LoadLiDB", lidb_name=name)
+    (again,) = run("SaveLiDB", lidb=person(3), filename_prefix="lidb/replacing")
+    os.replace(again, path)
+    node.fingerprint_inputs(lidb_name=None)  # the name comes over a wire now
+    run("LoadLiDB", lidb_name=name)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,18 @@ def test_only_the_header_is_read_at_first(run, host, base_directory, name, photo
         run("PredictLiDB", hypernet=hypernet, image=photo)
 
 
+def test_a_file_that_is_replaced_before_its_weights_are_read_is_refused(
+    run, host, base_directory, name, photo, write_hypernet, hypernet_config
+):
+    folder = base_directory / "models" / "hyperdreambooth"
+    shutil.copy(folder / name, folder / "before.safetensors")
+    (hypernet,) = run("LoadHyperNet", hypernet_name="before.safetensors")
+    other = write_hypernet(replace(hypernet_config, depth=1), "other.safetensors")
+    os.replace(folder / other, folder / "before.safetensors")
+    with pytest.raises(host.module("hdb_core.errors").HyperNetFileError, match="was replaced while the prompt ran"):
+        run("PredictLiDB", hypernet=hypernet, image=photo)
+
+
 def test_extra_model_paths_and_bad_names(run, host, base_directory, name):
     shutil.copy(base_directory / "models" / "hyperdreambooth" / name, host.extra_hypernets / "mine.safetensors")
     assert "mine.safetensors" in host.folder_paths.get_filename_list("hyperdreambooth")
