@@ -62,7 +62,7 @@ MOST = 2  # times the steps that it usually takes: automatic steps end there, wh
 # From one photo, little of the person in the prompt's own pass and more by guidance keeps the prompt's words.
 # What is enough is what these steps gained at the default rate; several photos have more in them that stays unexplained.
 RECOMMENDED = {
-    FROM_PREDICTION: Recommendation(12, Strengths(0.7, 0.5, 2.5), 0.25),
+    FROM_PREDICTION: Recommendation(14, Strengths(0.7, 0.5, 2.5), 0.25),
     FROM_PHOTO: Recommendation(56, Strengths(0.35, 0.5, 4.5), 0.4),
     FROM_PHOTOS: Recommendation(100, Strengths(0.7, 0.5, 2.5), 0.33),
     # More steps soon repeat the photo there.

@@ -27,9 +27,9 @@ def methods(tmp_path, write_hypernet):
 def test_rows(methods, tmp_path):
     assert chosen_rows(methods(), None, "_saved") == [
         "base", "caption", "hyper", "hyper_as_lora", "hyper_3photos",
-        "hyper_5_described", "hyper_10_described", "hyper_12_described", "hyper_20_described", "hyper_40_described",
-        "hyper_12", "hyper_12_3photos_described", "hyper_40_3photos_described",
-        "hyper_narrow", "hyper_12_described_narrow", "hyper_40_described_narrow",
+        "hyper_5_described", "hyper_10_described", "hyper_14_described", "hyper_20_described", "hyper_40_described",
+        "hyper_14", "hyper_14_3photos_described", "hyper_40_3photos_described",
+        "hyper_narrow", "hyper_14_described_narrow", "hyper_40_described_narrow",
         "lidb_24_described", "lidb_40_described", "lidb_400_described",
         "lidb_40_described_guided", "lidb_56_described_guided", "lidb_56_3photos_described_guided",
         "lidb_100_3photos_described", "lidb_24", "lora1",
@@ -38,7 +38,7 @@ def test_rows(methods, tmp_path):
     ]  # fmt: skip
     missing = settings_of(methods(narrow=tmp_path / "missing"))
     assert {row for row, made in missing.items() if Bench.misses_file(made)} == {
-        "hyper_narrow", "hyper_12_described_narrow", "hyper_12_described_narrow_saved",
+        "hyper_narrow", "hyper_14_described_narrow", "hyper_14_described_narrow_saved",
         "hyper_40_described_narrow", "hyper_40_described_narrow_saved",
     }  # fmt: skip
     assert chosen_rows(methods(), ["hyper_20_described_saved", "textual_inversion"], "_saved") == [
@@ -69,10 +69,10 @@ def test_settings_are_those_of_the_steps_after_the_prediction(methods):
     plain, changed = settings_of(methods()), settings_of(methods(learning_rate=0.005))
     differing = {row.removesuffix("_saved") for row in plain if plain[row] != changed[row]}
     assert differing == {
-        "hyper_12",
-        "hyper_12_3photos_described",
+        "hyper_14",
+        "hyper_14_3photos_described",
         "hyper_40_3photos_described",
-        "hyper_12_described_narrow",
+        "hyper_14_described_narrow",
         "hyper_40_described_narrow",
         *(f"hyper_{n}_described" for n in hypernet.STEPS),
     }

@@ -99,7 +99,7 @@ def test_example_workflows_are_recommended_for_what_they_make_persons_from(host,
 def test_the_recommendations(host):
     recommended = host.module("hdb_core.recommended")
     assert recommended.RECOMMENDED == {
-        "a prediction": (12, (0.7, 0.5, 2.5), 0.25),
+        "a prediction": (14, (0.7, 0.5, 2.5), 0.25),
         "one photo": (56, (0.35, 0.5, 4.5), 0.4),
         "several photos": (100, (0.7, 0.5, 2.5), 0.33),
         "photos in a learned basis": (8, (0.7, 0.5, 2.5), None),
