@@ -184,7 +184,7 @@ def prepare(
         )
     unfinished, finished = into / "photos.partial", into / "photos"
     held = list(into.iterdir()) if into.exists() else []
-    if held == [unfinished] and unfinished.is_dir() and not unfinished.is_symlink():
+    if held == [unfinished] and _is_ours(unfinished):
         rmtree(unfinished)  # of a command that was stopped
     elif held:
         raise HyperNetError(f"{into} holds something already. Give --into a new folder, or delete that one.")
@@ -223,6 +223,13 @@ def prepare(
             f"({checks.least_sharpness}), or take other photos."
         )
     return counted
+
+
+def _is_ours(unfinished: Path) -> bool:
+    """Whether a stopped command has left the folder: it writes `PREPARED` before any photo. An empty one is nobody's."""
+    if unfinished.is_symlink() or not unfinished.is_dir():
+        return False
+    return (unfinished / PREPARED).is_file() or not any(unfinished.iterdir())
 
 
 def dropped(counted: Counter[str]) -> str:
