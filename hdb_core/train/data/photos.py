@@ -26,7 +26,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ...errors import HyperNetError
-from ...files.reading import GARBLED, reason, regular, require_few_scans
+from ...files.reading import GARBLED, opened, read_whole, reason, regular, require_few_scans
 from ...images import resize_to_cover
 from ...prompt import require_text
 from .tar import members
@@ -64,7 +64,7 @@ def read_bytes(place: Place) -> bytes:
         OSError: if it cannot be read.
     """
     if isinstance(place, Path):
-        return regular(place).read_bytes()
+        return read_whole(place)
     with place.shard.open("rb") as file:
         file.seek(place.offset)
         return file.read(place.size)
@@ -257,7 +257,7 @@ def _files_of(shard: Path) -> dict[str, Place]:
     """Name → place of the files of a shard."""
     try:
         size = regular(shard).stat().st_size
-        with shard.open("rb") as file:
+        with opened(shard) as file:
             found = ((member.name.removeprefix("./"), member) for member in members(file, size))
             return {name: Entry(shard, name, member.offset, member.size) for name, member in found}
     except (tarfile.TarError, OSError, *GARBLED) as error:
