@@ -324,6 +324,20 @@ def read_tensors(kind: FileKind, fields: Mapping[str, Any], path: Path) -> dict[
     return tensors
 
 
+def as_weights(kind: FileKind, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of a file as the weights of a network, float32.
+
+    Raises:
+        HDBError: of the kind's class, if they are no floating-point numbers, or not finite.
+    """
+    if not all(tensor.is_floating_point() for tensor in tensors.values()):
+        raise kind.damaged(path, "its weights are no floating-point numbers")
+    weights = {name: tensor.float() for name, tensor in tensors.items()}
+    if not all(bool(weight.isfinite().all()) for weight in weights.values()):
+        raise kind.error(f"{path.name!r} holds NaN or infinity. Copy or download it again.")
+    return weights
+
+
 def _read_metadata(kind: FileKind, path: Path) -> str:
     """Our header's text, after checks that need no knowledge of ours: is it whole, is it safetensors, is it ours."""
     try:
