@@ -176,6 +176,22 @@ def test_links_in_a_shard(tmp_path, kind):
         find_people(tmp_path)
 
 
+@pytest.mark.parametrize("name", [".", "anna"])
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch, name):
+    (tmp_path / "anna").mkdir()
+    listed = Path.iterdir
+
+    def refused(folder):  # permissions do not stop root
+        if folder == tmp_path / name:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    message = rf"^{re.escape(str(tmp_path / name))} cannot be read \(Permission denied\). Make it readable"
+    with pytest.raises(HyperNetError, match=message):
+        find_people(tmp_path)
+
+
 CLAIMS = {
     "sparse": {"GNU.sparse.size": str(10**13), "GNU.sparse.map": "0,10"},
     "negative": {"size": "-5"},

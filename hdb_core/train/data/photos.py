@@ -187,18 +187,20 @@ def find_people(folder: Path) -> list[Person]:
     """All people of a folder, by name; those of a shard stand side by side.
 
     Raises:
-        HyperNetError: if there is none, two have one name, a photo has two masks or texts, or a shard cannot be read.
+        HyperNetError: if there is none, two have one name, a photo has two masks or texts, or a folder or a
+            shard cannot be read.
     """
     if not folder.is_dir():
         raise HyperNetError(f"There is no folder {folder}. Give --photos a folder with a sub-folder for each person.")
-    if (inner := folder / "photos" / PREPARED).exists():
-        raise HyperNetError(f"The photos that were prepared in {folder} are in {inner.parent}. Give that folder.")
+    with _listing(folder):
+        if (inner := folder / "photos" / PREPARED).exists():
+            raise HyperNetError(f"The photos that were prepared in {folder} are in {inner.parent}. Give that folder.")
+        entries = sorted(folder.iterdir())
+        single: dict[str, list[Path]] = {}
+        for entry in entries:
+            if not entry.is_dir():
+                single.setdefault(_plain(entry.name), []).append(entry)
     people: dict[str, Person] = {}
-    entries = sorted(folder.iterdir())
-    single: dict[str, list[Path]] = {}
-    for entry in entries:
-        if not entry.is_dir():
-            single.setdefault(_plain(entry.name), []).append(entry)
     for entry in entries:
         for person in _people_of(entry, single):
             if person.name in people:
@@ -212,10 +214,25 @@ def find_people(folder: Path) -> list[Person]:
     return list(people.values())
 
 
+@contextmanager
+def _listing(folder: Path) -> Iterator[None]:
+    """Turns what the system says of a folder that it does not let us list into one sentence.
+
+    Raises:
+        HyperNetError: with the folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise HyperNetError(f"{folder} cannot be read ({reason(error)}). Make it readable, or leave it out.") from error
+
+
 def _people_of(entry: Path, single: dict[str, list[Path]]) -> list[Person]:
     """The people of an entry of the folder of photos; what belongs to a single photo is among ``single`` files."""
     if entry.is_dir():
-        return _grouped({f"{entry.name}/{file.name}": file for file in entry.iterdir() if not file.is_dir()})
+        with _listing(entry):
+            files = {f"{entry.name}/{file.name}": file for file in entry.iterdir() if not file.is_dir()}
+        return _grouped(files)
     if entry.suffix.lower() == SHARD:
         return _grouped(_files_of(entry))
     if not _is_photo(entry.name):
