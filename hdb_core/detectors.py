@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from .errors import FaceError
 from .faces import Box, Detector, resized_to, without_doubles
-from .files.reading import GARBLED, reason, regular
+from .files.reading import GARBLED, read_whole, reason
 
 LONGEST = 640  # pixels of the side that a photo is searched at; YuNet finds faces from 10 pixels on
 CERTAIN = 0.8  # score of YuNet from which it is a face
@@ -43,12 +43,14 @@ def yunet(path: Path) -> Detector:
         FaceError: it cannot be read, or is another model.
     """
     try:
-        kind = regular(path).suffix.lower()
+        kind, data = path.suffix.lower(), read_whole(path)
+        if not data:
+            raise ValueError("it is empty")
         if kind == ".onnx":
             return yunet_by_opencv(path)
         if kind == ".safetensors":
-            return yunet_by_kornia(safetensors.torch.load(path.read_bytes()))
-        _require_no_bomb(path)
+            return yunet_by_kornia(safetensors.torch.load(data))
+        _require_no_bomb(path, data)
         return yunet_by_kornia(dict(torch.load(path, map_location="cpu", weights_only=True)))
     except FaceError:
         raise
@@ -59,13 +61,13 @@ def yunet(path: Path) -> Detector:
         ) from error
 
 
-def _require_no_bomb(path: Path) -> None:
+def _require_no_bomb(path: Path, data: bytes) -> None:
     """Refuse what would take more memory than the file: torch.save compresses nothing, and calls for no bytearray.
 
     Raises:
         ValueError, zipfile.BadZipFile: it would, or it is damaged.
     """
-    if b"bytearray" in path.read_bytes():  # which torch.load makes of any size, with weights_only, too
+    if b"bytearray" in data:  # which torch.load makes of any size, with weights_only, too
         raise ValueError("it is not of weights")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:

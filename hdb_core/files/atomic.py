@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -17,6 +17,8 @@ OLD = 86_400  # seconds after which nobody writes to a temporary file any more
 
 def replacing(path: Path) -> AbstractContextManager[Path]:
     """A temporary file beside `path`, to be written; it takes the place of `path` when the block ends without an error.
+
+    Who may read and write `path` stays as it was; of a new file, as the umask says.
 
     Args:
         path: the file; its folder must exist.
@@ -81,18 +83,28 @@ def naming(path: Path) -> Iterator[None]:
 @contextmanager
 def _written(path: Path, move: Callable[[Path, Path], None]) -> Iterator[Path]:
     with naming(path):  # that was to be written, and not the temporary one
-        handle, name = tempfile.mkstemp(dir=nameable(path).parent, prefix=_PREFIX, suffix=_SUFFIX)
-        os.close(handle)
-        temporary = Path(name)
+        mode = _mode_of(nameable(path))
+        temporary = path.parent / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+        # The system applies the umask. What nobody else may read, nobody else may read while it is written.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666 if mode is None else 0o600))
         try:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            with suppress(OSError):  # network drives and Windows drives in WSL have modes of their own
-                temporary.chmod(0o644)
+            if mode is not None:
+                with suppress(OSError):  # network drives and Windows drives in WSL have modes of their own
+                    temporary.chmod(mode)
             move(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _mode_of(path: Path) -> int | None:
+    """Who may read and write a file, as chmod takes it; None if there is none."""
+    try:
+        return path.stat().st_mode & 0o777
+    except OSError:
+        return None
 
 
 def _move_new(temporary: Path, path: Path) -> None:

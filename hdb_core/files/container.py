@@ -24,7 +24,7 @@ from ..errors import BasisError, HDBError
 from ..layout import Layer, Layout
 from .atomic import creating, replacing
 from .fields import as_type, read_dataclass, whole_number
-from .reading import GARBLED, reason, regular
+from .reading import GARBLED, opened, read_whole, reason, regular
 
 # A file is believed only within these limits, so that whatever it says, reading it takes no more than its own length
 # and these allow. The largest model of today has some 2,000 layers, up to 55,296 wide.
@@ -314,7 +314,7 @@ def read_tensors(kind: FileKind, fields: Mapping[str, Any], path: Path) -> dict[
         HDBError: of the kind's class, if they are damaged.
     """
     try:
-        tensors = safetensors.torch.load(regular(path).read_bytes())
+        tensors = safetensors.torch.load(read_whole(path))
     except GARBLED as error:
         raise kind.damaged(path, reason(error)) from error
     except OSError as error:
@@ -324,11 +324,25 @@ def read_tensors(kind: FileKind, fields: Mapping[str, Any], path: Path) -> dict[
     return tensors
 
 
+def as_weights(kind: FileKind, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of a file as the weights of a network, float32.
+
+    Raises:
+        HDBError: of the kind's class, if they are no floating-point numbers, or not finite.
+    """
+    if not all(tensor.is_floating_point() for tensor in tensors.values()):
+        raise kind.damaged(path, "its weights are no floating-point numbers")
+    weights = {name: tensor.float() for name, tensor in tensors.items()}
+    if not all(bool(weight.isfinite().all()) for weight in weights.values()):
+        raise kind.error(f"{path.name!r} holds NaN or infinity. Copy or download it again.")
+    return weights
+
+
 def _read_metadata(kind: FileKind, path: Path) -> str:
     """Our header's text, after checks that need no knowledge of ours: is it whole, is it safetensors, is it ours."""
     try:
         size = regular(path).stat().st_size
-        with path.open("rb") as file:
+        with opened(path) as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             opening = file.read(1)

@@ -119,11 +119,7 @@ def load(path: str | os.PathLike[str], learned: BasisRecipe | None = None) -> Hy
         net = HyperNet.create(replace(header.config, basis=basis))
         if shapes != {name: tuple(weight.shape) for name, weight in net.state_dict().items()}:
             raise ValueError(_OTHER_SIZES)
-        if not all(weight.is_floating_point() for weight in tensors.values()):
-            raise TypeError("its weights are no floating-point numbers")
-        net.load_state_dict({name: weight.float() for name, weight in tensors.items()})
-    if not all(bool(weight.isfinite().all()) for weight in net.state_dict().values()):
-        raise HyperNetFileError(f"{path.name!r} holds NaN or infinity. Copy or download it again.")
+        net.load_state_dict(container.as_weights(KIND, tensors, path))
     return net.eval().requires_grad_(False)
 
 

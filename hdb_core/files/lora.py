@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..basis import BasisRecipe, is_drawable
-from ..card import made
+from ..card import made, picture_of
 from ..errors import LiDBFileError
 from ..layout import FAMILIES, HOST_PREFIX, Layer, Layout
 from ..lidb import LiDB, expand_layer, is_finite, truncate
@@ -59,7 +59,8 @@ def save(lidb: LiDB, path: str | os.PathLike[str], title: str = "") -> int:
 def metadata(lidb: LiDB, title: str = "") -> dict[str, str]:
     """What the file says about itself: in the fields that other programs read, and in those of `METADATA`.
 
-    The trigger word, the base model, the name and the picture are where browsers of LoRA files look for them.
+    The trigger word, the base model, the name and the picture are where browsers of LoRA files look for them. A thumbnail
+    that is no picture, in somebody else's LiDB, is left out.
     Source: the fields ``ss_…`` of kohya's sd-scripts, and ModelSpec 1.0.0, https://github.com/Stability-AI/ModelSpec.
 
     Args:
@@ -67,6 +68,7 @@ def metadata(lidb: LiDB, title: str = "") -> dict[str, str]:
         title: of the file, for a person without a name.
     """
     about, family = lidb.about, lidb.layout.family
+    thumbnail = "" if picture_of(about) is None else f"data:image/jpeg;base64,{about.thumbnail}"
     texts = {f"lidb_{name}": str(getattr(about, name)) for name in METADATA} | {
         "ss_output_name": about.name or title,
         "ss_base_model_version": BASE_MODELS.get(family, family.lower()),
@@ -83,7 +85,7 @@ def metadata(lidb: LiDB, title: str = "") -> dict[str, str]:
         "modelspec.trigger_phrase": about.token,
         "modelspec.usage_hint": f"Prompt: {about.prompt}",
         "modelspec.category": "Person",
-        "modelspec.thumbnail": about.thumbnail and f"data:image/jpeg;base64,{about.thumbnail}",
+        "modelspec.thumbnail": thumbnail,
     }
     return {name: text.encode("utf-8", "replace").decode() for name, text in texts.items() if text}
 

@@ -11,7 +11,9 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -39,6 +41,26 @@ def regular(path: Path) -> Path:
     if status.st_size > _MOST_HOLLOW and _bytes_on_disk(path, status.st_size // 2) < status.st_size // 2:
         raise _invalid(path, "most of it is not there, as in a download that has not ended")
     return path
+
+
+def opened(path: Path) -> BinaryIO:
+    """A `regular` file, to be read. One without a size is empty: those that the system makes up may never end.
+
+    Raises:
+        FileNotFoundError, OSError: as `regular` does, or if it cannot be opened.
+    """
+    return path.open("rb") if regular(path).stat().st_size else BytesIO()
+
+
+def read_whole(path: Path) -> bytes:
+    """The contents of a `regular` file, up to the size that it has at first.
+
+    Raises:
+        FileNotFoundError, OSError: as `regular` does, or if it cannot be read.
+    """
+    size = regular(path).stat().st_size
+    with opened(path) as file:
+        return file.read(size)
 
 
 def nameable(path: Path) -> Path:

@@ -100,10 +100,12 @@ def load_encoder(encoder: Module, path: Path) -> None:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        HyperNetError: if it is another one, damaged, or of another size.
+        HyperNetError: if it is another one, damaged, or of another size, or holds something else than finite numbers.
     """
+    tensors = container.read_tensors(ENCODER, container.read_fields(ENCODER, path), path)
+    weights = container.as_weights(ENCODER, tensors, path)
     try:
-        encoder.load_state_dict(container.read_tensors(ENCODER, container.read_fields(ENCODER, path), path))
+        encoder.load_state_dict(weights)
     except RuntimeError as error:
         raise HyperNetError(
             f"{path} is an image encoder of other sizes. Give the settings of encoder that it was trained with."

@@ -46,6 +46,16 @@ class PretrainConfig(LoopConfig):
     portraits: bool = False
 
 
+def require_summary(encoder: EncoderConfig) -> None:
+    """Refuse an encoder that cannot be pretrained.
+
+    Raises:
+        HyperNetError: if it has no summary.
+    """
+    if encoder.summary < 1:
+        raise HyperNetError("The encoder is pretrained on its summary. Set encoder.summary to 1 or more.")
+
+
 class PhotoPredictor(nn.Module):
     """A photo's components from the pixels of another photo of the person, and from its own words.
 
@@ -60,8 +70,7 @@ class PhotoPredictor(nn.Module):
 
     def __init__(self, encoder: EncoderConfig, text_width: int, components: int) -> None:
         super().__init__()
-        if encoder.summary < 1:
-            raise HyperNetError("The encoder is pretrained on its summary. Set encoder.summary to 1 or more.")
+        require_summary(encoder)
         self.encoder = PhotoEncoder(encoder)
         self.text_in = nn.Linear(text_width, encoder.token_width)
         self.hidden = nn.Linear((encoder.summary + 1) * encoder.token_width, 2 * encoder.token_width)

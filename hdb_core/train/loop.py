@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..errors import HyperNetError
 from ..files.atomic import write_text
-from ..files.reading import GARBLED, regular
+from ..files.reading import GARBLED, opened
 from . import state as state_file
 from .ahead import read_ahead
 
@@ -301,7 +301,7 @@ def _rows(log: Path) -> list[tuple[int, Mapping[str, Any]]]:
     if not log.exists():
         return []
     try:
-        with regular(log).open(newline="", encoding="utf-8") as file:
+        with io.TextIOWrapper(opened(log), encoding="utf-8", newline="") as file:
             rows: list[tuple[int, Mapping[str, Any]]] = [
                 (int(row["step"]), row) for row in csv.DictReader(file, strict=True)
             ]

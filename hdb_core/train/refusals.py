@@ -10,6 +10,7 @@ from ..hypernet import HyperNet
 from .beginning import NOTHING_LEARNED, load_encoder, matching_hypernet
 from .data.groups import group_paths, read_header
 from .data.people import IDENTITY
+from .encoder_loss import require_summary
 from .job import Job
 from .loop import parts_of
 from .split import split
@@ -33,6 +34,8 @@ def refuse_early(job: Job, stages: Sequence[str]) -> None:
             job.run.require_own_result(stage)
             parts_of(config.people, settings.accumulate, job.accelerator)
             split(job.needed, settings.held_out, settings.overfit)
+    if "pretrain" in stages and not settings.clip_vision:
+        require_summary(job.encoder)
     if settings.begin_with and not job.run.begins_with_hypernet() and {"pretrain", "train"} & set(stages):
         _require_encoder(job)
     if "train" in stages:

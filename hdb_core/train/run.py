@@ -15,7 +15,7 @@ from ..errors import HyperNetError, require
 from ..faces import CUTS
 from ..files import hypernet as hypernet_file
 from ..files.atomic import sweep, write_text
-from ..files.reading import GARBLED, nameable, reason, regular
+from ..files.reading import GARBLED, nameable, opened, reason, regular
 from .data.photos import PREPARED
 from .loop import logged_step
 from .settings import Settings, changed, flat
@@ -222,7 +222,7 @@ def _prepared(photos: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     """The contents of a JSON file that is not absurdly long."""
-    with regular(path).open("rb") as file:
+    with opened(path) as file:
         data = file.read(MAX_CONFIG_BYTES + 1)
     if len(data) > MAX_CONFIG_BYTES:
         raise ValueError(f"it is longer than {MAX_CONFIG_BYTES:,} bytes")

@@ -39,7 +39,10 @@ LIMITS = {
     "samples.steps": 1000,
     "draws": 10_000,
 }
-AT_LEAST_1 = ("image_size", "rank", "group", "accumulate", "samples.steps", "evaluate.draws")
+AT_LEAST_1 = (
+    "image_size", "rank", "group", "accumulate", "samples.steps", "evaluate.draws", "net.width", "net.depth", "net.heads", "net.code",
+    "encoder.image_size", "encoder.token_width", "encoder.patch_size", "encoder.heads", "basis.down_dim", "basis.up_dim",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,8 @@ class Settings:
         _require(known, "prediction_type", "epsilon, v_prediction or nothing", self.prediction_type)
         for name in AT_LEAST_1:
             _require(values[name] >= 1, name, "at least 1", values[name])
+        heads, width = self.net.heads, self.net.width
+        _require(width % heads == 0, "net.width", f"a multiple of net.heads ({heads})", width)
         _require(0 < self.held_out < 1, "held_out", "a share between 0 and 1", self.held_out)
         if self.clip_vision and self.train.augment:
             raise HyperNetError(

@@ -25,6 +25,31 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX")
+@pytest.mark.parametrize("write", WRITE)
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_new_file_has_the_mode_that_the_umask_gives(tmp_path, write, umask):
+    before = os.umask(umask)
+    try:
+        with WRITE[write](tmp_path / "file.txt") as temporary:
+            assert temporary.stat().st_mode & 0o777 == 0o666 & ~umask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file.txt").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX")
+@pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path, mode):
+    path = tmp_path / "file.txt"
+    path.touch()
+    path.chmod(mode)
+    with replacing(path) as temporary:
+        assert temporary.stat().st_mode & 0o777 == 0o600  # nobody else reads it before
+        temporary.write_text("new")
+    assert path.stat().st_mode & 0o777 == mode and path.read_text() == "new"
+
+
 @pytest.mark.parametrize("write", WRITE)
 def test_an_error_leaves_what_was_there(tmp_path, write):
     path = tmp_path / "file.txt"
@@ -124,6 +149,7 @@ def test_a_drive_with_modes_of_its_own(tmp_path, monkeypatch, write):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "chmod", refused)
-    with WRITE[write](tmp_path / "file.txt") as temporary:
-        temporary.write_text("new")
-    assert (tmp_path / "file.txt").read_text() == "new"
+    for text in ("new", "newer")[: 1 + (write == "replacing")]:
+        with WRITE[write](tmp_path / "file.txt") as temporary:
+            temporary.write_text(text)
+        assert (tmp_path / "file.txt").read_text() == text

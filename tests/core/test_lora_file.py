@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hdb_core.basis import BasisRecipe
+from hdb_core.card import thumbnail
 from hdb_core.errors import LiDBFileError
 from hdb_core.files import lora
 from hdb_core.layout import Layer, Layout
@@ -40,8 +41,8 @@ def metadata_of(path):
 
 def test_says_what_other_programs_read(tmp_path, make_lidb):
     """Trigger word, base model, name, picture: where ComfyUI's own asset list, kohya's and ai-toolkit's tools look."""
-    lidb = make_lidb(0, 2)
-    about = replace(lidb.about, prompt="photo of a sks face", token="sks", photos=2, name="Zoë 1", thumbnail="aGk=")
+    lidb, picture = make_lidb(0, 2), thumbnail(torch.zeros(3, 64, 64))
+    about = replace(lidb.about, prompt="photo of a sks face", token="sks", photos=2, name="Zoë 1", thumbnail=picture)
     lora.save(replace(lidb, about=about), tmp_path / "p.safetensors", title="person")
     found = metadata_of(tmp_path / "p.safetensors")
     words = {word for folder in json.loads(found["ss_tag_frequency"]).values() for word in folder}
@@ -49,8 +50,14 @@ def test_says_what_other_programs_read(tmp_path, make_lidb):
     assert (found["ss_base_model_version"], found["modelspec.architecture"]) == ("sd_v1", "stable-diffusion-v1/lora")
     assert (found["ss_output_name"], found["modelspec.title"]) == ("Zoë 1", "Zoë 1")
     assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("2", "2.0")
-    assert found["modelspec.thumbnail"] == "data:image/jpeg;base64,aGk="
+    assert found["modelspec.thumbnail"] == f"data:image/jpeg;base64,{picture}"
     assert (found["modelspec.sai_model_spec"], found["lidb_token"], found["lidb_name"]) == ("1.0.0", "sks", "Zoë 1")
+
+
+@pytest.mark.parametrize("text", ["aGk=", "no base64", "data:text/html,<script>"])
+def test_a_strangers_thumbnail_that_is_none_is_left_out(make_lidb, text):
+    lidb = make_lidb(0)
+    assert "modelspec.thumbnail" not in lora.metadata(replace(lidb, about=replace(lidb.about, thumbnail=text)))
 
 
 def test_the_same_person_is_the_same_file(tmp_path, make_lidb):

@@ -227,6 +227,14 @@ def test_only_the_photos_of_a_stopped_command_are_replaced(source, tmp_path):
     (into / "photos.partial").symlink_to(source)
     with pytest.raises(HyperNetError, match="holds something already"):
         prepare(source, into, CHECKS)
+    (into / "photos.partial").unlink()
+    picture_of(mine := into / "photos.partial" / "anna" / "1.png")
+    with pytest.raises(HyperNetError, match="holds something already"):
+        prepare(source, into, CHECKS)
+    assert mine.exists()
+    (into / "photos.partial" / "prepared.json").write_text('{"cut": "centre"}')
+    assert prepare(source, into, CHECKS)["kept"] == 3
+    assert not (into / "photos.partial").exists()
 
 
 def test_photos_in_formats_that_are_not_read(source, tmp_path):

@@ -5,6 +5,8 @@ import torch
 
 from hdb_core.errors import HyperNetError
 from hdb_core.hypernet import EncoderConfig
+from hdb_core.hypernet.encoder import PhotoEncoder
+from hdb_core.train.beginning import load_encoder, save_encoder
 from hdb_core.train.encoder_loss import PhotoPredictor
 from hdb_core.train.face_code import Components, fit_code
 
@@ -51,6 +53,23 @@ def test_directions_do_not_turn_round_with_the_numbers_they_are_found_from(laten
 def test_an_encoder_without_a_summary_is_refused():
     with pytest.raises(HyperNetError, match=r"Set encoder\.summary"):
         PhotoPredictor(EncoderConfig(image_size=32, token_width=24, summary=0), 8, 10)
+
+
+WRONG = {
+    "holds NaN or infinity": lambda weight: weight.float() * torch.nan,
+    "its weights are no floating-point numbers": lambda weight: weight.long(),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_an_encoder_of_other_numbers_is_refused(tmp_path, said):
+    encoder = PhotoEncoder(EncoderConfig(image_size=32, token_width=24))
+    weights, path = encoder.state_dict(), tmp_path / "encoder.safetensors"
+    save_encoder({name: weight.half() for name, weight in weights.items()}, path)
+    load_encoder(encoder, path)
+    save_encoder(weights | {name: WRONG[said](weight) for name, weight in list(weights.items())[-1:]}, path)
+    with pytest.raises(HyperNetError, match=rf"'encoder\.safetensors' .*{said}"):
+        load_encoder(encoder, path)
 
 
 def test_the_face_code_has_what_is_shared_and_not_what_is_not(latents):

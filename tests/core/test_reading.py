@@ -1,19 +1,24 @@
 """What is asked of every file before it is opened, and how a message quotes one."""
 
+import json
 import os
 import time
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from devtools import fuzz
+from hdb_core import detectors
 from hdb_core.basis import BasisRecipe
-from hdb_core.errors import MOST_SHOWN, HDBError
+from hdb_core.errors import MOST_SHOWN, FaceError, HDBError, LayoutError
 from hdb_core.files import basis, container, hypernet, lidb, lora
-from hdb_core.files.reading import reason, regular
+from hdb_core.files.reading import opened, read_whole, reason, regular
 from hdb_core.hypernet import HyperNet, HyperNetConfig
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import LiDB
+from hdb_core.train.base.local import require_unquantised
 
 KINDS = sorted(set(fuzz.TARGETS) - {"config"})
 UNNAMEABLE = pytest.mark.parametrize("name", ["a\0b", "\ud800"], ids=["NUL", "half a character"])
@@ -48,6 +53,35 @@ def test_a_pipe_or_a_folder_is_refused_and_not_waited_for(tmp_path, kind):
     for name in ("pipe", "folder"):
         with pytest.raises(HDBError, match="folder or a device"):
             fuzz.TARGETS[kind].load(tmp_path / name)
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="Linux makes files up")
+def test_a_link_to_a_file_of_the_systems_is_an_empty_file(tmp_path, monkeypatch):
+    """/proc/kmsg counts as a file, too, and never ends."""
+    for name in ("link", "link.pth", "config.json"):
+        (tmp_path / name).symlink_to("/proc/version")
+    assert (tmp_path / "link").read_bytes()
+    monkeypatch.setattr(Path, "open", Mock(side_effect=AssertionError))
+    assert read_whole(tmp_path / "link") == opened(tmp_path / "link").read() == b""
+    for kind in KINDS:
+        with pytest.raises(HDBError, match="not in the safetensors format"):
+            fuzz.TARGETS[kind].load(tmp_path / "link")
+    with pytest.raises(FaceError, match="is no YuNet file"):
+        detectors.yunet(tmp_path / "link.pth")
+    with pytest.raises(ValueError, match="Expecting value"):
+        require_unquantised(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
+def test_a_model_described_by_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    require_unquantised(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(LayoutError, match=r"config\.json cannot be read \(No such file"):
+        require_unquantised(tmp_path)
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(LayoutError, match=r"config\.json cannot be read \(it is a folder or a device"):
+        require_unquantised(tmp_path)
 
 
 @UNNAMEABLE

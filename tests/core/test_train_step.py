@@ -99,6 +99,9 @@ def test_noise_levels_that_make_no_sense_are_refused(section, noise):
      ("train.people", 10**9, "people: from 0 to 100,000"),
      ("samples.steps", 10**9, "samples.steps: from 0 to 1,000"), ("evaluate.draws", 10**9, "evaluate.draws: from 0 to 10,000"),
      ("fit.learning_rate", -1.0, "fit.learning_rate: above 0"), ("fit.learning_rate", 1e300, "above 0, at most 1000"),
+     ("net.code", 0, "net.code: at least 1, got 0"), ("net.depth", 0, "net.depth: at least 1"), ("net.heads", 0, "net.heads: at least 1"),
+     ("net.heads", 3, r"net.width: a multiple of net.heads \(3\), got 256"), ("encoder.heads", 0, "encoder.heads: at least 1"),
+     ("basis.down_dim", 0, "basis.down_dim: at least 1"),
      ("mixed_precision", "fp8", "mixed_precision: no or bf16"), ("prediction_type", "x0", "prediction_type: epsilon")],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(name, value, message):

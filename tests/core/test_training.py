@@ -176,6 +176,22 @@ def test_links_in_a_shard(tmp_path, kind):
         find_people(tmp_path)
 
 
+@pytest.mark.parametrize("name", [".", "anna"])
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch, name):
+    (tmp_path / "anna").mkdir()
+    listed = Path.iterdir
+
+    def refused(folder):  # permissions do not stop root
+        if folder == tmp_path / name:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    message = rf"^{re.escape(str(tmp_path / name))} cannot be read \(Permission denied\). Make it readable"
+    with pytest.raises(HyperNetError, match=message):
+        find_people(tmp_path)
+
+
 CLAIMS = {
     "sparse": {"GNU.sparse.size": str(10**13), "GNU.sparse.map": "0,10"},
     "negative": {"size": "-5"},
@@ -346,6 +362,30 @@ def test_words_and_masks_however_they_are_written(tmp_path):
     for person in (anna, zoe):
         assert [(photo.words, photo.mask is None) for photo in person.photos] == [("smiling", False), ("", False)]
     assert [(photo.words, photo.mask.name) for photo in ben.photos] == [("smiling", "ben.mask.webp")]
+
+
+@pytest.mark.parametrize("where", ["a folder", "a single photo", "a shard"])
+@pytest.mark.parametrize("names", [("1.TXT", "1.txt"), ("1.Mask.png", "1.mask.png"), ("1.mask.jpg", "1.mask.png")])
+def test_two_texts_or_masks_of_a_photo_are_refused(tmp_path, where, names):
+    """One of them was left out, and nothing said so."""
+    folder = tmp_path / "anna"
+    folder.mkdir()
+    Image.new("RGB", (40, 20), "red").save(folder / "1.jpg")
+    for name in ("2.txt", "2.TXT"):  # of no photo
+        (folder / name).touch()
+    if where == "a shard":
+        (tmp_path / "shards").mkdir()
+    assert len(find_people(folder)) == 1
+    for name in names:
+        (folder / name).write_text("smiling")
+    if len(list(folder.iterdir())) < 5:
+        pytest.skip("names differ by more than capitals on this disk")
+    if where == "a shard":
+        with tarfile.open(tmp_path / "shards" / "shard.tar", "w") as file:
+            file.add(folder, "anna")
+    place = {"a folder": tmp_path, "a single photo": folder, "a shard": tmp_path / "shards"}[where]
+    with pytest.raises(HyperNetError, match=rf"{names[0]}.* and .*{names[1]}.* belong to the same photo"):
+        find_people(place)
 
 
 def test_a_mask_counts_in_a_fit(fitter):

@@ -908,6 +908,8 @@ def test_refusals(model, photos, tmp_path, capsys, stage, options, message):
         (["begin_with=encoder.safetensors", "encoder.token_width=64"], "an image encoder of other sizes"),
         (["begin_with=encoder.safetensors", "pretrain.steps=0", "encoder.depth=2"], "an image encoder of other sizes"),
         (["pretrain.steps=0"], "The image encoder is untrained"),
+        (["encoder.summary=0"], "Set encoder.summary to 1 or more"),
+        (["encoder.summary=0", "train.steps=0"], "Set encoder.summary to 1 or more"),
         (["fit.steps=0"], "No person was fitted"),
         (["accumulate=3"], "4 people a step must be a multiple of 1 processes times --accumulate 3"),
         (["pretrain.people=5", "accumulate=2"], "5 people a step must be a multiple"),

@@ -247,6 +247,9 @@ def _read_folder(folder: Path, dtype: torch.dtype, tokenizer: Path | None) -> Pa
         )
     kinds: list[tuple[Any, str]] = [(CLIPTextModel, ""), (CLIPTextModelWithProjection, "_2")]
     with garbled_as(lambda why: LayoutError(f"A part of {folder} is damaged ({why}). Download the model again.")):
+        for part, path in paths.items():
+            if not part.startswith(("tokenizer", "scheduler")):  # which have no weights
+                require_unquantised(path)
         texts = [
             TextEncoder(
                 _whole(kind, path, config=local_config(kind.config_class, path), dtype=dtype, **local),
@@ -269,9 +272,8 @@ def _whole(kind: Any, folder: Path, **options: Any) -> Any:
     """A part of a diffusers folder; where weights are missing, diffusers and transformers would make up random ones.
 
     Raises:
-        LayoutError: if some are missing, or they are quantised.
+        LayoutError: if some are missing.
     """
-    require_unquantised(folder)
     module, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise LayoutError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import LayoutError
+from ...files.reading import read_whole, reason
 
 _PLACES, _BLOCK = 4096, 256  # in a file of another format than safetensors; bytes of a tensor, or at a place
 # As diffusers and transformers call the weights that they load; others beside them are variants.
@@ -59,9 +60,14 @@ def require_unquantised(folder: Path) -> None:
     """Check that the weights of a folder are those of the model itself.
 
     Raises:
-        LayoutError: if they are quantised; which packages could read them does not matter.
+        LayoutError: if they are quantised; which packages could read them does not matter; if there is no file that says so.
     """
-    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
+    path = folder / "config.json"
+    try:
+        described = json.loads(read_whole(path).decode())
+    except OSError as error:
+        raise LayoutError(f"{path} cannot be read ({reason(error)}). Download the model again.") from error
+    if described.get("quantization_config"):
         raise LayoutError(
             f"{folder} holds quantised weights, which training does not take. Give it the same model in float32, float16 "
             "or bfloat16."

@@ -118,6 +118,7 @@ def _loaded(folder: Path, device: torch.device) -> VisionEncoder:
         "siglip_vision_model": ("siglip", transformers.SiglipVisionConfig, transformers.SiglipVisionModel),
         "dinov2": ("dinov2", transformers.Dinov2Config, transformers.Dinov2Model),
     }
+    require_unquantised(folder)
     kind = transformers.PretrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type", "nothing")
     if kind not in classes:
         raise HyperNetError(
@@ -127,7 +128,6 @@ def _loaded(folder: Path, device: torch.device) -> VisionEncoder:
     architecture, config_class, model_class = classes[kind]
     config = local_config(config_class, folder)
     host = _host_encoder(architecture, config, folder)
-    require_unquantised(folder)
     config.hidden_act, config.layer_norm_eps = host.activation, host.epsilon
     with torch.device("meta"):
         numbers = sum(weight.numel() for weight in model_class(config).parameters())

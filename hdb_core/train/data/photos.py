@@ -26,7 +26,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ...errors import HyperNetError
-from ...files.reading import GARBLED, reason, regular, require_few_scans
+from ...files.reading import GARBLED, opened, read_whole, reason, regular, require_few_scans
 from ...images import resize_to_cover
 from ...prompt import require_text
 from .tar import members
@@ -64,7 +64,7 @@ def read_bytes(place: Place) -> bytes:
         OSError: if it cannot be read.
     """
     if isinstance(place, Path):
-        return regular(place).read_bytes()
+        return read_whole(place)
     with place.shard.open("rb") as file:
         file.seek(place.offset)
         return file.read(place.size)
@@ -187,15 +187,20 @@ def find_people(folder: Path) -> list[Person]:
     """All people of a folder, by name; those of a shard stand side by side.
 
     Raises:
-        HyperNetError: if there is none, two have one name, or a shard cannot be read.
+        HyperNetError: if there is none, two have one name, a photo has two masks or texts, or a folder or a
+            shard cannot be read.
     """
     if not folder.is_dir():
         raise HyperNetError(f"There is no folder {folder}. Give --photos a folder with a sub-folder for each person.")
-    if (inner := folder / "photos" / PREPARED).exists():
-        raise HyperNetError(f"The photos that were prepared in {folder} are in {inner.parent}. Give that folder.")
+    with _listing(folder):
+        if (inner := folder / "photos" / PREPARED).exists():
+            raise HyperNetError(f"The photos that were prepared in {folder} are in {inner.parent}. Give that folder.")
+        entries = sorted(folder.iterdir())
+        single: dict[str, list[Path]] = {}
+        for entry in entries:
+            if not entry.is_dir():
+                single.setdefault(_plain(entry.name), []).append(entry)
     people: dict[str, Person] = {}
-    entries = sorted(folder.iterdir())
-    single = {_plain(entry.name): entry for entry in entries if not entry.is_dir()}
     for entry in entries:
         for person in _people_of(entry, single):
             if person.name in people:
@@ -209,27 +214,60 @@ def find_people(folder: Path) -> list[Person]:
     return list(people.values())
 
 
-def _people_of(entry: Path, single: dict[str, Path]) -> list[Person]:
+@contextmanager
+def _listing(folder: Path) -> Iterator[None]:
+    """Turns what the system says of a folder that it does not let us list into one sentence.
+
+    Raises:
+        HyperNetError: with the folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise HyperNetError(f"{folder} cannot be read ({reason(error)}). Make it readable, or leave it out.") from error
+
+
+def _people_of(entry: Path, single: dict[str, list[Path]]) -> list[Person]:
     """The people of an entry of the folder of photos; what belongs to a single photo is among ``single`` files."""
     if entry.is_dir():
-        return _grouped({f"{entry.name}/{file.name}": file for file in entry.iterdir() if not file.is_dir()})
+        with _listing(entry):
+            files = {f"{entry.name}/{file.name}": file for file in entry.iterdir() if not file.is_dir()}
+        return _grouped(files)
     if entry.suffix.lower() == SHARD:
         return _grouped(_files_of(entry))
+    if not _is_photo(entry.name):
+        return []
     names = [entry.name, *(entry.with_suffix(end).name for end in (WORDS, MASK))]
-    return _grouped({name: single[name] for name in names if name in single}) if _is_photo(entry.name) else []
+    return _grouped({file.name: file for name in names for file in single.get(name, [])})
 
 
 def _grouped(files: Mapping[str, Place]) -> list[Person]:
     """People from files by name: "anna/1.jpg" is of anna, "ben.jpg" of ben."""
-    files = {_plain(name): place for name, place in files.items()}
+    plain: dict[str, list[Place]] = {}
+    for name, place in files.items():
+        plain.setdefault(_plain(name), []).append(place)
     photos: dict[str, list[Photo]] = {}
-    for name in sorted(files):
+    for name in sorted(plain):
         if _is_photo(name):
             path = PurePosixPath(name)
-            words = files.get(str(path.with_suffix(WORDS)))
-            own = Photo(files[name], "" if words is None else _text(words), files.get(str(path.with_suffix(MASK))))
+            words, mask = (_only(plain.get(str(path.with_suffix(end)), [])) for end in (WORDS, MASK))
+            own = Photo(files[name], "" if words is None else _text(words), mask)
             photos.setdefault(str(path.parent) if path.parent.name else path.stem, []).append(own)
     return [Person(name, tuple(own)) for name, own in photos.items()]
+
+
+def _only(places: Sequence[Place]) -> Place | None:
+    """The words or the mask of a photo, if it has any.
+
+    Raises:
+        HyperNetError: if it has two, such as "1.txt" and "1.TXT".
+    """
+    if len(places) > 1:
+        first, second, *_ = sorted(str(place) for place in places)
+        raise HyperNetError(
+            f"{first} and {second} belong to the same photo, which takes one of them. Remove the other."
+        )
+    return places[0] if places else None
 
 
 def _text(words: Place) -> str:
@@ -257,7 +295,7 @@ def _files_of(shard: Path) -> dict[str, Place]:
     """Name → place of the files of a shard."""
     try:
         size = regular(shard).stat().st_size
-        with shard.open("rb") as file:
+        with opened(shard) as file:
             found = ((member.name.removeprefix("./"), member) for member in members(file, size))
             return {name: Entry(shard, name, member.offset, member.size) for name, member in found}
     except (tarfile.TarError, OSError, *GARBLED) as error:

@@ -28,7 +28,7 @@ from ...faces import Box, Detector, Square, cut_out, in_order, oval, rivals, squ
 from ...files.atomic import replacing, write_bytes, write_text
 from ...files.fields import as_type
 from ...files.names import made_portable, portable
-from ...files.reading import GARBLED, reason, regular
+from ...files.reading import GARBLED, opened, reason
 from ...images import resize_to_cover
 from ...prompt import require_text
 from .photos import (
@@ -184,7 +184,7 @@ def prepare(
         )
     unfinished, finished = into / "photos.partial", into / "photos"
     held = list(into.iterdir()) if into.exists() else []
-    if held == [unfinished] and unfinished.is_dir() and not unfinished.is_symlink():
+    if held == [unfinished] and _is_ours(unfinished):
         rmtree(unfinished)  # of a command that was stopped
     elif held:
         raise HyperNetError(f"{into} holds something already. Give --into a new folder, or delete that one.")
@@ -223,6 +223,13 @@ def prepare(
             f"({checks.least_sharpness}), or take other photos."
         )
     return counted
+
+
+def _is_ours(unfinished: Path) -> bool:
+    """Whether a stopped command has left the folder: it writes `PREPARED` before any photo. An empty one is nobody's."""
+    if unfinished.is_symlink() or not unfinished.is_dir():
+        return False
+    return (unfinished / PREPARED).is_file() or not any(unfinished.iterdir())
 
 
 def dropped(counted: Counter[str]) -> str:
@@ -339,11 +346,12 @@ def _metadata(source: Path) -> dict[str, str]:
         return {}
     found = {}
     try:
-        for line in regular(path).read_text(encoding="utf-8-sig").split("\n"):  # splitlines knows further ends of lines
-            if line.strip():
-                row = json.loads(line)
-                words = as_type(row.get("text", row.get("caption")), str | None, "text")
-                found[portable(str(source / row["file_name"]))] = require_text((words or "").strip())
+        with io.TextIOWrapper(opened(path), encoding="utf-8-sig") as file:
+            for line in file:  # splitlines knows further ends of lines
+                if line.strip():
+                    row = json.loads(line)
+                    words = as_type(row.get("text", row.get("caption")), str | None, "text")
+                    found[portable(str(source / row["file_name"]))] = require_text((words or "").strip())
     except (OSError, *GARBLED) as error:
         raise HyperNetError(
             f"{path} cannot be read ({reason(error)}): expected lines such as "
