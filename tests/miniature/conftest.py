@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -30,3 +31,10 @@ def model(tmp_path_factory):
         part.save_pretrained(folder / name)
     DDPMScheduler(beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_device_is_kept():
+    """A process otherwise keeps the device and the precision of its first training for the trainings of later files."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
