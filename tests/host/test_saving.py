@@ -26,9 +26,11 @@ for name, place in (("pack", root), ("pack.nodes", f"{root}/nodes")):  # without
 sys.path[:0] = [comfyui]
 import folder_paths
 from pack.hdb_core.files.atomic import creating
+from pack.nodes.host.folders import LIDBS, add_folders
 from pack.nodes.host.output import save_to_output
 
 folder_paths.set_output_directory(output)
+add_folders(LIDBS.category, {".safetensors"}, output)
 print("ready", flush=True)
 input()
 for number in range(500):
