@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,9 +146,15 @@ def test_workflow_opens_without_warnings(path, page, object_info):
 
 def test_a_search_finds_the_first_node(page):
     page.evaluate("() => window.app.graph.clear()")
-    page.mouse.dblclick(700, 450)
-    page.keyboard.type("face", delay=30)
-    page.get_by_text("Crop to").first.wait_for()
+    found = page.get_by_text("Crop to").first
+    for _ in range(4):  # the canvas overlooks a double click now and then
+        page.mouse.dblclick(700, 450, delay=50)
+        page.keyboard.type("face", delay=30)
+        with suppress(playwright.TimeoutError):
+            found.wait_for(timeout=10_000)
+            break
+        page.keyboard.press("Escape")
+    found.wait_for()
     page.keyboard.press("Escape")
 
 
