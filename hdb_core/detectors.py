@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from .errors import FaceError
 from .faces import Box, Detector, resized_to, without_doubles
-from .files.reading import GARBLED, read_whole, reason
+from .files.reading import GARBLED, read_whole, reason, regular
 
 LONGEST = 640  # pixels of the side that a photo is searched at; YuNet finds faces from 10 pixels on
 CERTAIN = 0.8  # score of YuNet from which it is a face
@@ -43,11 +43,12 @@ def yunet(path: Path) -> Detector:
         FaceError: it cannot be read, or is another model.
     """
     try:
-        kind, data = path.suffix.lower(), read_whole(path)
-        if not data:
+        kind = regular(path).suffix.lower()
+        if not path.stat().st_size:
             raise ValueError("it is empty")
         if kind == ".onnx":
             return yunet_by_opencv(path)
+        data = read_whole(path)
         if kind == ".safetensors":
             return yunet_by_kornia(safetensors.torch.load(data))
         _require_no_bomb(path, data)

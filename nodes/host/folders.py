@@ -115,11 +115,20 @@ def find_unchanged(shelf: Shelf, name: str | None) -> Path:
     Raises:
         HDBError: of the kind's class, as `find`, or if another file has come in its place.
     """
-    path, seen = find(shelf, name), _SEEN[shelf.category]
-    if seen.get(portable(str(name)), digest := read_digest(shelf.kind, path)) != digest:
-        seen.clear()
-        raise shelf.kind.error(f"{path.name} was replaced while the prompt ran. Queue the prompt again.")
+    path = find(shelf, name)
+    if seen := _SEEN[shelf.category].get(portable(str(name))):
+        require_digest(shelf.kind, path, seen)
     return path
+
+
+def require_digest(kind: FileKind, path: Path, digest: str) -> None:
+    """Check that a file is still the one whose `read_digest` was seen earlier in the prompt.
+
+    Raises:
+        HDBError: of the kind's class, if another one has come in its place.
+    """
+    if read_digest(kind, path) != digest:
+        raise kind.error(f"{path.name} was replaced while the prompt ran. Queue the prompt again.")
 
 
 def validated(shelf: Shelf, name: str | None) -> bool | str:

@@ -11,12 +11,11 @@ from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...hdb_core.errors import HyperNetError, HyperNetFileError
+from ...hdb_core.errors import HyperNetError
 from ...hdb_core.files import hypernet as hypernet_file
-from ...hdb_core.files.container import read_digest
 from ...hdb_core.hypernet import HyperNetConfig, predict, preprocess
 from ...hdb_core.lidb import LiDB
-from .folders import learned_basis
+from .folders import learned_basis, require_digest
 
 
 class HostHyperNet:
@@ -65,8 +64,7 @@ class HostHyperNet:
     def _loaded(self) -> ModelPatcher:
         if self._patcher is None:
             net = hypernet_file.load(self.path, learned_basis(self.config.basis))
-            if read_digest(hypernet_file.KIND, self.path) != self._digest:
-                raise HyperNetFileError(f"{self.path.name} was replaced while the prompt ran. Queue the prompt again.")
+            require_digest(hypernet_file.KIND, self.path, self._digest)
             device, rest = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
             self._patcher = ModelPatcher(net, load_device=device, offload_device=rest)
         comfy.model_management.load_models_gpu([self._patcher], force_full_load=True)

@@ -58,9 +58,9 @@ def test_a_number_that_another_folder_has_taken_is_passed_over(run, host, person
     folder = base_directory / "models" / "lidb" if place == "models" else host.extra
     folder.mkdir(parents=True, exist_ok=True)
     os.replace(first, folder / Path(first).name)
-    (second,) = run("SaveLiDB", lidb=person(9), filename_prefix=f"lidb/taken_{place}")
+    (second,) = run("SaveLiDB", lidb=person(9, rank=3), filename_prefix=f"lidb/taken_{place}")
     assert Path(second).name == f"taken_{place}_00002_.safetensors"
-    assert run("LoadLiDB", lidb_name=Path(second).name)[0].layout == person(9).layout
+    assert [run("LoadLiDB", lidb_name=Path(path).name)[0].rank for path in (first, second)] == [2, 3]
 
 
 @pytest.mark.skipif(os.sep != "/", reason="a name holds no backslash on Windows")
