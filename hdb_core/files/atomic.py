@@ -51,6 +51,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """The temporary files of writers in a folder, at work or killed."""
+    return list(folder.glob(f"{_PREFIX}*{_SUFFIX}"))
+
+
 def sweep(*folders: Path, older_than: float = 0) -> None:
     """Remove the temporary files that killed writers have left.
 
@@ -59,7 +64,7 @@ def sweep(*folders: Path, older_than: float = 0) -> None:
         older_than: seconds.
     """
     for folder in folders:
-        for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        for leftover in leftovers(folder):
             with suppress(OSError):  # another process sweeps, too, or it is another user's
                 if time.time() - leftover.stat().st_mtime >= older_than:
                     leftover.unlink()

@@ -25,6 +25,7 @@ PATIENCE = 10  # seconds, until another training has seen that everything is com
 STAGES = ("basis", "precompute", "pretrain", "train", "evaluate")
 # Settings and sections that cannot change once a stage has begun, because its results depend on them.
 FIXED = {
+    "basis": ("basis", "prompt", "image_size", "convolutions", "held_out", "overfit"),
     "precompute": ("image_size", "group", "fit"),
     "pretrain": ("encoder", "class_prompt", "pretrain.portraits", "held_out", "overfit"),
     "train": ("encoder", "net", "rank", "prompt", "basis", "convolutions", "begin_with", "held_out", "overfit"),
@@ -165,7 +166,9 @@ class Run:
             ) from error
 
     def _begun(self, stage: str) -> bool:
-        own = {"precompute": self.folder / "people", "pretrain": self.pretrain_state, "train": self.state}
+        own = {
+            "basis": self.basis, "precompute": self.folder / "people", "pretrain": self.pretrain_state, "train": self.state,
+        }  # fmt: skip
         return own[stage].exists()
 
     def _require_same(self, before: Settings) -> None:

@@ -39,8 +39,9 @@ LIMITS = {
     "samples.steps": 1000,
     "draws": 10_000,
 }
+LEAST_SIDE = 8  # of a photo, for one place of latents
 AT_LEAST_1 = (
-    "image_size", "rank", "group", "accumulate", "samples.steps", "evaluate.draws", "net.width", "net.depth", "net.heads", "net.code",
+    "rank", "group", "accumulate", "samples.steps", "evaluate.draws", "net.width", "net.depth", "net.heads", "net.code",
     "encoder.image_size", "encoder.token_width", "encoder.patch_size", "encoder.heads", "basis.down_dim", "basis.up_dim",
 )  # fmt: skip
 
@@ -191,6 +192,7 @@ class Settings:
         _require(known, "prediction_type", "epsilon, v_prediction or nothing", self.prediction_type)
         for name in AT_LEAST_1:
             _require(values[name] >= 1, name, "at least 1", values[name])
+        _require(self.image_size >= LEAST_SIDE, "image_size", f"at least {LEAST_SIDE} pixels", self.image_size)
         heads, width = self.net.heads, self.net.width
         _require(width % heads == 0, "net.width", f"a multiple of net.heads ({heads})", width)
         _require(0 < self.held_out < 1, "held_out", "a share between 0 and 1", self.held_out)

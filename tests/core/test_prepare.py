@@ -19,7 +19,7 @@ from hdb_core.errors import HyperNetError
 from hdb_core.faces import Box, cut_out, oval, square_of
 from hdb_core.train import photos as command
 from hdb_core.train.data.photos import Photo, find_people, read_bytes
-from hdb_core.train.data.prepare import Checks, prepare
+from hdb_core.train.data.prepare import Checks, _Sheet, prepare
 from hdb_core.train.photos import main
 
 CHECKS = Checks(size=192, smallest=128)
@@ -233,8 +233,27 @@ def test_only_the_photos_of_a_stopped_command_are_replaced(source, tmp_path):
         prepare(source, into, CHECKS)
     assert mine.exists()
     (into / "photos.partial" / "prepared.json").write_text('{"cut": "centre"}')
+    (into / "notes.txt").write_text("mine")
+    with pytest.raises(HyperNetError, match="holds something already"):
+        prepare(source, into, CHECKS)
+    (into / "notes.txt").unlink()
     assert prepare(source, into, CHECKS)["kept"] == 3
     assert not (into / "photos.partial").exists()
+
+
+def test_a_command_that_was_stopped_at_its_report_begins_anew(source, tmp_path, monkeypatch):
+    into = tmp_path / "data"
+
+    def killed(sheet):
+        (into / ".hdb-1.partial").write_bytes(b"half")  # a kill cleans nothing up
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_Sheet, "image", killed)
+        prepare(source, into, CHECKS)
+    assert {path.name for path in into.iterdir()} == {"photos.partial", "photos.csv", ".hdb-1.partial"}
+    assert prepare(source, into, CHECKS)["kept"] == 3
+    assert {path.name for path in into.iterdir()} == {"photos", "photos.csv", "report.png"}
 
 
 def test_photos_in_formats_that_are_not_read(source, tmp_path):

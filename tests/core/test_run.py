@@ -147,7 +147,8 @@ def test_a_new_run_needs_a_model_and_photos(tmp_path):
 
 @pytest.mark.parametrize(
     ("begun", "name", "value"),
-    [("people", "image_size", 64), ("people", "fit.steps", 3), ("pretrain_state.safetensors", "encoder.depth", 1),
+    [("basis.safetensors", "basis.down_dim", 6), ("basis.safetensors", "basis.learn_from", 3), ("basis.safetensors", "held_out", 0.5),
+     ("people", "image_size", 64), ("people", "fit.steps", 3), ("pretrain_state.safetensors", "encoder.depth", 1),
      ("pretrain_state.safetensors", "pretrain.portraits", True), ("state.safetensors", "rank", 4), ("state.safetensors", "prompt", "a [w] face"),
      ("state.safetensors", "net.depth", 1), ("state.safetensors", "basis.seed", 1), ("state.safetensors", "held_out", 0.5), ("state.safetensors", "overfit", 4),
      ("state.safetensors", "convolutions", False), ("state.safetensors", "begin_with", "other.safetensors")],

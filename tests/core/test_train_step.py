@@ -92,7 +92,7 @@ def test_noise_levels_that_make_no_sense_are_refused(section, noise):
      ("train.rest", "x", "train.rest: a number"), ("encoder.stem", 3, "encoder.stem: a list"), ("model", 3, "model: a text"),
      ("fit.noise", [0.1], "fit.noise: two numbers"), ("train.augment", ["tint"], "some of crop, flip, color, got 'tint'"),
      ("train.max_photos", 0, "at least 1"), ("train.rest", 1.5, "from 0 to 1"), ("train.people", 0, "people of at least 1"),
-     ("rank", 0, "rank: at least 1"), ("held_out", 1.0, "held_out: a share"), ("overfit", -1, "overfit: from 0 to"),
+     ("rank", 0, "rank: at least 1"), ("image_size", 7, "image_size: at least 8 pixels"), ("held_out", 1.0, "held_out: a share"), ("overfit", -1, "overfit: from 0 to"),
      ("train.learning_rate", 1e308, "a learning_rate above 0"), ("pretrain.weight_decay", -0.1, "a weight_decay of at least 0"),
      ("train.max_grad_norm", -1.0, "a max_grad_norm above 0"), ("samples.steps", 0, "samples.steps: at least 1"), ("evaluate.draws", 0, "evaluate.draws: at least 1"),
      ("evaluate.photos", 10**9, "evaluate.photos: from 0 to 1,000"), ("train.max_photos", 10**9, "max_photos: from 0 to 1,000"),

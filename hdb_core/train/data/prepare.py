@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from ...errors import FaceError, HyperNetError, require
 from ...faces import Box, Detector, Square, cut_out, in_order, oval, rivals, square_of
-from ...files.atomic import replacing, write_bytes, write_text
+from ...files.atomic import leftovers, replacing, sweep, write_bytes, write_text
 from ...files.fields import as_type
 from ...files.names import made_portable, portable
 from ...files.reading import GARBLED, opened, reason
@@ -46,6 +46,7 @@ from .photos import (
 )
 from .shards import Files, FolderWriter, Keyed, ShardWriter
 
+TABLE, REPORT = "photos.csv", "report.png"  # beside the photos
 METADATA = "metadata.jsonl"  # of a folder of pictures as Hugging Face's datasets read it
 REASONS = ("unreadable", "mask of other shape", "no face", "several faces", "tiny", "blurred", "double")
 DOUBLE = 0.01  # mean difference of two small copies, of the range of a colour
@@ -184,8 +185,9 @@ def prepare(
         )
     unfinished, finished = into / "photos.partial", into / "photos"
     held = list(into.iterdir()) if into.exists() else []
-    if held == [unfinished] and _is_ours(unfinished):
-        rmtree(unfinished)  # of a command that was stopped
+    if unfinished in held and _is_ours(unfinished, held):
+        sweep(into)  # of a command that was stopped
+        rmtree(unfinished)
     elif held:
         raise HyperNetError(f"{into} holds something already. Give --into a new folder, or delete that one.")
     unfinished.mkdir(parents=True)
@@ -212,24 +214,31 @@ def prepare(
                 sheet.add(seen)
             counted["people"] += bool(kept)
             writer.add(_keyed(names[person.name], person, kept))
-    write_bytes(into / "photos.csv", rows.getvalue().encode("utf-8", "backslashreplace"))  # names may be no text
-    with replacing(into / "report.png") as temporary:
+    write_bytes(into / TABLE, rows.getvalue().encode("utf-8", "backslashreplace"))  # names may be no text
+    with replacing(into / REPORT) as temporary:
         sheet.image().save(temporary, "PNG")
     unfinished.rename(finished)  # now that nothing of it is missing
     if not counted["kept"]:
         raise HyperNetError(
-            f"None of the photos of {source} can be used: {dropped(counted)}. {into / 'photos.csv'} has the size and "
+            f"None of the photos of {source} can be used: {dropped(counted)}. {into / TABLE} has the size and "
             f"sharpness of each. Delete {into} and change --smallest ({checks.smallest}) or --least-sharpness "
             f"({checks.least_sharpness}), or take other photos."
         )
     return counted
 
 
-def _is_ours(unfinished: Path) -> bool:
-    """Whether a stopped command has left the folder: it writes `PREPARED` before any photo. An empty one is nobody's."""
+def _is_ours(unfinished: Path, held: Sequence[Path]) -> bool:
+    """Whether a stopped command has left the folder: it writes `PREPARED` before any photo. An empty one is nobody's.
+
+    Args:
+        unfinished: the folder.
+        held: everything beside it, which may be what the command writes last.
+    """
     if unfinished.is_symlink() or not unfinished.is_dir():
         return False
-    return (unfinished / PREPARED).is_file() or not any(unfinished.iterdir())
+    if (unfinished / PREPARED).is_file():
+        return all(path in (unfinished, *leftovers(path.parent)) or path.name in (TABLE, REPORT) for path in held)
+    return held == [unfinished] and not any(unfinished.iterdir())
 
 
 def dropped(counted: Counter[str]) -> str:
