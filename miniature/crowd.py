@@ -31,7 +31,7 @@ from .pool import LOOK_EVERY, Rows
 GROUP = 32
 PHOTOS = 4
 MASK_SIZE = 16  # of the latents
-AT_ONCE = 32  # photos that are encoded
+AT_ONCE = 8  # photos that are encoded; more are slower on a CPU
 
 
 def draw_group(folder: Path, number: int) -> int:
@@ -73,6 +73,7 @@ class Crowd:
         encode: from pixels (N, 3, H, W) in 0..1 to latents (N, C, h, w).
         device: that keeps the photos.
         most: people who are kept.
+        encoded: photos of each that latents are made of, the portrait first.
 
     Attributes:
         people: in the order in which they were taken up; it grows.
@@ -82,9 +83,10 @@ class Crowd:
     augments = False
 
     def __init__(
-        self, folder: Path, encode: Callable[[Tensor], Tensor], device: torch.device, most: int = 200_000
-    ) -> None:
-        self.folder, self.encode, self.device, self.most = folder, encode, device, most
+        self, folder: Path, encode: Callable[[Tensor], Tensor], device: torch.device, most: int = 200_000,
+        encoded: int = PHOTOS,
+    ) -> None:  # fmt: skip
+        self.folder, self.encode, self.device, self.most, self.encoded = folder, encode, device, most, encoded
         self.people: list[EncodedPerson] = []
         self._pixels, self._taken, self._next = Rows(), set[Path](), list[Path]()
         self._looked = -LOOK_EVERY
@@ -110,9 +112,9 @@ class Crowd:
         words = json.loads(path.with_name(path.name.replace("people", "words")).with_suffix(".json").read_text())
         first = self._pixels.count // PHOTOS
         self._pixels.add(pixels.flatten(0, 1))
-        shown = pixels.flatten(0, 1).permute(0, 3, 1, 2)
+        shown = pixels[:, : self.encoded].flatten(0, 1).permute(0, 3, 1, 2)
         latents = torch.cat([self.encode(part.float() / 255).half() for part in shown.split(AT_ONCE)])
-        latents = latents.unflatten(0, pixels.shape[:2])
+        latents = latents.unflatten(0, (len(pixels), -1))
         white = masks.float()[:, :, None] / 255
         white = white / white.mean((2, 3, 4), keepdim=True)
         made = []

@@ -17,6 +17,7 @@ from hdb_core.files.atomic import replacing
 
 LOG_EVERY = 25
 SAVE_EVERY = 120  # seconds
+STATE_FILE = "state.pt"
 ENDS = ("embedding", "conv_in", "conv_out")  # first and last layers, which Muon's recipe leaves to AdamW
 
 
@@ -82,8 +83,8 @@ class Trainer:
         self._losses: list[torch.Tensor] = []
         self.step_count, self._before = 0, 0.0
         self._saved = self._started = time.monotonic()
-        if (folder / "state.pt").exists():
-            self._restore(torch.load(folder / "state.pt", map_location=self.device, weights_only=True))
+        if (folder / STATE_FILE).exists():
+            self._restore(torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True))
 
     @property
     def seconds(self) -> float:
@@ -226,7 +227,7 @@ class Trainer:
         state = {"masters": self.masters, "average": self.average, "names": self.names,
                  "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step_count,
                  "seconds": self.seconds}  # fmt: skip
-        with replacing(self.folder / "state.pt") as partial:
+        with replacing(self.folder / STATE_FILE) as partial:
             torch.save(state, partial)
         if self._after_save:
             self._after_save()
@@ -248,5 +249,5 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 def load_average(folder: Path) -> dict[str, torch.Tensor]:
     """The averaged float32 weights of a run, by parameter name."""
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
     return dict(zip(state["names"], state["average"], strict=True))

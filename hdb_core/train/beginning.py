@@ -65,7 +65,7 @@ def learn_code(net: HyperNet, base: PeopleInBase, codes: Tensor) -> None:
     """Set the map to the face code, from everybody's last photo, and how these photos look."""
     some, seen, looks = base.people[:MOST_PHOTOS], [], []
     for first in range(0, len(some), 64):
-        read = base.faces.read([(p.person, len(p.latents) - 1) for p in some[first : first + 64]])
+        read = base.faces.read([(p.person, len(p.person.photos) - 1) for p in some[first : first + 64]])
         read = read.to(net.code_mean.device)
         tokens = read if net.encoder is None else net.encode(read)
         seen.append(net.summed(tokens).float().cpu())

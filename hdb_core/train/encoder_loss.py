@@ -120,7 +120,7 @@ class PhotoLoss:
     ) -> None:
         self.denoiser, self.people, self.faces, self.config, self.seed = denoiser, people, faces, config, seed
         self.class_prompt = class_prompt
-        self.counts = [len(person.latents) for person in people]
+        self.counts = [len(person.person.photos) for person in people]
         self.device = denoiser.sigmas().device
         self._text: dict[str, Tensor] = {}
         shown = [(p, n) for p in people[:MOST_PHOTOS] for n in range(1 if config.portraits else len(p.latents))]

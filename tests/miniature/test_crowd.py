@@ -23,10 +23,14 @@ def folder(tmp_path_factory):
     return made
 
 
+def encode(pixels):
+    return pixels[:, :, ::8, ::8].repeat(1, 2, 1, 1)[:, :4]
+
+
 @pytest.fixture
 def people(folder, monkeypatch):
     monkeypatch.setattr(crowd, "LOOK_EVERY", -1.0)
-    return Crowd(folder, lambda pixels: pixels[:, :, ::8, ::8].repeat(1, 2, 1, 1)[:, :4], torch.device("cpu"))
+    return Crowd(folder, encode, torch.device("cpu"))
 
 
 def test_a_crowd_grows_by_groups(people):
@@ -57,3 +61,11 @@ def test_a_full_crowd_takes_nobody_up(people):
     people.most = 2
     people.grow(5)
     assert len(people.people) == 2
+
+
+def test_portraits_alone_are_encoded(folder, people):
+    portraits = Crowd(folder, encode, torch.device("cpu"), encoded=1)
+    people.grow(2)
+    portraits.grow(2)
+    for own, whole in zip(portraits.people, people.people, strict=True):
+        assert torch.equal(own.latents, whole.latents[:1]) and len(own.person.photos) == PHOTOS

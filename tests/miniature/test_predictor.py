@@ -5,9 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.testing import assert_close
 
 from hdb_core.files import hypernet as hypernet_file
 from hdb_core.hypernet import network
+from hdb_core.hypernet.encoder import PhotoEncoder
+from hdb_core.train.beginning import load_encoder
 from miniature import checkpoint, crowd, predictor
 from miniature.crowd import draw_group
 from miniature.predictor import ENCODER_FILE, HYPERNET_FILE
@@ -24,7 +28,7 @@ def trained(model, tmp_path, monkeypatch):
         draw_group(folder, number)
     grow = crowd.Crowd.grow
     monkeypatch.setattr(crowd.Crowd, "grow", lambda self, groups: grow(self, 1))  # the third when a step is read
-    common = ["--crowd", str(folder), "--model", str(model), "--minutes", "1", "--batch", "4", "--first", "8",
+    common = ["--crowd", str(folder), "--model", str(model), "--minutes", "0.02", "--batch", "4", "--first", "8",
               "--width", "32"]  # fmt: skip
 
     def train(what, *options):
@@ -46,6 +50,24 @@ def test_a_predictor_of_a_growing_crowd(trained, monkeypatch):
     net = hypernet_file.load(trained("hypernet", "--encoder", str(encoder)) / HYPERNET_FILE)
     assert not net.config.predict_down and net.code_map.any()
     assert net.seen_limit > 0  # it knows how the photos of its training look
+
+
+def test_a_predictor_goes_on_from_a_hypernetwork(trained, tmp_path):
+    path = trained("hypernet", "--encoder", str(trained("encoder") / ENCODER_FILE)) / HYPERNET_FILE
+    net = hypernet_file.load(path)
+    with torch.no_grad():
+        net.offset += 5
+        net.encoder.vit.layernorm.bias += 5
+    hypernet_file.save(net, tmp_path / "known.safetensors", {})
+    start = ["--start", str(tmp_path / "known.safetensors")]
+    encoder = trained("encoder", *start) / ENCODER_FILE
+    gone_on = hypernet_file.load(trained("hypernet", *start, "--encoder", str(encoder)) / HYPERNET_FILE)
+    own = PhotoEncoder(gone_on.config.encoder)
+    load_encoder(own, encoder)
+    assert gone_on.config == net.config and (gone_on.offset - 5).abs().max() < 0.1
+    assert (own.vit.layernorm.bias - 5).abs().max() < 0.1
+    assert_close(dict(gone_on.encoder.state_dict()), dict(own.state_dict()), atol=1e-2, rtol=1e-2)  # halves in the file
+    assert not torch.equal(gone_on.code_map, net.code_map)
 
 
 @pytest.mark.parametrize("made", [Path("hypernet") / HYPERNET_FILE, Path("token") / "hypernet.safetensors"])
