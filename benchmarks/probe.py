@@ -1,9 +1,10 @@
-"""What a hypernetwork sees in a photo or several, and what of it reaches the person that it predicts.
+"""What a hypernetwork sees in a photo or several, what of it reaches the person that it predicts, and what pictures show.
 
 ``python dev.py bench probe`` reads the truth about drawn people whom no training saw off the face tokens and off the
-predicted factors, each by a ridge regression on other such people, and writes ``benchmarks/results/probe.json`` and
-``probe.md``: of every shape and colour, the share of its variance that is read off the photos of people who were not
-regressed on (1 is all; 0, or less, is nothing). What tokens hold and predictions do not, training has not taught yet.
+predicted factors, each by a ridge regression on other such people, and off pictures of the predicted people with a judge.
+It writes ``benchmarks/results/probe.json`` and ``probe.md``: of every shape and colour, the share of its variance that is
+read (1 is all; 0, or less, is nothing). What tokens hold and predictions do not, training has not taught yet; what
+predictions hold and pictures do not show, neither.
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ from hdb_core.files import hypernet as hypernet_file
 from hdb_core.hypernet import HyperNet, preprocess
 from hdb_core.train.face_code import RIDGES, ridge_weights
 from miniature.drawing import photo
+from miniature.judge import Judge
 from miniature.people import GEOMETRY, Person, sample_person
 from miniature.photos import FIRST, photo_context
 
-from .common.bench import RESULTS
+from .common.bench import RESULTS, RUNS
 from .common.files import rounded, write_json, write_text
 from .common.report import percent
+from .common.studio import Sampling, Studio
+from .common.subjects import Subject
 from .hypernet import HYPERNET
+from .pairs import placed
 
+PICTURES = 2  # of each person
 UNSEEN = FIRST + 1_000_000  # far behind the people that hypernetworks are trained on
 ITEMS = (*GEOMETRY, "hair", "skin")
 
@@ -58,6 +64,27 @@ def seen(net: HyperNet, tokens: Tensor, batch: int = 64) -> tuple[Tensor, Tensor
     """What the face tokens (N, T, D) of N people sum up, and the predicted up side, (N, numbers) each."""
     summed, up = net.summed(tokens), torch.cat([net(part)[1].flatten(1) for part in tokens.split(batch)])
     return summed.cpu(), up.cpu()
+
+
+def pictured(studio: Studio, hypernet: Path, judge: Judge, people: Sequence[Person]) -> Tensor:
+    """`ITEMS` (N, K) as a judge reads them off pictures of N predicted people, the mean of `PICTURES` each."""
+    read = []
+    for subject in (Subject(person.seed) for person in people):
+        lidb = studio.predict(hypernet, subject.photo[None]).lidb
+        models = studio.apply(lidb, lidb.about.strengths)
+        prompt = placed(subject, subject.context.background).text()
+        factors = judge.read(studio.pictures(models, prompt, subject.seed, PICTURES)).factors.mean(0)
+        shapes, colours = factors[: len(GEOMETRY)], factors[len(GEOMETRY) :].reshape(2, 3)  # of skin and hair
+        read.append([*shapes, *colours.mean(1)[::-1]])
+    return torch.tensor(np.array(read))
+
+
+def correlated(readings: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The share of the variance of targets (N, K) that a line through readings (N, K) explains, and its error, (K,)."""
+    both = torch.stack([readings.double(), targets.double()])
+    both = (both - both.mean(1, keepdim=True)) / both.std(1, correction=0, keepdim=True)
+    share = both.prod(0).mean(0).square()
+    return share, 2 * share.sqrt() * (1 - share) / len(readings) ** 0.5
 
 
 def device_of(net: HyperNet) -> torch.device:
@@ -95,6 +122,7 @@ def main() -> None:
     options.add_argument("--hypernet", type=Path, default=HYPERNET, help="its file")
     options.add_argument("--basis", type=Path, help="the file of its basis, if that is a learned one")
     options.add_argument("--people", type=int, default=1600)
+    options.add_argument("--pictured", type=int, default=100, help="of them whose pictures are read; 0 makes none")
     options.add_argument("--photos", type=int, nargs="+", default=[1, 3], help="of each of them that are read together")
     add_option(options)
     options.add_argument("--results", type=Path, default=RESULTS)
@@ -110,6 +138,12 @@ def main() -> None:
             columns.append(f"{name}, {photos} photo{'s' if photos > 1 else ''}")
             for row, share, error in zip(rows, *explained(inputs, targets), strict=True):
                 row |= {columns[-1]: float(share), f"{columns[-1]}, error": float(error)}
+    if args.pictured:
+        studio = Studio.open(None, RUNS / "host", Sampling(), args.device)
+        readings = pictured(studio, args.hypernet.resolve(), Judge.load("a"), people[: args.pictured])
+        columns.append("pictures, 1 photo")
+        for row, share, error in zip(rows, *correlated(readings, targets[: args.pictured]), strict=True):
+            row |= {columns[-1]: float(share), f"{columns[-1]}, error": float(error)}
     lines = ["| of, % | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for row in rows:
         shares = (percent(row[column], row[f"{column}, error"]) for column in columns)

@@ -2,9 +2,10 @@
 
 from statistics import fmean, stdev
 
+import pytest
 import torch
 
-from benchmarks.probe import ITEMS, explained, truth
+from benchmarks.probe import ITEMS, correlated, explained, truth
 from miniature.people import sample_person
 
 
@@ -27,6 +28,15 @@ def test_the_standard_error_is_the_spread_over_samples_of_people():
         found.append(float(share))
         said.append(float(error))
     assert 0.75 < fmean(said) / stdev(found) < 1.33
+
+
+def test_what_a_line_through_readings_explains():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.rand(500, 3, generator=generator)
+    noise = torch.rand(500, 3, generator=generator)
+    shares, errors = correlated(-2 * targets + torch.tensor([0.0, 2.0, 1e3]) * noise, targets)
+    assert shares[0] == pytest.approx(1) and abs(shares[1] - 0.5) < 3 * errors[1] and shares[2] < 0.02
+    assert errors[0] == pytest.approx(0, abs=1e-9) and 0.01 < errors[1] < 0.05
 
 
 def test_every_item_has_a_truth():
