@@ -180,14 +180,16 @@ def train_hypernet(training: Training) -> None:
         hypernet.load_state_dict(known.state_dict())
     net_config = hypernet.config
     base = PeopleInBase(denoiser, crowd.people, net_config, crowd.faces(net_config.encoder))
-    # The coordinates of the code are those of the first people's portraits: in the same crowd, they stay the same.
     first = training.portraits(MOST_PHOTOS) if known else crowd
     components = Components.of(torch.stack([shown_of(person, 0) for person in first.people[:MOST_PHOTOS]]))
 
     def codes_of(people: Sequence[EncodedPerson]) -> torch.Tensor:
-        return components.codes(torch.stack([shown_of(person, 0) for person in people]), net_config.code)
+        count = len(components.variance) if known else net_config.code
+        return components.codes(torch.stack([shown_of(person, 0) for person in people]), count)
 
     codes = codes_of(first.people)
+    if known:
+        codes = turned(codes, code_of_portraits(known, first))
     load_encoder(hypernet.to(training.accelerator.device).encoder, args.encoder)
     learn_code(hypernet, PeopleInBase(denoiser, first.people, net_config, first.faces(net_config.encoder)), codes.cpu())
     # One that goes on has been trained, last, on codes that it had read off photos itself.
@@ -206,6 +208,24 @@ def train_hypernet(training: Training) -> None:
         hypernet_file.save(averaged(net_config, loop.average), args.run / HYPERNET_FILE, info)
 
     loop.run(OnCrowd(training, loss, take), save, notes=training.notes)
+
+
+@torch.no_grad()
+def code_of_portraits(net: HyperNet, crowd: Crowd) -> torch.Tensor:
+    """The face code (N, K) that a hypernetwork with an image encoder reads off everybody's portrait."""
+    faces = crowd.faces(net.config.encoder)
+    parts = [crowd.people[first : first + 64] for first in range(0, len(crowd.people), 64)]
+    return torch.cat([net.code(net.encode(faces.read([(own.person, 0) for own in part]).cpu())) for part in parts])
+
+
+def turned(codes: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Codes (N, K) of people, turned without stretching into the coordinates of other ones (N, M) of the same people.
+
+    Other portraits have other principal components. M is at most K.
+    """
+    codes, known = codes.cpu().double(), known.double()
+    left, _, right = torch.linalg.svd(torch.linalg.lstsq(codes, known - known.mean(0)).solution, full_matrices=False)
+    return (codes @ left @ right).float()
 
 
 def training_loop(training: Training, net: torch.nn.Module, config: PretrainConfig | TrainConfig,

@@ -14,7 +14,7 @@ from hdb_core.hypernet.encoder import PhotoEncoder
 from hdb_core.train.beginning import load_encoder
 from miniature import checkpoint, crowd, predictor
 from miniature.crowd import draw_group
-from miniature.predictor import ENCODER_FILE, HYPERNET_FILE
+from miniature.predictor import ENCODER_FILE, HYPERNET_FILE, turned
 
 
 @pytest.fixture
@@ -68,6 +68,15 @@ def test_a_predictor_goes_on_from_a_hypernetwork(trained, tmp_path):
     assert (own.vit.layernorm.bias - 5).abs().max() < 0.1
     assert_close(dict(gone_on.encoder.state_dict()), dict(own.state_dict()), atol=1e-2, rtol=1e-2)  # halves in the file
     assert not torch.equal(gone_on.code_map, net.code_map)
+
+
+def test_codes_are_turned_into_the_coordinates_of_others():
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randn(400, 12, generator=generator)
+    turn = torch.linalg.qr(torch.randn(12, 12, generator=generator))[0][:, :8]
+    noise = torch.randn(400, 8, generator=generator)
+    read = 0.5 * (codes @ turn) + 0.2 * noise + 3  # as an encoder that misses much
+    assert (turned(codes, read) - codes @ turn).square().mean() < 0.01
 
 
 @pytest.mark.parametrize("made", [Path("hypernet") / HYPERNET_FILE, Path("token") / "hypernet.safetensors"])
