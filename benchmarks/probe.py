@@ -122,7 +122,9 @@ def main() -> None:
     options.add_argument("--hypernet", type=Path, default=HYPERNET, help="its file")
     options.add_argument("--basis", type=Path, help="the file of its basis, if that is a learned one")
     options.add_argument("--people", type=int, default=1600)
-    options.add_argument("--pictured", type=int, default=100, help="of them whose pictures are read; 0 makes none")
+    options.add_argument(
+        "--pictured", type=int, default=100, help="of them whose pictures are read; 0 makes none, and needs no ComfyUI"
+    )
     options.add_argument("--photos", type=int, nargs="+", default=[1, 3], help="of each of them that are read together")
     add_option(options)
     options.add_argument("--results", type=Path, default=RESULTS)
@@ -132,18 +134,20 @@ def main() -> None:
     targets = torch.tensor([truth(person) for person in people])
     net = hypernet_file.load(args.hypernet, learned).to(args.device)
     rows: list[dict[str, Any]] = [{"of": item} for item in ITEMS]
-    tokens, columns = face_tokens(net, people, max(args.photos)), []
+    tokens, columns = face_tokens(net, people, max(args.photos)), list[str]()
+
+    def add(column: str, shares: Tensor, errors: Tensor) -> None:
+        columns.append(column)
+        for row, share, error in zip(rows, shares, errors, strict=True):
+            row |= {column: float(share), f"{column}, error": float(error)}
+
     for photos in args.photos:
         for name, inputs in zip(("tokens", "prediction"), seen(net, tokens[:, :photos].flatten(1, 2)), strict=True):
-            columns.append(f"{name}, {photos} photo{'s' if photos > 1 else ''}")
-            for row, share, error in zip(rows, *explained(inputs, targets), strict=True):
-                row |= {columns[-1]: float(share), f"{columns[-1]}, error": float(error)}
+            add(f"{name}, {photos} photo{'s' if photos > 1 else ''}", *explained(inputs, targets))
     if args.pictured:
         studio = Studio.open(None, RUNS / "host", Sampling(), args.device)
         readings = pictured(studio, args.hypernet.resolve(), Judge.load("a"), people[: args.pictured])
-        columns.append("pictures, 1 photo")
-        for row, share, error in zip(rows, *correlated(readings, targets[: args.pictured]), strict=True):
-            row |= {columns[-1]: float(share), f"{columns[-1]}, error": float(error)}
+        add("pictures, 1 photo", *correlated(readings, targets[: args.pictured]))
     lines = ["| of, % | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for row in rows:
         shares = (percent(row[column], row[f"{column}, error"]) for column in columns)

@@ -42,7 +42,7 @@ from .crowd import PHOTOS, Crowd
 from .training import STATE_FILE, Length, Trainer, working_dtype
 
 ENCODER_FILE = "encoder.safetensors"
-ENDS = ("stem.0.", "embeddings", "text_in", "out.")  # of the encoder's training, which are left to AdamW
+ADAM_ONLY = ("stem.0.", "embeddings", "text_in", "out.")  # of the encoder's training, which are left to AdamW
 GROUPS_A_STEP = 2  # of people, at most, that are taken up
 NOISE = NoiseLevels(0.05, 0.95)
 
@@ -142,7 +142,7 @@ def train_encoder(training: Training) -> None:
     for old in (STATE_FILE, "log.csv"):
         (args.run / old).unlink(missing_ok=True)
     trainer = Trainer(
-        net, args.run, length=Length(minutes=args.minutes), rate=args.rate, muon=True, adam_only=ENDS, save=save
+        net, args.run, length=Length(minutes=args.minutes), rate=args.rate, muon=True, adam_only=ADAM_ONLY, save=save
     )
     trainer.notes |= training.notes
 
