@@ -31,6 +31,7 @@ from hdb_core.train.beginning import learn_code, load_encoder, save_encoder
 from hdb_core.train.data.people import EncodedPerson
 from hdb_core.train.encoder_loss import PhotoLoss, PhotoPredictor, PretrainConfig, ShownPhotos
 from hdb_core.train.face_code import MOST_PHOTOS, Components, shown_of
+from hdb_core.train.line import LineConfig, LineStep
 from hdb_core.train.loop import LossOf, TrainingLoop
 from hdb_core.train.person_loss import PersonLoss, TrainConfig
 from hdb_core.train.predicted import FromFaces, PeopleInBase
@@ -192,6 +193,10 @@ def train_hypernet(training: Training) -> None:
         codes = turned(codes, code_of_portraits(known, first))
     load_encoder(hypernet.to(training.accelerator.device).encoder, args.encoder)
     learn_code(hypernet, PeopleInBase(denoiser, first.people, net_config, first.faces(net_config.encoder)), codes.cpu())
+    if args.line_steps:
+        line = LineStep(hypernet, base, LineConfig(), args.seed, training.accelerator.autocast)
+        for _ in range(args.line_steps):
+            print(", ".join(f"{name} {value:.3f}" for name, value in line().items()), flush=True)
     # One that goes on has been trained, last, on codes that it had read off photos itself.
     loss = PersonLoss(base, config, args.seed, None if known else codes, CLASS_PROMPT)
     net = FromFaces(hypernet)
@@ -251,6 +256,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=200_000, help="people that are taken up at all")
     parser.add_argument("--start", type=Path, help="hypernetwork to go on from; of the encoder, the one in it")
     parser.add_argument("--encoder", type=Path, help="hypernet: the trained image encoder")
+    parser.add_argument("--line-steps", type=int, default=0,
+                        help="hypernet: steps of least squares on its straight line before the others")  # fmt: skip
     parser.add_argument("--width", type=int, default=184, help="of the decoder; 184 fits into 20 MB")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--class-weight", type=float, default=1.0, help="of the loss that keeps the class prompt")

@@ -12,6 +12,7 @@ from hdb_core.files import hypernet as hypernet_file
 from hdb_core.hypernet import network
 from hdb_core.hypernet.encoder import PhotoEncoder
 from hdb_core.train.beginning import load_encoder
+from hdb_core.train.line import LineConfig
 from miniature import checkpoint, crowd, predictor
 from miniature.crowd import draw_group
 from miniature.predictor import ENCODER_FILE, HYPERNET_FILE, turned
@@ -52,7 +53,7 @@ def test_a_predictor_of_a_growing_crowd(trained, monkeypatch):
     assert net.seen_limit > 0  # it knows how the photos of its training look
 
 
-def test_a_predictor_goes_on_from_a_hypernetwork(trained, tmp_path):
+def test_a_predictor_goes_on_from_a_hypernetwork(trained, tmp_path, monkeypatch, capsys):
     path = trained("hypernet", "--encoder", str(trained("encoder") / ENCODER_FILE)) / HYPERNET_FILE
     net = hypernet_file.load(path)
     with torch.no_grad():
@@ -61,7 +62,10 @@ def test_a_predictor_goes_on_from_a_hypernetwork(trained, tmp_path):
     hypernet_file.save(net, tmp_path / "known.safetensors", {})
     start = ["--start", str(tmp_path / "known.safetensors")]
     encoder = trained("encoder", *start) / ENCODER_FILE
-    gone_on = hypernet_file.load(trained("hypernet", *start, "--encoder", str(encoder)) / HYPERNET_FILE)
+    monkeypatch.setattr(predictor, "LineConfig", lambda: LineConfig(rows=8, kept=4, looked=8, batch=4, share=1e-3))
+    line = ["--line-steps", "2"]
+    gone_on = hypernet_file.load(trained("hypernet", *start, *line, "--encoder", str(encoder)) / HYPERNET_FILE)
+    assert capsys.readouterr().out.count("missed ") == 2
     own = PhotoEncoder(gone_on.config.encoder)
     load_encoder(own, encoder)
     assert gone_on.config == net.config and (gone_on.offset - 5).abs().max() < 0.1
