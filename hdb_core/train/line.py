@@ -5,7 +5,8 @@ a photo. Least squares count every component of a portrait alike. Each equation 
 base model: how it moves with the person's weights, which is a row of the Jacobian, and how far it ought to move with the
 face code. One backward pass gives the rows of a whole batch. The answers are to portraits under so much noise that nothing
 else than the weights can tell the small shapes, for there a picture's shapes are decided. The solution is the smallest
-change, and it leaves the answers to the class prompt where they are.
+change, and it leaves the answers to the class prompt where they are. It has seen portraits alone, and costs other prompts
+some of their words: steps down the usual loss have to follow.
 
 Shape symbols: N answers, B people of a batch, K numbers of the face code, C components of a portrait, L layers.
 Source: Levenberg, A Method for the Solution of Certain Non-Linear Problems in Least Squares, 1944, a step at a time.
