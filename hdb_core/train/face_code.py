@@ -87,7 +87,12 @@ class Components:
 def shown_of(person: EncodedPerson, number: int) -> Tensor:
     """The latents (C, h, w) float32 of a photo, each place times the root of how much it counts."""
     latents = person.latents[number].float()
-    return latents * person.person.photos[number].region(*latents.shape[-2:]).sqrt()
+    return latents * root_of_region(person, number)
+
+
+def root_of_region(person: EncodedPerson, number: int) -> Tensor:
+    """The root (1, h, w) of how much each place of a photo counts."""
+    return person.person.photos[number].region(*person.latents.shape[-2:]).sqrt()
 
 
 def codes_of(people: Sequence[EncodedPerson], count: int) -> Tensor:

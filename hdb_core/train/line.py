@@ -14,7 +14,7 @@ Source: Levenberg, A Method for the Solution of Certain Non-Linear Problems in L
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -22,12 +22,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapters import attach
-from ..diffusion import Batch, NoiseLevels, draw
+from ..diffusion import NoiseLevels, draw
 from ..hypernet import HyperNet
-from ..prompt import CLASS_PROMPT, caption
+from ..lidb import Factors
+from ..prompt import CLASS_PROMPT
 from .data.photos import in_threads
-from .face_code import Components, ridge_weights, shown_of
+from .face_code import MOST_PHOTOS, Components, ridge_weights, root_of_region, shown_of
 from .predicted import PeopleInBase
 
 Context = Callable[[], AbstractContextManager[object]]
@@ -93,8 +93,11 @@ class LineStep:
     ) -> None:
         self.net, self.base, self.config, self.computing = net, base, config, computing
         self.generator = torch.Generator().manual_seed(seed)
-        portraits = in_threads(lambda person: shown_of(person, 0), base.people)
-        self.components = Components.of(torch.stack(portraits).to(base.device))
+        self.people = base.people[:MOST_PHOTOS]
+        portraits = torch.stack(in_threads(lambda person: shown_of(person, 0), self.people)).to(base.device)
+        self.components = Components.of(portraits)
+        self.used = min(net.config.code, len(self.components.variance))
+        self.truth = self.components.codes(portraits, self.used)
         self.levels = config.noise.of(base.denoiser.sigmas())
 
     def __call__(self) -> dict[str, float]:
@@ -136,44 +139,29 @@ class LineStep:
 
     def _batch(self, prompt: str, rows: bool) -> Answers:
         base, net, generator = self.base, self.net, self.generator
-        people = torch.randperm(len(base.people), generator=generator)[: self.config.batch].tolist()
-        last = [len(base.people[person].person.photos) - 1 for person in people]
+        numbers = torch.randperm(len(self.people), generator=generator)[: self.config.batch].tolist()
+        people = [self.people[number] for number in numbers]
+        last = [len(own.person.photos) - 1 for own in people]
         seen = [int(torch.randint(min(1, n), n + 1, (), generator=generator)) for n in last]
-        portraits = [(person, 0) for person in people]
-        latents = base.latents(portraits)
-        batch = draw(self.levels, latents, torch.ones(len(people), device=base.device), generator)
-        used = min(net.config.code, len(self.components.variance))
-        of = torch.randint(used, (len(people),), generator=generator).to(base.device)
-        faces = base.faces.read([(base.people[p].person, n) for p, n in zip(people, seen, strict=True)]).to(base.device)
+        portraits = [(number, 0) for number in numbers]
+        weight = torch.ones(len(people), device=base.device)
+        batch = draw(self.levels, base.latents(portraits), weight, generator)
+        of = torch.randint(self.used, (len(people),), generator=generator).to(base.device)
+        faces = base.faces.read([(own.person, n) for own, n in zip(people, seen, strict=True)]).to(base.device)
         with torch.no_grad(), self.computing():
             tokens = (faces if net.encoder is None else net.encode(faces)).float()
         code = net.code(tokens).float().detach()
         theta = net.start(code).detach().requires_grad_(rows)
-        region = torch.stack(in_threads(lambda p: _root(base, p, latents), people)).to(base.device)
+        region = torch.stack(in_threads(lambda own: root_of_region(own, 0), people)).to(base.device)
         with torch.set_grad_enabled(rows), self.computing():
-            answer = self._answer(theta, tokens, batch, portraits, prompt)
-        found = self.components.codes(answer.float() * region, used)
-        missed = self.components.codes(latents * region, used) - found.detach()
+            factors = Factors(*net.factors(net.refined(theta, tokens)[-1]))
+            answer = base.denoised(factors, batch, portraits, prompt)
+        found = self.components.codes(answer.float() * region, self.used)
+        missed = self.truth[numbers] - found.detach()
         moved = theta[:, :, :0]
         if rows:
             (moved,) = torch.autograd.grad(found.gather(1, of[:, None]).sum(), theta)
         return Answers(batch.sigma, code, missed, of, moved.detach().flatten(1).float())
-
-    def _answer(
-        self, theta: Tensor, tokens: Tensor, batch: Batch, portraits: Sequence[tuple[int, int]], prompt: str
-    ) -> Tensor:
-        """The clean latents that the base model predicts with people's θ_0."""
-        base, denoiser = self.base, self.base.denoiser
-        factors = self.net.factors(self.net.refined(theta, tokens)[-1])
-        captions = [caption(prompt, base.people[person].person.photos[n].words) for person, n in portraits]
-        noisy = denoiser.add_noise(batch.latents, batch.noise, batch.sigma)
-        with attach(denoiser.modules, base.adapters.expand(*factors)):
-            return denoiser.denoise(noisy, batch.sigma, denoiser.encode_prompts(captions))
-
-
-def _root(base: PeopleInBase, person: int, latents: Tensor) -> Tensor:
-    """The root of how much each place of a person's portrait counts, as in `face_code.shown_of`."""
-    return base.people[person].person.photos[0].region(*latents.shape[-2:]).sqrt()
 
 
 def least_squares(rows: Tensor, targets: Tensor, ridge: float) -> Tensor:

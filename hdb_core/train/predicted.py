@@ -107,9 +107,8 @@ class PeopleInBase:
 
     def squared_error(self, factors: Factors, batch: Batch, photos: Sequence[PhotoOf]) -> Tensor:
         """(B, C, h, w) of a batch of photos whose samples carry these factors."""
-        words = [self.people[person].person.photos[i].words for person, i in photos]
         with attach(self.denoiser.modules, self.adapters.expand(*factors)):
-            text = self.denoiser.encode_prompts([caption(self.net.prompt, own) for own in words])
+            text = self.denoiser.encode_prompts(self._captions(self.net.prompt, photos))
             return squared_error(self.denoiser, batch, text)
 
     def moved_error(self, factors: Factors, batch: Batch, photos: Sequence[PhotoOf], class_prompt: str) -> Tensor:
@@ -121,8 +120,25 @@ class PeopleInBase:
             photos: whose words follow the prompt.
             class_prompt: without the token.
         """
-        captions = [caption(class_prompt, self.people[person].person.photos[i].words) for person, i in photos]
+        captions = self._captions(class_prompt, photos)
         own = answers(self.denoiser, batch, captions, self.denoiser.encode_prompts, len(captions))
         with attach(self.denoiser.modules, self.adapters.expand(*factors)):
             text = self.denoiser.encode_prompts(captions)
             return squared_error(self.denoiser, towards(self.denoiser, batch, own), text)
+
+    def denoised(self, factors: Factors, batch: Batch, photos: Sequence[PhotoOf], prompt: str) -> Tensor:
+        """The clean latents (B, C, h, w) that samples which carry these factors predict.
+
+        Args:
+            factors: of a person in each sample.
+            batch: of photos.
+            photos: whose words follow the prompt.
+            prompt: with or without the token.
+        """
+        noisy = self.denoiser.add_noise(batch.latents, batch.noise, batch.sigma)
+        with attach(self.denoiser.modules, self.adapters.expand(*factors)):
+            text = self.denoiser.encode_prompts(self._captions(prompt, photos))
+            return self.denoiser.denoise(noisy, batch.sigma, text)
+
+    def _captions(self, prompt: str, photos: Sequence[PhotoOf]) -> list[str]:
+        return [caption(prompt, self.people[person].person.photos[i].words) for person, i in photos]
