@@ -12,7 +12,7 @@ from .settings import Settings, flat
 _HEAD = """# The settings of a training
 
 `RUN/config.json` holds every setting; what is left out there has its default. `--set NAME=VALUE` changes one, with its
-full name and a value as in JSON: `--set train.learning_rate=5e-4 train.noise=[0.05,0.95]`. This page is made from the
+full name and a value as in JSON: `--set train.learning_rate=5e-4 'train.noise=[0.05,0.95]'`. This page is made from the
 code: `python -m hdb_core.train.describe > docs/train-config.md`.
 """
 
