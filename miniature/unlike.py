@@ -37,8 +37,8 @@ def kinds(count: int, photographs: Path | None) -> Iterator[tuple[str, list[np.n
     yield "cut off above", _changed(shown, shift=(0.0, -90.0))
     yield "on its side", [np.rot90(picture).copy() for picture in pictures]
     pairs = [draw([one, other], one[1].background) for one, other in zip(shown, shown[::-1], strict=True)]
-    yield "two faces, squeezed into a square", [np.asarray(Image.fromarray(pair).resize((SIDE, SIDE))) for pair in pairs]
-    yield "two faces, the middle square", [pair[:, SIDE // 2 : -SIDE // 2] for pair in pairs]
+    yield "two faces in a square, squeezed", [np.asarray(Image.fromarray(pair).resize((SIDE, SIDE))) for pair in pairs]
+    yield "two faces, the middle", [pair[:, SIDE // 2 : -SIDE // 2] for pair in pairs]
     yield "grey", [np.asarray(Image.fromarray(picture).convert("L").convert("RGB")) for picture in pictures]
     yield "no one", [draw([], background) for background in BACKGROUNDS]
     noise = np.random.default_rng(0)
