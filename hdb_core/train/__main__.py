@@ -31,7 +31,7 @@ from ..errors import HDBError, HyperNetError
 from .base.denoiser import load_base_model
 from .base.model import BaseModel
 from .describe import purposes
-from .heartbeat import Heartbeat, address
+from .heartbeat import Heartbeat, address, lost_another
 from .job import Job
 from .plan import describe_plan
 from .refusals import refuse_early
@@ -93,6 +93,14 @@ def main(arguments: Sequence[str] | None = None, load: Loader = by_diffusers, co
                 _run_stages(run, accelerator, load, command, args.stage)
     except (HDBError, OSError) as error:
         sys.stderr.write(f"{error}\n")  # of whichever process
+        return 1
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        sys.stderr.write(
+            f"Another process has ended, so this one ends, too ({error}). Give the same command again: the training goes on "
+            "from the last state that was written.\n"
+        )
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped. The same command goes on.\n")

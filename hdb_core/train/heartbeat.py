@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 
-from torch.distributed import TCPStore
+from torch.distributed import DistError, TCPStore
 
 EVERY = 5.0  # seconds between two signs
 PATIENCE = 60.0  # seconds without one
@@ -95,6 +95,11 @@ class Heartbeat:
         )
         sys.stderr.flush()
         os._exit(1)
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether torch says with an error that another process is gone; it may notice that before a heartbeat does."""
+    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 def _key(rank: int) -> str:

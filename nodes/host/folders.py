@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,6 +110,12 @@ def find(shelf: Shelf, name: str | None) -> Path:
     )
 
 
+def passed_over(shelf: Shelf, name: str) -> list[str]:
+    """A line for each file that has this name, too, and comes first, but cannot be loaded."""
+    before = takewhile(lambda path: not _is_ours(shelf.kind, path), _places(shelf)[portable(name)])
+    return [f"{path} has the same name, but is damaged or of another kind: this is another file" for path in before]
+
+
 def find_unchanged(shelf: Shelf, name: str | None) -> Path:
     """As `find`, of a file that is still what `fingerprint` saw: the host keeps the result for what was seen.
 
@@ -177,7 +184,15 @@ def _files(shelf: Shelf) -> dict[str, Path]:
 
     On Linux a file's own name can have a ``\``; it comes after one that is in a folder.
     """
-    found: dict[str, Path] = {}
+    return {
+        name: next((path for path in paths if _is_ours(shelf.kind, path)), paths[0])
+        for name, paths in _places(shelf).items()
+    }
+
+
+def _places(shelf: Shelf) -> dict[str, list[Path]]:
+    """Every file of our extension, by its `portable` name, in the order of the folders."""
+    found: dict[str, list[Path]] = defaultdict(list)
     for folder in folder_paths.get_folder_paths(shelf.category):
         for path in sorted(_below(folder), key=_has_backslash):
             name = portable(os.path.relpath(path, folder))
@@ -185,8 +200,7 @@ def _files(shelf: Shelf) -> dict[str, Path]:
                 continue
             with suppress(UnicodeError):
                 name.encode()  # one that is no text cannot be sent to the browser
-                if name not in found or (not _is_ours(shelf.kind, found[name]) and _is_ours(shelf.kind, Path(path))):
-                    found[name] = Path(path)
+                found[name].append(Path(path))
     return found
 
 

@@ -83,7 +83,7 @@ def prefix_for(prefix: str, person: str) -> str:
     """A filename_prefix whose last part is a person's name, if they have one."""
     if not person.strip(". "):
         return prefix
-    folder = portable(prefix).rpartition("/")
+    folder = portable(with_dates(prefix, datetime.now())).rpartition("/")
     # A number and an ending follow, and no date is meant.
     return f"{folder[0]}{folder[1]}{made_portable(person, _MOST_OF_A_NAME).replace('%', '_')}"
 

@@ -57,6 +57,14 @@ DAMAGE = {
 }
 
 
+def test_another_run_may_have_more_people_in_the_folder(tmp_path):
+    tensors, meta = WRITTEN["latents"]
+    Group(0, PEOPLE, tmp_path / "group_00000.safetensors", meta).write(tensors)
+    others = [Person(name, PEOPLE[0].photos) for name in ("zoe", "yan")]
+    Group(1, others, tmp_path / "group_00001.safetensors", meta).write(tensors)
+    assert [own.person for own in read_people(tmp_path, PEOPLE, BASIS, LAYOUT)] == PEOPLE
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_a_damaged_file_is_one_sentence(tmp_path, kind, damage):

@@ -17,7 +17,7 @@ PROCESS = """
 import os, sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from hdb_core.train.heartbeat import Heartbeat, address
+from hdb_core.train.heartbeat import Heartbeat, address, lost_another
 
 rank, does = int(os.environ["RANK"]), sys.argv[1]
 dist.init_process_group("gloo", timeout=timedelta(hours=2))
@@ -25,7 +25,10 @@ with Heartbeat(rank, 2, address(), every=0.2, patience=3):
     dist.barrier()
     print("ready", flush=True)
     if does == "waits":
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise SystemExit(f"lost another: {lost_another(error)}")
     elif does == "fails":
         raise ValueError("as planned")
     elif does == "works":
@@ -86,7 +89,9 @@ def test_a_dead_process_ends_the_other(start, how, victim, other):
     since = time.monotonic()
     _, said = processes[1 - victim].communicate(timeout=30)
     assert processes[1 - victim].returncode and time.monotonic() - since < 30
-    if not (how == "SIGKILL" and other == "waits"):  # there torch notices the closed connection first
+    if how == "SIGKILL" and other == "waits":  # there torch notices the closed connection first
+        assert "lost another: True" in said
+    else:
         assert f"Process {victim} of 2 has ended or hangs, so process {1 - victim} ends, too. Give the same" in said
 
 

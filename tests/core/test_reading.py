@@ -18,7 +18,7 @@ from hdb_core.files.reading import opened, read_whole, reason, regular
 from hdb_core.hypernet import HyperNet, HyperNetConfig
 from hdb_core.layout import Layer, Layout
 from hdb_core.lidb import LiDB
-from hdb_core.train.base.local import require_unquantised
+from hdb_core.train.base.local import require_safetensors, require_unquantised
 
 KINDS = sorted(set(fuzz.TARGETS) - {"config"})
 UNNAMEABLE = pytest.mark.parametrize("name", ["a\0b", "\ud800"], ids=["NUL", "half a character"])
@@ -82,6 +82,15 @@ def test_a_model_described_by_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(LayoutError, match=r"config\.json cannot be read \(it is a folder or a device"):
         require_unquantised(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "diffusion_pytorch_model.bin", "model.fp16.safetensors"])
+def test_pickled_weights_and_variants_are_not_read(tmp_path, name):
+    (tmp_path / name).write_bytes(b"a pickle may compute for ever")
+    with pytest.raises(LayoutError, match="holds no weights called model.safetensors"):
+        require_safetensors(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"weights")
+    require_safetensors(tmp_path)
 
 
 @UNNAMEABLE

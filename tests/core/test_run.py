@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from hdb_core.errors import HyperNetError
@@ -310,3 +311,20 @@ def test_a_run_folder_that_is_a_file(tmp_path, capsys):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(HyperNetError, match=r"run cannot be written"), Run.open(tmp_path / "run", NEW).locked():
         pass
+
+
+def test_a_lost_process_is_one_sentence_and_another_error_a_traceback(tmp_path, capsys):
+    def load(message):
+        def loader(*_):
+            raise RuntimeError(message)
+
+        return loader
+
+    (tmp_path / "photos").mkdir()
+    asked = [str(tmp_path / "run"), "--model", "model.safetensors", "--photos", str(tmp_path / "photos"), "--cpu"]
+    for person in range(2):
+        Image.new("RGB", (64, 64), (person, 0, 0)).save(tmp_path / "photos" / f"{person}.png")
+    assert main(asked, load("[../gloo/transport/tcp/pair.cc:1] Connection closed by peer")) == 1
+    assert "Another process has ended, so this one ends, too" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="something else"):
+        main(asked, load("something else"))

@@ -265,14 +265,23 @@ def test_a_file_that_is_larger_unpacked_is_not_unpacked(host, error, tmp_path, m
         host.module("hdb_core.detectors").yunet(path)
 
 
+ASKS = {
+    "memory": b"\x80\x02c__builtin__\nbytearray\n(J\x00\xca\x9a\x3btR.",  # a billion bytes
+    # Twice as long by each call.
+    "memory by letters": b"\x80\x02X\x04\0\0\0aaaa" + 40 * b"c_codecs\nencode\n(X\x03\0\0\0hextR" + b".",
+    # To hash what holds the same twice, forty times one in the other.
+    "time": b"\x80\x02}N\x85q\0" + b"".join(bytes([*b"0h", n, *b"h", n, 0x86, *b"q", n + 1]) for n in range(40)) + b"Ns.",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_that_asks_for_memory_is_not_run(host, error, tmp_path, monkeypatch, zipped):
+@pytest.mark.parametrize("asks", ASKS)
+def test_a_file_that_asks_for_memory_or_time_is_not_run(host, error, tmp_path, monkeypatch, asks, zipped):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was run"))
-    asks = b"\x80\x02c__builtin__\nbytearray\n(J\x00\xca\x9a\x3btR."  # a billion bytes
     file = BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", asks)
-    (path := tmp_path / "yunet.pth").write_bytes(file.getvalue() if zipped else asks)
+        archive.writestr("archive/data.pkl", ASKS[asks])
+    (path := tmp_path / "yunet.pth").write_bytes(file.getvalue() if zipped else ASKS[asks])
     with pytest.raises(error, match="no YuNet file"):
         host.module("hdb_core.detectors").yunet(path)
 

@@ -303,3 +303,9 @@ def test_a_person_keeps_what_it_says_about_itself_in_files(run, host, person):
         metadata = file.metadata()
     assert metadata["lidb_token"] == "sks" and metadata["lidb_made_from"] == "several photos"
     assert metadata["modelspec.trigger_phrase"] == "sks" and metadata["modelspec.title"] == "person"
+
+
+def test_a_name_after_a_date_with_folders(run, person):
+    (path,) = run("SaveLiDB", lidb=person(3), filename_prefix="lidb/%date:yyyy/MM%", name="Anna")
+    assert Path(path).name == "Anna_00001_.safetensors" and Path(path).parents[1].name == "lidb"
+    assert Path(path).parent.name.isdecimal()

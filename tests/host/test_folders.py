@@ -269,3 +269,15 @@ def test_the_server_refuses_a_prompt_with_that_sentence(shelf, category, given):
     (said,) = {reason["details"] for node in errors.values() for reason in node["errors"]}
     assert said.startswith("There is no ") and str(shelf[0]) in said
     assert "into one of these folders" in said
+
+
+def test_a_person_in_place_of_a_damaged_file_is_said_to_be_another(run, host, person, tmp_path, monkeypatch, said):
+    (good,) = run("SaveLiDB", lidb=person(3), filename_prefix="lidb/copied")
+    (folder := tmp_path / "copies").mkdir()
+    known = host.folder_paths.folder_names_and_paths
+    monkeypatch.setitem(known, "lidb", ([str(folder), str(Path(good).parent)], {".safetensors"}))
+    run("LoadLiDB", lidb_name=Path(good).name)
+    assert "damaged" not in said[-1]
+    (cut := folder / Path(good).name).write_bytes(Path(good).read_bytes()[:9000])
+    run("LoadLiDB", lidb_name=Path(good).name)
+    assert f"{cut} has the same name, but is damaged" in said[-1]

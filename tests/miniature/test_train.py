@@ -866,7 +866,7 @@ def test_encoders_that_cannot_be_used(model, photos, clip_vision, tmp_path, caps
         (tmp_path / "nowhere", "lacks config.json"),
         (unknown, "holds 'resnet', but Load CLIP Vision takes CLIP"),
         (clip_vision(width=32, name="wide"), r"patch size (32, 2, 28, 14)) that Load CLIP Vision cannot load"),
-        (empty, "holds no weights that can be read"),
+        (empty, "holds no weights called model.safetensors"),
         (broken, "holds no weights that can be read"),
         (partial, "lacks 4 weights"),
         (listed, "listed is damaged ("),

@@ -14,7 +14,7 @@ from ...errors import LayoutError
 from ...files.reading import garbled_as
 from ...layout import FAMILIES, FAMILY_BY_CONTEXT, find_targets, layout_of
 from ...prompt import CLASS_PROMPT
-from .local import identity_of, local_config, require_unquantised, weights_in
+from .local import identity_of, local_config, require_safetensors, require_unquantised, weights_in
 from .single_file import GIVE_TOKENIZER, Parts, TextEncoder, load_tokenizer, read_single_file
 
 # Of a schedule that ends in noise alone, whose last sigma would be infinite; sigma is 4519 there. ComfyUI has the same.
@@ -250,6 +250,7 @@ def _read_folder(folder: Path, dtype: torch.dtype, tokenizer: Path | None) -> Pa
         for part, path in paths.items():
             if not part.startswith(("tokenizer", "scheduler")):  # which have no weights
                 require_unquantised(path)
+                require_safetensors(path)
         texts = [
             TextEncoder(
                 _whole(kind, path, config=local_config(kind.config_class, path), dtype=dtype, **local),
@@ -274,7 +275,7 @@ def _whole(kind: Any, folder: Path, **options: Any) -> Any:
     Raises:
         LayoutError: if some are missing.
     """
-    module, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+    module, info = kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise LayoutError(
             f"{folder} lacks {len(missing)} weights, {missing[0]!r} among them. Download the model again."

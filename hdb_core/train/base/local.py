@@ -14,7 +14,7 @@ from ...files.reading import read_whole, reason
 
 _PLACES, _BLOCK = 4096, 256  # in a file of another format than safetensors; bytes of a tensor, or at a place
 # As diffusers and transformers call the weights that they load; others beside them are variants.
-_WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)")
+_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
 
 
 def identity_of(files: Iterable[Path]) -> str:
@@ -41,12 +41,26 @@ def _places(file: BinaryIO, size: int, is_safetensors: bool) -> list[int]:
 
 
 def weights_in(folders: Iterable[Path]) -> list[Path]:
-    """The files of weights that are loaded from folders of diffusers and transformers, safetensors before others."""
-    found = []
-    for folder in folders:
-        own = sorted(path for path in folder.glob("*") if _WEIGHTS.fullmatch(path.name) and path.is_file())
-        found += [path for path in own if path.suffix == ".safetensors"] or own
-    return found
+    """The files of weights that are loaded from folders of diffusers and transformers."""
+    return [
+        path
+        for folder in folders
+        for path in sorted(folder.glob("*"))
+        if _WEIGHTS.fullmatch(path.name) and path.is_file()
+    ]
+
+
+def require_safetensors(folder: Path) -> None:
+    """Check that a folder holds weights that are loaded. Older ones (``.bin``) are pickles, whose reading can take for ever.
+
+    Raises:
+        LayoutError: if it does not.
+    """
+    if not weights_in([folder]):
+        raise LayoutError(
+            f"{folder} holds no weights called model.safetensors or diffusion_pytorch_model.safetensors. Download the model "
+            "in this format; .bin files and other variants are not read."
+        )
 
 
 def local_config(config_class: Any, folder: Path) -> Any:

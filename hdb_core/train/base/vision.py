@@ -20,7 +20,7 @@ from ...errors import HyperNetError
 from ...files.reading import garbled_as
 from ...hypernet import EncoderConfig
 from ...images import resize_to_cover
-from .local import local_config, require_unquantised
+from .local import local_config, require_safetensors, require_unquantised
 
 Color = tuple[float, float, float]
 _CLIP_COLORS: tuple[Color, Color] = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -125,6 +125,7 @@ def _loaded(folder: Path, device: torch.device) -> VisionEncoder:
             f"{folder} holds {kind!r}, but Load CLIP Vision takes CLIP, SigLIP and DINOv2 ({', '.join(classes)}). "
             "Give --clip-vision one of these."
         )
+    require_safetensors(folder)
     architecture, config_class, model_class = classes[kind]
     config = local_config(config_class, folder)
     host = _host_encoder(architecture, config, folder)
@@ -138,7 +139,12 @@ def _loaded(folder: Path, device: torch.device) -> VisionEncoder:
         )
     try:
         model, info = model_class.from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise HyperNetError(f"{folder} holds no weights that can be read ({error}). Download it again.") from error

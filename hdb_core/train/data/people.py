@@ -80,6 +80,8 @@ def precompute(
 def read_people(folder: Path, people: Sequence[Person], basis: BasisRecipe, layout: Layout) -> Iterator[EncodedPerson]:
     """All that `precompute` wrote, in the order of the groups; people fitted in another basis or layout as not fitted.
 
+    Groups of other people are passed over: a run that shares the folder may have more of them.
+
     Raises:
         HyperNetError: if nothing is there, a file is damaged, or a person is no longer among ``people`` or there twice.
     """
@@ -89,6 +91,8 @@ def read_people(folder: Path, people: Sequence[Person], basis: BasisRecipe, layo
         raise HyperNetError(f"{folder} holds no latents. Run the stage precompute first.")
     for path in paths:
         settings, names, _ = read_header(path)
+        if known.keys().isdisjoint(names):
+            continue
         with opened(path) as file:
             tensors, fit = whole(file), settings["fit"] or {}
             # What was fitted in other coordinates says nothing here.
