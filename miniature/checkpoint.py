@@ -29,7 +29,6 @@ LATENT_FACTOR = 0.18215  # of the host: model-space latents are the VAE's times 
 FORMAT = "hyperdreambooth-miniature"
 BASE_FILE, VAE_FILE = "miniature_base.safetensors", "miniature_vae.safetensors"
 HYPERNET_FILE, CONTROL_FILE = "miniature_hypernet.safetensors", "miniature_control.safetensors"
-PACKED_ENCODER = "miniature_encoder.safetensors"
 PHOTOS = Path(__file__).parent.parent / "example_workflows" / "input"
 CLIP_LAYERS = 12
 _HEADER = {"format": FORMAT, "version": "1"}
@@ -209,7 +208,6 @@ def _pack(runs: Path, folder: Path) -> None:
         runs / "control" / CONTROL_FILE: CONTROL_FILE,
         runs / "token" / "hypernet.safetensors": HYPERNET_FILE,
         runs / "hypernet" / HYPERNET_FILE: HYPERNET_FILE,  # of miniature.predictor, which needs no stage token
-        runs / "longer_encoder" / "encoder.safetensors": PACKED_ENCODER,
     }
     for made, name in places.items():
         if made.is_file():

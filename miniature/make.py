@@ -45,11 +45,6 @@ STAGES = {
     "token": f"hdb_core.train .runs/token {_TRAIN} --photos .runs/other_faces --rank 4 --steps 500 --set pretrain.steps=0 "
     f"begin_with=.runs/hypernet/hypernet.safetensors {_NET} train.max_photos=3 train.learning_rate=5e-4 "
     "train.class_weight=1 evaluate.photos=3",
-    # The encoder longer, on the same people. No hypernetwork that is included stands behind it yet.
-    "crowd": "miniature.crowd --people 10528",
-    "longer_encoder": "miniature.predictor encoder --run .runs/longer_encoder --start .runs/token/hypernet.safetensors "
-    "--first 10528 --minutes 46",
-    "pack_encoder": "miniature.checkpoint pack",
     "pack_hypernet": "miniature.checkpoint pack",
     "control": "miniature.control",
     "pack_control": "miniature.checkpoint pack",
@@ -74,7 +69,6 @@ MADE_BY = {
     "miniature_hypernet.safetensors": (
         *("diffusers", "faces", "encoder", "hypernet", "other_faces", "token", "pack_hypernet"),
     ),
-    "miniature_encoder.safetensors": ("crowd", "longer_encoder", "pack_encoder"),
     "miniature_control.safetensors": ("control", "pack_control"),
     "judge_a.safetensors": ("pictures", "judge_a"),
     "judge_b.safetensors": ("pictures", "judge_b"),

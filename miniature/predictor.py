@@ -31,7 +31,6 @@ from hdb_core.train.beginning import learn_code, load_encoder, save_encoder
 from hdb_core.train.data.people import EncodedPerson
 from hdb_core.train.encoder_loss import PhotoLoss, PhotoPredictor, PretrainConfig, ShownPhotos
 from hdb_core.train.face_code import MOST_PHOTOS, Components, shown_of
-from hdb_core.train.line import LineConfig, LineStep
 from hdb_core.train.loop import LossOf, TrainingLoop
 from hdb_core.train.person_loss import PersonLoss, TrainConfig
 from hdb_core.train.predicted import FromFaces, PeopleInBase
@@ -84,13 +83,6 @@ class Training:
         args.run.mkdir(parents=True, exist_ok=True)
         self.notes = {"people": 0.0, "waited": 0.0}
         self._wait_for(args.first)
-
-    def portraits(self, people: int) -> Crowd:
-        """So many of the first people, if they are drawn, of whom only the portraits are encoded."""
-        crowd = Crowd(self.args.crowd, self.base.encode, self.accelerator.device, people, encoded=1)
-        while crowd.grow(16):
-            pass
-        return crowd
 
     def _wait_for(self, people: int) -> None:
         """The statistics of people are found from the first of them."""
@@ -175,35 +167,22 @@ def train_hypernet(training: Training) -> None:
     net_config = HyperNetConfig(denoiser.layout, BasisRecipe(), EncoderConfig(), width=args.width, depth=2, rank=args.rank,
                                 iterations=config.max_iterations, predict_down=False,
                                 by_token=config.class_weight > 0)  # fmt: skip
-    known = hypernet_file.load(args.start) if args.start else None
-    hypernet = HyperNet.create(known.config if known else net_config, args.seed)
-    if known:
-        hypernet.load_state_dict(known.state_dict())
-    net_config = hypernet.config
+    hypernet = HyperNet.create(net_config, args.seed).to(training.accelerator.device)
     base = PeopleInBase(denoiser, crowd.people, net_config, crowd.faces(net_config.encoder))
-    first = training.portraits(MOST_PHOTOS) if known else crowd
-    components = Components.of(torch.stack([shown_of(person, 0) for person in first.people[:MOST_PHOTOS]]))
+    components = Components.of(torch.stack([shown_of(person, 0) for person in crowd.people[:MOST_PHOTOS]]))
 
     def codes_of(people: Sequence[EncodedPerson]) -> torch.Tensor:
-        count = len(components.variance) if known else net_config.code
-        return components.codes(torch.stack([shown_of(person, 0) for person in people]), count)
+        return components.codes(torch.stack([shown_of(person, 0) for person in people]), net_config.code)
 
-    codes = codes_of(first.people)
-    if known:
-        codes = turned(codes, code_of_portraits(known, first))
-    load_encoder(hypernet.to(training.accelerator.device).encoder, args.encoder)
-    learn_code(hypernet, PeopleInBase(denoiser, first.people, net_config, first.faces(net_config.encoder)), codes.cpu())
-    if args.line_steps:
-        line = LineStep(hypernet, base, LineConfig(), args.seed, training.accelerator.autocast)
-        for _ in range(args.line_steps):
-            print(", ".join(f"{name} {value:.3f}" for name, value in line().items()), flush=True)
-    # One that goes on has been trained, last, on codes that it had read off photos itself.
-    loss = PersonLoss(base, config, args.seed, None if known else codes, CLASS_PROMPT)
+    codes = codes_of(crowd.people)
+    load_encoder(hypernet.encoder, args.encoder)
+    learn_code(hypernet, base, codes.cpu())
+    loss = PersonLoss(base, config, args.seed, codes, CLASS_PROMPT)
     net = FromFaces(hypernet)
 
     def take(new: list[EncodedPerson]) -> None:
-        if loss.codes is not None:
-            loss.codes = torch.cat([loss.codes, codes_of(new).to(loss.codes)])
+        assert loss.codes is not None
+        loss.codes = torch.cat([loss.codes, codes_of(new).to(loss.codes)])
         base.counts += [len(person.latents) for person in new]
 
     loop = training_loop(training, net, config, RATES)
@@ -213,24 +192,6 @@ def train_hypernet(training: Training) -> None:
         hypernet_file.save(averaged(net_config, loop.average), args.run / HYPERNET_FILE, info)
 
     loop.run(OnCrowd(training, loss, take), save, notes=training.notes)
-
-
-@torch.no_grad()
-def code_of_portraits(net: HyperNet, crowd: Crowd) -> torch.Tensor:
-    """The face code (N, K) that a hypernetwork with an image encoder reads off everybody's portrait."""
-    faces = crowd.faces(net.config.encoder)
-    parts = [crowd.people[first : first + 64] for first in range(0, len(crowd.people), 64)]
-    return torch.cat([net.code(net.encode(faces.read([(own.person, 0) for own in part]).cpu())) for part in parts])
-
-
-def turned(codes: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Codes (N, K) of people, turned without stretching into the coordinates of other ones (N, M) of the same people.
-
-    Other portraits have other principal components. M is at most K.
-    """
-    codes, known = codes.cpu().double(), known.double()
-    left, _, right = torch.linalg.svd(torch.linalg.lstsq(codes, known - known.mean(0)).solution, full_matrices=False)
-    return (codes @ left @ right).float()
 
 
 def training_loop(training: Training, net: torch.nn.Module, config: PretrainConfig | TrainConfig,
@@ -254,10 +215,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--first", type=int, default=4096, help="people that must be drawn before the first step")
     parser.add_argument("--most", type=int, default=200_000, help="people that are taken up at all")
-    parser.add_argument("--start", type=Path, help="hypernetwork to go on from; of the encoder, the one in it")
+    parser.add_argument("--start", type=Path, help="encoder: hypernetwork whose encoder goes on")
     parser.add_argument("--encoder", type=Path, help="hypernet: the trained image encoder")
-    parser.add_argument("--line-steps", type=int, default=0,
-                        help="hypernet: steps of least squares on its straight line before the others")  # fmt: skip
     parser.add_argument("--width", type=int, default=184, help="of the decoder; 184 fits into 20 MB")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--class-weight", type=float, default=1.0, help="of the loss that keeps the class prompt")

@@ -240,15 +240,10 @@ class HyperNet(nn.Module):
 
     def refinements(self, tokens: Tensor, iterations: int | None = None, code: Tensor | None = None) -> list[Tensor]:
         """θ_1 … θ_k, each (B, L, outputs) in units of `scale`, of which `factors` makes people."""
-        return self.refined(self.start(self.code(tokens) if code is None else code), tokens, iterations)
-
-    def start(self, code: Tensor) -> Tensor:
-        """θ_0 (B, L, outputs) of face codes (B, K), in units of `scale`."""
-        return torch.einsum("bk,lko->blo", code.to(self.direct), self.direct)
-
-    def refined(self, theta: Tensor, tokens: Tensor, iterations: int | None = None) -> list[Tensor]:
-        """θ_1 … θ_k from θ_0 (B, L, outputs), which `refinements` takes from the face code."""
-        faces, states = self.face_in(tokens), []
+        faces = self.face_in(tokens)
+        code = self.code(tokens) if code is None else code
+        theta = torch.einsum("bk,lko->blo", code.to(self.direct), self.direct)
+        states = []
         for _ in range(iterations or self.config.iterations):
             hidden = self.decoder(self.position + self.weights_in(theta), faces)
             theta = theta + torch.einsum("blw,lwo->blo", hidden, self.readout.to(hidden)) + self.offset

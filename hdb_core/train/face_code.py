@@ -66,12 +66,8 @@ class Components:
         """
         std = self.variance[:count].sqrt()
         live = std > _LEAST_SPREAD * std[0]
-        found = self.projections(latents)[:, :count] / torch.where(live, std, 1.0) * live
+        found = self._of(latents)[:, :count] / torch.where(live, std, 1.0) * live
         return torch.nn.functional.pad(found, (0, count - found.shape[1]))
-
-    def projections(self, latents: Tensor) -> Tensor:
-        """All components (N, K) of photos (N, C, h, w), in the units of the latents."""
-        return (latents.float().flatten(1) - self.mean) @ self.directions
 
     def loss(self, predicted: Tensor, latents: Tensor) -> Tensor:
         """The error of components (B, K), each in units of its standard deviation, of photos (B, C, h, w).
@@ -80,19 +76,18 @@ class Components:
         """
         middle = self.variance[len(self.variance) // 2].clamp(min=_LEAST_SPREAD**2 * self.variance[0])
         weight = 1 / (self.variance + middle)
-        error = predicted * self.variance.sqrt() - self.projections(latents)
+        error = predicted * self.variance.sqrt() - self._of(latents)
         return (error.square() * weight).sum(1).mean() / (weight * self.variance).sum()
+
+    def _of(self, latents: Tensor) -> Tensor:
+        """All components (N, K) of photos (N, C, h, w)."""
+        return (latents.float().flatten(1) - self.mean) @ self.directions
 
 
 def shown_of(person: EncodedPerson, number: int) -> Tensor:
     """The latents (C, h, w) float32 of a photo, each place times the root of how much it counts."""
     latents = person.latents[number].float()
-    return latents * root_of_region(person, number)
-
-
-def root_of_region(person: EncodedPerson, number: int) -> Tensor:
-    """The root (1, h, w) of how much each place of a photo counts."""
-    return person.person.photos[number].region(*person.latents.shape[-2:]).sqrt()
+    return latents * person.person.photos[number].region(*latents.shape[-2:]).sqrt()
 
 
 def codes_of(people: Sequence[EncodedPerson], count: int) -> Tensor:

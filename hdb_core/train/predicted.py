@@ -126,19 +126,5 @@ class PeopleInBase:
             text = self.denoiser.encode_prompts(captions)
             return squared_error(self.denoiser, towards(self.denoiser, batch, own), text)
 
-    def denoised(self, factors: Factors, batch: Batch, photos: Sequence[PhotoOf], prompt: str) -> Tensor:
-        """The clean latents (B, C, h, w) that samples which carry these factors predict.
-
-        Args:
-            factors: of a person in each sample.
-            batch: of photos.
-            photos: whose words follow the prompt.
-            prompt: with or without the token.
-        """
-        noisy = self.denoiser.add_noise(batch.latents, batch.noise, batch.sigma)
-        with attach(self.denoiser.modules, self.adapters.expand(*factors)):
-            text = self.denoiser.encode_prompts(self._captions(prompt, photos))
-            return self.denoiser.denoise(noisy, batch.sigma, text)
-
     def _captions(self, prompt: str, photos: Sequence[PhotoOf]) -> list[str]:
         return [caption(prompt, self.people[person].person.photos[i].words) for person, i in photos]
