@@ -141,25 +141,16 @@ def without_a_weight(path):
     save_file({name: tensors[name] for name in sorted(tensors)[1:]}, path, {"format": "pt"})
 
 
-def pickled(contents):
-    """In the older format, as these bytes: of git where its large files were not fetched, for example."""
-
-    def damage(path):
-        path.unlink()
-        path.with_name("pytorch_model.bin").write_bytes(contents)
-
-    return damage
+def pickled(path):
+    """The same weights in the older form, which is not read."""
+    torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+    path.unlink()
 
 
 @pytest.mark.parametrize(
     ("name", "damage", "said"),
     [
-        (
-            "text_encoder/model.safetensors",
-            pickled(b"version https://git-lfs"),
-            r"is damaged \(it holds something else",
-        ),
-        ("text_encoder/model.safetensors", pickled(b""), r"is damaged \(EOFError"),
+        ("text_encoder/model.safetensors", pickled, r"text_encoder holds no weights called model\.safetensors"),
         ("text_encoder/model.safetensors", cut, r"A part of .* is damaged \("),
         ("text_encoder/model.safetensors", without_a_weight, "text_encoder lacks 1 weights, '.*' among them"),
         ("vae/diffusion_pytorch_model.safetensors", without_a_weight, "vae lacks 1 weights, '.*' among them"),
