@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from utils.extra_config import load_extra_path_config
 
 from ...hdb_core.errors import HyperNetError
@@ -99,11 +100,33 @@ def _of_three(settings: Settings) -> tuple[Parts, list[Path]]:
             f"Expected text_encoders, and as clip_type one of {', '.join(types)}; got {settings.clip_type!r}. Set them as in "
             "Load CLIP."
         )
-    embeddings = folder_paths.get_folder_paths("embeddings")
-    clip = comfy.sd.load_clip([str(path) for path in texts], embeddings, types[settings.clip_type])
+    with garbled_as(
+        lambda why: HyperNetError(
+            f"{', '.join(settings.text_encoders)} cannot be loaded as text encoder of the clip_type {settings.clip_type!r} "
+            f"({why.splitlines()[0]}). Set text_encoders and clip_type as in Load CLIP."
+        )
+    ):
+        clip = _clip(texts, types[settings.clip_type])
     vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(pixels)))
     vae.throw_exception_if_invalid()
     return (comfy.sd.load_diffusion_model(str(diffusion)), clip, vae), [diffusion, *texts, pixels]
+
+
+def _clip(texts: list[Path], kind: comfy.sd.CLIPType) -> Any:
+    """CLIP of *Load CLIP*, which takes any file, and leaves what is missing in it as the memory happens to be."""
+    missing: list[int] = []
+    load = nn.Module.load_state_dict
+
+    def noted(module: nn.Module, *args: Any, **options: Any) -> Any:
+        result = load(module, *args, **options)
+        missing.append(len(result.missing_keys))
+        return result
+
+    with patch.object(nn.Module, "load_state_dict", noted):
+        clip = comfy.sd.load_clip([str(path) for path in texts], folder_paths.get_folder_paths("embeddings"), kind)
+    if 2 * sum(missing) > len(clip.cond_stage_model.state_dict()):
+        raise ValueError("most of its weights are missing")
+    return clip
 
 
 def _file(folder: str, name: str, setting: str) -> Path:

@@ -52,6 +52,13 @@ def test_a_strangers_thumbnail_that_is_none_is_not_shown(text):
     assert card.picture_of(About(thumbnail=text)) is None
 
 
+def test_a_strangers_thumbnail_with_exif_is_not_shown():
+    """Pillow before 13 reads every entry of it, of which thousands can be the same megabyte."""
+    (exif := Image.Exif())[0x010E] = "a description"
+    Image.new("RGB", (8, 8)).save(file := BytesIO(), "JPEG", exif=exif)
+    assert card.picture_of(About(thumbnail=base64.b64encode(file.getvalue()).decode())) is None
+
+
 def test_a_strangers_thumbnail_of_endless_scans_is_not_shown():
     """A scan is a few bytes that go over the whole picture once more: with 50,000 of them it takes half a minute."""
     Image.new("RGB", (1024, 1024)).save(file := BytesIO(), "JPEG", progressive=True)

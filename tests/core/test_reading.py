@@ -89,7 +89,15 @@ def test_pickled_weights_and_variants_are_not_read(tmp_path, name):
     (tmp_path / name).write_bytes(b"a pickle may compute for ever")
     with pytest.raises(LayoutError, match=r"holds no weights called model\.safetensors"):
         require_safetensors(tmp_path)
-    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"weights")
+    (shard := tmp_path / "model-00001-of-00001.safetensors").write_bytes(b"weights")
+    require_safetensors(tmp_path)
+    for named in (name, "../model-00001-of-00001.safetensors", "model.safetensors"):
+        (tmp_path / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": shard.name, "b": named}})
+        )
+        with pytest.raises(LayoutError, match="names other files than the folder's shards"):
+            require_safetensors(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard.name}}))
     require_safetensors(tmp_path)
 
 

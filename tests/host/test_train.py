@@ -137,10 +137,14 @@ def test_any_model_of_the_host(host, run, apply, photos, tmp_path, base_director
     assert person.isfinite().all() and not torch.equal(person, base)
 
 
-def test_three_files(train, sd3_files, capsys):
+def test_three_files(train, sd3_files, base_directory, capsys):
     files = [f'text_encoders=["{sd3_files.clip}"]', f"vae={sd3_files.vae}"]
     assert train("host", sd3_files.model, *files)[0] == 1
     assert "as clip_type one of stable_diffusion, " in capsys.readouterr().err
+    swapped = [f'text_encoders=["{base_directory / "models" / "vae" / sd3_files.vae}"]', files[1]]
+    for kind, why in (("sd3", "'NoneType' object"), ("stable_diffusion", "most of its weights are missing")):
+        assert train("host", sd3_files.model, *swapped, f"clip_type={kind}")[0] == 1
+        assert f"as text encoder of the clip_type {kind!r} ({why}" in capsys.readouterr().err
     code, folder = train("host", sd3_files.model, *files, "clip_type=sd3")
     assert code == 0 and numbers(folder).isfinite().all()
 
