@@ -97,8 +97,9 @@ def main(arguments: Sequence[str] | None = None, load: Loader = by_diffusers, co
     except RuntimeError as error:
         if not lost_another(error):
             raise
+        reason, _, _ = str(error).partition("\n")
         sys.stderr.write(
-            f"Another process has ended, so this one ends, too ({error}). Give the same command again: the training goes on "
+            f"Another process has ended, so this one ends, too ({reason}). Give the same command again: the training goes on "
             "from the last state that was written.\n"
         )
         return 1

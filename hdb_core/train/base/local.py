@@ -14,8 +14,7 @@ from ...files.reading import read_whole, reason
 
 _PLACES, _BLOCK = 4096, 256  # in a file of another format than safetensors; bytes of a tensor, or at a place
 # As diffusers and transformers call the weights that they load; others beside them are variants.
-_SHARD = re.compile(r"-\d+-of-\d+")
-_NAMES = ("diffusion_pytorch_model", "model")
+_NAMES, _SHARD = ("diffusion_pytorch_model", "model"), re.compile(r"-\d+-of-\d+")
 _WEIGHTS = re.compile(rf"({'|'.join(_NAMES)})(-\d+-of-\d+)?\.safetensors")
 
 
