@@ -123,8 +123,6 @@ def train_encoder(training: Training) -> None:
     loss = PhotoLoss(training.base.denoiser, crowd.people, crowd.faces(encoder), CLASS_PROMPT, config, args.seed)
     with initialised(args.seed):
         net = PhotoPredictor(encoder, loss.text([""]).shape[-1], len(loss.components.variance))
-    if args.start:
-        net.encoder.load_state_dict(hypernet_file.load(args.start).encoder.state_dict())
     device = training.accelerator.device
     net.to(device, memory_format=torch.channels_last)
 
@@ -215,7 +213,6 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--first", type=int, default=4096, help="people that must be drawn before the first step")
     parser.add_argument("--most", type=int, default=200_000, help="people that are taken up at all")
-    parser.add_argument("--start", type=Path, help="encoder: hypernetwork whose encoder goes on")
     parser.add_argument("--encoder", type=Path, help="hypernet: the trained image encoder")
     parser.add_argument("--width", type=int, default=184, help="of the decoder; 184 fits into 20 MB")
     parser.add_argument("--rank", type=int, default=4)

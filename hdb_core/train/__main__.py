@@ -31,7 +31,7 @@ from ..errors import HDBError, HyperNetError
 from .base.denoiser import load_base_model
 from .base.model import BaseModel
 from .describe import purposes
-from .heartbeat import Heartbeat, address, lost_another
+from .heartbeat import GO_ON, Heartbeat, address, lost_another
 from .job import Job
 from .plan import describe_plan
 from .refusals import refuse_early
@@ -98,10 +98,7 @@ def main(arguments: Sequence[str] | None = None, load: Loader = by_diffusers, co
         if not lost_another(error):
             raise
         reason, _, _ = str(error).partition("\n")
-        sys.stderr.write(
-            f"Another process has ended, so this one ends, too ({reason}). Give the same command again: the training goes on "
-            "from the last state that was written.\n"
-        )
+        sys.stderr.write(f"Another process has ended, so this one ends, too ({reason}). {GO_ON}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped. The same command goes on.\n")

@@ -18,6 +18,7 @@ from torch.distributed import DistError, TCPStore
 
 EVERY = 5.0  # seconds between two signs
 PATIENCE = 60.0  # seconds without one
+GO_ON = "Give the same command again: the training goes on from the last state that was written."
 _ENDED = 1 << 40  # added to the number of a process that has ended well
 _LEAVING = 10.0  # seconds in which a process may end after the one that holds the store
 
@@ -90,8 +91,7 @@ class Heartbeat:
     def _end(self, other: int) -> None:
         """The main thread may wait in a call that nothing interrupts, so that this ends the process as a kill would."""
         sys.stderr.write(
-            f"Process {other} of {self.count} has ended or hangs, so process {self.rank} ends, too. Give the same command "
-            "again: the training goes on from the last state that was written.\n"
+            f"Process {other} of {self.count} has ended or hangs, so process {self.rank} ends, too. {GO_ON}\n"
         )
         sys.stderr.flush()
         os._exit(1)

@@ -96,6 +96,13 @@ def test_a_file_that_comfyui_cannot_load(train, tmp_path, capsys, name):
     assert f"ComfyUI cannot load {path}" in (said := capsys.readouterr().err.splitlines()[-1]) and said.endswith(".")
 
 
+def test_a_checkpoint_that_git_has_not_fetched(train, tmp_path, capsys):
+    """torch's own message advises to load it in the unsafe way."""
+    (path := tmp_path / "pointer.ckpt").write_bytes(b"version https://git-lfs")
+    assert train("host", path)[0] == 1
+    assert f"{path} or a file beside it (it holds something else than weights)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("family", ["Z-Image", "Flux.1", "Qwen-Image"])
 def test_any_model_of_the_host(host, run, apply, photos, tmp_path, base_directory, family):
     """From photos to a picture of a predicted person, on a tiny model of a family with random weights."""

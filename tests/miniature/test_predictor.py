@@ -5,12 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from hdb_core.files import hypernet as hypernet_file
 from hdb_core.hypernet import network
-from hdb_core.hypernet.encoder import PhotoEncoder
-from hdb_core.train.beginning import load_encoder
 from miniature import checkpoint, crowd, predictor
 from miniature.crowd import draw_group
 from miniature.predictor import ENCODER_FILE, HYPERNET_FILE
@@ -49,17 +46,6 @@ def test_a_predictor_of_a_growing_crowd(trained, monkeypatch):
     net = hypernet_file.load(trained("hypernet", "--encoder", str(encoder)) / HYPERNET_FILE)
     assert not net.config.predict_down and net.code_map.any()
     assert net.seen_limit > 0  # it knows how the photos of its training look
-
-
-def test_an_encoder_goes_on_from_that_of_a_hypernetwork(trained, tmp_path):
-    path = trained("hypernet", "--encoder", str(trained("encoder") / ENCODER_FILE)) / HYPERNET_FILE
-    net = hypernet_file.load(path)
-    with torch.no_grad():
-        net.encoder.vit.layernorm.bias += 5
-    hypernet_file.save(net, tmp_path / "known.safetensors", {})
-    own = PhotoEncoder(net.config.encoder)
-    load_encoder(own, trained("encoder", "--start", str(tmp_path / "known.safetensors")) / ENCODER_FILE)
-    assert (own.vit.layernorm.bias - 5).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("made", [Path("hypernet") / HYPERNET_FILE, Path("token") / "hypernet.safetensors"])

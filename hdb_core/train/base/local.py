@@ -14,7 +14,7 @@ from ...files.reading import read_whole, reason
 
 _PLACES, _BLOCK = 4096, 256  # in a file of another format than safetensors; bytes of a tensor, or at a place
 # As diffusers and transformers call the weights that they load; others beside them are variants.
-_NAMES, _SHARD = ("diffusion_pytorch_model", "model"), re.compile(r"-\d+-of-\d+")
+_NAMES = ("diffusion_pytorch_model", "model")
 _WEIGHTS = re.compile(rf"({'|'.join(_NAMES)})(-\d+-of-\d+)?\.safetensors")
 
 
@@ -57,10 +57,10 @@ def require_safetensors(folder: Path) -> None:
     Raises:
         LayoutError: if it does not.
     """
-    weights = {path.name for path in weights_in([folder])}
+    weights = [path.name for path in weights_in([folder])]
+    shards = {name for name in weights if "-of-" in name}
     for path in filter(Path.is_file, (folder / f"{name}.safetensors.index.json" for name in _NAMES)):
-        named = json.loads(read_whole(path).decode())["weight_map"].values()
-        if not weights.issuperset(named) or any(_SHARD.search(name) is None for name in named):
+        if not shards.issuperset(json.loads(read_whole(path).decode())["weight_map"].values()):
             raise LayoutError(f"{path} names other files than the folder's shards. Download the model again.")
     if not weights:
         raise LayoutError(
