@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from hdb_core.lidb import LiDB
 
 BACKGROUNDS = "green wall", "pink wall"  # of which a photo shows one at most
-SCORES = "identity", "retrieval", "edit"
+SCORES = "identity", "retrieval", "adherence"
 APART = 25  # of 255, in the channel that differs most: more is another colour
 SHOWN = 8  # people in the picture: the first ones
 LEGEND = (
     "*Pose*: what the person and the silhouette cover together, as a share of what either covers; *identity*: 0 a "
-    "stranger, 100 a true picture; *retrieval*: of 1,000 people the right one is the nearest; *edit*: all that is "
+    "stranger, 100 a true picture; *retrieval*: of 1,000 people the right one is the nearest; *adherence*: all that is "
     "prompted is shown. *Controlled* is by the person's own silhouette in another pose, or by that of *another* person. *A "
     "true picture* is a drawing of the person that the own silhouette was made of."
 )

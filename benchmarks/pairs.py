@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 LEGEND = (
     "*Identity* and *of the other*: 0 a stranger, 100 a true picture, of whom the half should show and of the other one; "
     "*found*: of 1,000 people the right one is the nearest, *the other found*: the other one is; *told apart*: nearer to "
-    "the right one than to the other, *both*: in both halves of a picture; *edit*: all that is prompted is shown."
+    "the right one than to the other, *both*: in both halves of a picture; *adherence*: all that is prompted is shown."
 )
 SHOWN_PAIRS = 4  # in the picture: the first ones
 
@@ -166,7 +166,7 @@ def half_scores(judge: Judge, side: _Side, pictures: np.ndarray) -> dict[str, np
 
     ``identity`` and ``of the other`` (0 a stranger, 1 a true picture), ``found`` (the person is the nearest of 1,000,
     the other one of the pair among them), ``the other found``, ``told apart`` (nearer to the person than to the other),
-    ``edit`` (shows all that is prompted).
+    ``adherence`` (shows all that is prompted).
     """
     prompts = [side.prompt] * len(pictures)
     readings, visible = judge.read(np.ascontiguousarray(pictures)), visible_items(prompts)
@@ -174,14 +174,14 @@ def half_scores(judge: Judge, side: _Side, pictures: np.ndarray) -> dict[str, np
     near = identity(readings, gallery(side.subject.person), visible)
     own, far, strangers = near[:, 0], identity(readings, other, visible)[:, 0], near[:, 1:].max(1)
     ceiling = ceilings(judge, side.subject.person, [side.prompt])[0]
-    edits = shown(readings, [prompt.expected for prompt in prompts])
+    followed = shown(readings, [prompt.expected for prompt in prompts])
     return {
         "identity": own / ceiling,
         "of the other": far / ceiling,
         "found": own > np.maximum(far, strangers),
         "the other found": far > np.maximum(own, strangers),
         "told apart": own > far,
-        "edit": np.array([all(row.values()) for row in edits]),
+        "adherence": np.array([all(row.values()) for row in followed]),
     }
 
 

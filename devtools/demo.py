@@ -42,7 +42,7 @@ STAGES = {
 }
 LABELS = {"before": "before", "predicted": "predicted", "after": "predicted and fine-tuned"}
 COLUMNS = tuple(LABELS)
-SCORES = ("identity", "retrieval", "edit", "joint")
+SCORES = ("identity", "retrieval", "adherence", "joint")
 SCENES = "plain", "accessory", "pencil sketch", "pixel art", "night", "painting"  # kinds of prompts
 OF_PEOPLE = "plain", "accessory", "painting"  # of the picture of several people
 TILE, GAP, LINE, CHARACTERS = 160, 8, 19, 20  # pixels; characters in a line

@@ -4,7 +4,7 @@ Identity is judged only on prompts that contradict the photo's expression, cloth
 which repeats the photo gains nothing. The kinds, in their order:
 
 * ``bare``: "a [v] face", for leak and diversity;
-* ``expression``, ``clothing``, ``background``: one thing named, for edit and leak;
+* ``expression``, ``clothing``, ``background``: one thing named, for adherence and leak;
 * ``plain``: all three named, twice;
 * ``accessory``: all three and glasses or sunglasses, whichever the photo does not show;
 * each style of ``people.STYLES``: all three and the style.
@@ -79,7 +79,7 @@ def _others(rng: np.random.Generator, values: Sequence[str], shown: str) -> Iter
 def evaluation_prompts(person: Person, photo: Context, short: bool = False) -> list[EvaluationPrompt]:
     """The prompts of one person and photo: 11, or the 6 of a ``short`` evaluation.
 
-    A short one has a single one-word edit and a single style; which ones, goes round from seed to seed.
+    A short one has a single changed word and a single style; which ones, goes round from seed to seed.
     """
     rng = np.random.Generator(np.random.PCG64([person.seed, *b"prompts"]))
     options = {"expression": EXPRESSIONS, "clothing": CLOTHING, "clothing_color": tuple(CLOTHING_COLORS),

@@ -132,7 +132,7 @@ class PictureScore:
         identity: uncorrected.
         ceiling: the same of a true render in the prompted context.
         retrieval: the person is the nearest of ``GALLERY_SIZE`` people.
-        edit: everything prompted is shown.
+        adherence: everything prompted is shown.
         joint: both.
         leak: share of the photo's unprompted context shown, above chance.
     """
@@ -142,7 +142,7 @@ class PictureScore:
     identity: float | None
     ceiling: float | None
     retrieval: bool | None
-    edit: bool | None
+    adherence: bool | None
     joint: bool | None
     leak: float | None
 
@@ -172,7 +172,7 @@ def score_pictures(readings: Readings, person: Person, photo_context: Context, p
         raise ValueError(f"got {len(readings)} readings, {len(prompts)} prompts and {len(ceiling)} ceilings")
     likeness = identity(readings, gallery(person), visible_items(prompts))
     right = likeness[:, 0] > likeness[:, 1:].max(1)
-    edits = [all(row.values()) for row in shown(readings, [prompt.expected for prompt in prompts])]
+    followed = [all(row.values()) for row in shown(readings, [prompt.expected for prompt in prompts])]
     leaks = leak(readings, photo_context, prompts)
     scores = []
     for i, prompt in enumerate(prompts):
@@ -183,8 +183,8 @@ def score_pictures(readings: Readings, person: Person, photo_context: Context, p
             identity=float(likeness[i, 0]) if judged else None,
             ceiling=float(ceiling[i]) if judged else None,
             retrieval=bool(right[i]) if judged else None,
-            edit=bool(edits[i]) if prompt.expected else None,
-            joint=bool(right[i] and edits[i]) if judged else None,
+            adherence=bool(followed[i]) if prompt.expected else None,
+            joint=bool(right[i] and followed[i]) if judged else None,
             leak=leaks[i],
         ))  # fmt: skip
     return scores
@@ -215,7 +215,7 @@ def summarise(scores: Iterable[PictureScore]) -> dict[str, Mean]:
     columns: dict[str, list[float]] = {}
     for rows in people.values():
         own = {name: [float(v) for row in rows if (v := getattr(row, name)) is not None]
-               for name in ("identity", "ceiling", "retrieval", "edit", "joint", "leak")}  # fmt: skip
+               for name in ("identity", "ceiling", "retrieval", "adherence", "joint", "leak")}  # fmt: skip
         means = {name: mean(values) for name, values in own.items() if values}
         if "identity" in means:
             means["identity_raw"] = means["identity"]

@@ -27,7 +27,7 @@ from .cells import Cell
 from .files import rounded
 from .subjects import CLASS_PROMPT, Subject
 
-SCORES = ("identity", "retrieval", "edit", "joint", "leak", "drift", "diversity")
+SCORES = ("identity", "retrieval", "adherence", "joint", "leak", "drift", "diversity")
 EXTRA_SCORES = ("identity_raw", "pull")
 SHOWN = (*SCORES[:-1], "pull", SCORES[-1])  # in the tables
 FACTS = ("steps", "seconds", "bytes", "flops")

@@ -28,7 +28,7 @@ from ..common.subjects import Subject
 from ..hypernet import HYPERNET
 from .part import Part, middle
 
-SCORES = ("identity", "retrieval", "edit", "joint")
+SCORES = ("identity", "retrieval", "adherence", "joint")
 REPEATED_STEPS = 4
 ENDING = 15  # seconds for what follows the people
 NEAR = 2.0  # standard errors within which two means agree

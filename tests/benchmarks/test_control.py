@@ -35,7 +35,7 @@ def test_the_prompt_contradicts_the_photo_and_names_a_wall():
 def test_a_true_picture_has_all_scores():
     found = scores(Judge.load("a"), SUBJECTS[0], drawn(SUBJECTS[0]), shape_of(SUBJECTS[0]))
     assert found["pose"] > 0.97 and abs(found["identity"] - 1) < 1e-6
-    assert found["retrieval"] == found["edit"] == 1
+    assert found["retrieval"] == found["adherence"] == 1
 
 
 def test_rows_differ_in_what_decides_their_pictures(tmp_path):

@@ -25,7 +25,7 @@ from miniature.people import SPLITS
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = Place("base", "0123", 7, "a-1")
-VALUES = {"scores": {"identity": 0.123456}, "kinds": {"plain": {"edit": 1.0}}, "facts": {"flops": 10**14}}
+VALUES = {"scores": {"identity": 0.123456}, "kinds": {"plain": {"adherence": 1.0}}, "facts": {"flops": 10**14}}
 
 
 def test_values_come_back_rounded(tmp_path):

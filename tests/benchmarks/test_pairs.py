@@ -48,7 +48,8 @@ def test_halves_that_show_the_right_people_and_exchanged_ones(pair):
     judge, pictures = PerfectJudge(pair), pictures_of(pair)
     right, wrong = scores(judge, pair, pictures), scores(judge, pair, pictures[::-1])
     assert (
-        right["found"] == right["told apart"] == right["both"] == right["edit"] == 1 and right["the other found"] == 0
+        right["found"] == right["told apart"] == right["both"] == right["adherence"] == 1
+        and right["the other found"] == 0
     )
     assert wrong["found"] == wrong["told apart"] == wrong["both"] == 0 and wrong["the other found"] == 1
     assert right["identity"] > 0.9

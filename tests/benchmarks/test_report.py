@@ -27,7 +27,7 @@ from benchmarks.common.report import (
 def row(name: str, identity: dict[int, float], joint: float = 0.5, **facts: float) -> Row:
     made = Row(name)
     for person, value in identity.items():
-        made.add(person, {"identity": value, "joint": joint}, {"plain": {"edit": joint}}, facts)
+        made.add(person, {"identity": value, "joint": joint}, {"plain": {"adherence": joint}}, facts)
     return made
 
 
@@ -126,7 +126,7 @@ def test_an_object_has_what_the_result_file_promises():
         "row",
         "identity",
         "retrieval",
-        "edit",
+        "adherence",
         "joint",
         "leak",
         "drift",
@@ -144,7 +144,7 @@ def test_an_object_has_what_the_result_file_promises():
     assert made["minus_reference"]["identity"][0] == pytest.approx(-0.35)
     assert [value for value, _ in made["share_of_gain"].values()] == pytest.approx([0.5, 1])
     assert made["second_judge"]["identity"] == pytest.approx(0.2)
-    assert made["kinds"] == {"plain": {"edit": 0.5}}
+    assert made["kinds"] == {"plain": {"adherence": 0.5}}
     json.dumps(made)
 
 
@@ -190,7 +190,7 @@ def test_a_page_shows_the_report(page):
     readme = (ROOT / page).read_text(encoding="utf-8")
     assert short_table(readme, objects) == readme
     for row in objects:
-        row["edit"] += 0.01
+        row["adherence"] += 0.01
     lines = zip(readme.split("\n"), short_table(readme, objects).split("\n"), strict=True)
     assert sum(old != new for old, new in lines) >= 5
     with pytest.raises(KeyError, match=r"caption|hyper"):

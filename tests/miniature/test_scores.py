@@ -92,10 +92,10 @@ def test_perfect_pictures_score_one_and_strangers_nothing():
         perfect += score_pictures(_perfect(person, prompts), person, photo, prompts)
         strange += score_pictures(_perfect(sample_person(seed + 900), prompts), person, photo, prompts)
     best, floor = summarise(perfect), summarise(strange)
-    assert all(best[name].value == 1 for name in ("retrieval", "edit", "joint"))
+    assert all(best[name].value == 1 for name in ("retrieval", "adherence", "joint"))
     assert best["identity"].value == pytest.approx(1)
     assert floor["identity"].value == pytest.approx(0, abs=4 * floor["identity"].error)
-    assert floor["edit"].value == 1 and floor["retrieval"].value <= 0.01 and floor["joint"].value <= 0.01
+    assert floor["adherence"].value == 1 and floor["retrieval"].value <= 0.01 and floor["joint"].value <= 0.01
     # Perfect pictures are posed and dressed anew, so what they share with the photo is chance.
     assert best["leak"].value == pytest.approx(0, abs=4 * best["leak"].error)
 
@@ -108,7 +108,7 @@ def test_repeating_the_photo_is_all_identity_and_leak_but_no_edit():
         rows += score_pictures(true_readings([(person, photo)] * len(prompts)), person, photo, prompts)
     scores = {name: mean.value for name, mean in summarise(rows).items()}
     assert scores["identity"] == pytest.approx(1) and scores["leak"] == pytest.approx(1)
-    assert scores["edit"] == 0 and scores["joint"] == 0 and scores["retrieval"] == 1
+    assert scores["adherence"] == 0 and scores["joint"] == 0 and scores["retrieval"] == 1
 
 
 def test_identity_is_relative_to_the_ceiling():
