@@ -70,12 +70,13 @@ def made_on(device: str, dtype: str = "") -> dict[str, str]:
 
 
 def card(device: str) -> str:
-    """The name of a GPU, or of the processor and how many of its cores this process may use."""
+    """The name of a GPU, or of the processor and on how many of its cores this process computes."""
     import torch
 
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name()
-    return f"{_processor()}, {cores()} cores"
+    used = min(torch.get_num_threads(), cores())
+    return f"{_processor()}, {used} core{'s' * (used > 1)}"
 
 
 def cores() -> int:
