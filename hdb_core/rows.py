@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .adapters import Factors, moved_together, places_of
 
-Rows = Sequence[tuple[int, int]]  # from, to: samples of a batch
+Rows = Sequence[tuple[int, int, float]]  # from, to: samples of a batch; scale of the change
 
 
 class RowChange:
@@ -29,7 +29,7 @@ class RowChange:
     def __init__(self, factors: Mapping[str, Factors]) -> None:
         self.factors = factors
         self._rows: Rows = ()
-        self._samples, self._scale = 1, 0.0
+        self._samples = 1
         self._ups: dict[str, Tensor] = {}
         self._downs: dict[tuple[str, ...], Tensor] = {}  # of layers together, below each other
         self._together: dict[str, tuple[str, ...]] | None = None  # layer → those that share its input, if known
@@ -48,9 +48,9 @@ class RowChange:
                 handle.remove()
 
     @contextmanager
-    def acting(self, rows: Rows, samples: int, scale: float) -> Iterator[None]:
-        """The change, `scale` times, on some samples of so many; where a layer has more, each stands for as many."""
-        self._rows, self._samples, self._scale = rows, samples, scale
+    def acting(self, rows: Rows, samples: int) -> Iterator[None]:
+        """The change on some samples of so many; where a layer has more, each stands for as many."""
+        self._rows, self._samples = rows, samples
         try:
             yield
             if self._together is None:
@@ -71,9 +71,9 @@ class RowChange:
 
     def _linear(self, name: str, _: nn.Module, x: Tensor, y: Tensor) -> None:
         up = self._up(name, y)
-        for part, hidden in zip(self._parts(y), self._hidden(name, x), strict=True):
+        for part, hidden, scale in zip(self._parts(y), self._hidden(name, x), self._scales(), strict=True):
             flat = part.reshape(-1, part.shape[-1])
-            flat.addmm_(hidden.to(y.dtype), up.mT, alpha=self._scale)
+            flat.addmm_(hidden.to(y.dtype), up.mT, alpha=scale)
             written(flat, part)
 
     def _convolution(self, name: str, module: Any, x: Tensor, y: Tensor) -> None:
@@ -82,7 +82,7 @@ class RowChange:
             down = self._down((name,), x)
             shape = (-1, module.in_channels, *module.kernel_size)  # a quantised weight has another
             self._kernels[name] = places_of(module, down) if keeps_size else down.view(shape)
-        for part, given in zip(self._parts(y), self._parts(x), strict=True):
+        for part, given, scale in zip(self._parts(y), self._parts(x), self._scales(), strict=True):
             if keeps_size:
                 hidden = moved_together(module, self._kernels[name] @ given.flatten(2), given.shape[-2:])
             else:
@@ -90,7 +90,7 @@ class RowChange:
                     given, self._kernels[name], None, module.stride, module.padding, module.dilation
                 )
             flat = part.flatten(2)
-            flat.baddbmm_(up.expand(len(part), -1, -1), hidden.flatten(2).to(y.dtype), alpha=self._scale)
+            flat.baddbmm_(up.expand(len(part), -1, -1), hidden.flatten(2).to(y.dtype), alpha=scale)
             written(flat, part)
 
     def _hidden(self, name: str, x: Tensor) -> list[Tensor]:
@@ -115,7 +115,10 @@ class RowChange:
 
     def _parts(self, tensor: Tensor) -> list[Tensor]:
         each = len(tensor) // self._samples
-        return [tensor[first * each : last * each] for first, last in self._rows]
+        return [tensor[first * each : last * each] for first, last, _ in self._rows]
+
+    def _scales(self) -> list[float]:
+        return [scale for *_, scale in self._rows]
 
     def _up(self, name: str, y: Tensor) -> Tensor:
         if name not in self._ups:
@@ -134,12 +137,19 @@ def written(flat: Tensor, part: Tensor) -> None:
         part.copy_(flat.view_as(part))
 
 
-def runs(marks: Sequence[bool], each: int, times: int = 1) -> Rows:
-    """The samples of a batch that are marked, adjacent ones together: `each` samples a mark, all of it `times` over."""
-    found: list[tuple[int, int]] = []
-    for index, mark in enumerate(list(marks) * times):
-        if mark and found and found[-1][1] == index * each:
-            found[-1] = found[-1][0], (index + 1) * each
-        elif mark:
-            found.append((index * each, (index + 1) * each))
+def runs(scales: Sequence[float], each: int, times: int = 1) -> Rows:
+    """The samples of a batch that are changed, adjacent ones of one scale together.
+
+    Args:
+        scales: of parts of the batch; 0 is not changed.
+        each: samples of a part.
+        times: how often the batch has all parts, one after the other.
+    """
+    found: list[tuple[int, int, float]] = []
+    for index, scale in enumerate(list(scales) * times):
+        first, last = index * each, (index + 1) * each
+        if scale and found and found[-1][1:] == (first, scale):
+            found[-1] = found[-1][0], last, scale
+        elif scale:
+            found.append((first, last, scale))
     return found

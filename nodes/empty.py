@@ -18,7 +18,7 @@ class EmptyLiDB(io.ComfyNode):
             node_id="EmptyLiDB",
             display_name="Empty LiDB",
             category=CATEGORY,
-            description="An untrained LiDB in a basis that was learned from people. Fast Finetune needs a third of the steps with it.",
+            description="An untrained LiDB in a basis that was learned from people. 8 steps of Fast Finetune in it do what 24 do without.",
             **if_known(io.Schema, search_aliases=["learned basis", "new person"]),
             inputs=[
                 io.Combo.Input(

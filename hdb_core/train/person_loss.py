@@ -36,10 +36,10 @@ class TrainConfig(LoopConfig):
         regression_weight: weight of the L2 loss on the weights of fitted people, see ``fit.steps``.
         diffusion_weight: weight of the diffusion loss through the frozen base model.
         class_weight: weight of the loss that keeps the base model's answers to the class prompt, the one without the
-            token, so that other people can be drawn while a person is applied. It counts one person in four; the base
+            token, so that other people can be drawn while a person is applied. It is computed for one person in four; the base
             model then computes 1.4 times as much. 0 is off.
         noise: part of the noise schedule that is trained on, its lower and its upper end, 0 to 1.
-        rest: weight of what a photo's mask leaves out; its white counts 1. At 0 the person spreads into the rest, and
+        rest: weight of what a photo's mask leaves out; the white part counts 1. At 0 the person spreads into the rest, and
             backgrounds suffer.
         max_photos: predict each person from 1 to this many photos.
         max_iterations: predict with 1 to this many refinements.

@@ -3,9 +3,9 @@
 Guidance leads from what the negative prompt gives to what the positive one gives. A LoRA changes both alike, so of a
 person, in contrast to a prompt, guidance makes no more than what was learned. Where the negative pass lacks a part of
 the person, guidance leads to them, too: with ``denoised = negative + cfg · (positive − negative)`` and a change δ by the
-person, leaving out the share ``(guidance − 1) / (cfg − 1)`` there makes it ``guidance · δ``, at any cfg. Where more
-than all is to be left out, the negative pass turns away from the person. At a cfg of 1, as of distilled models, there is
-no negative pass; the person then has the same ``guidance · δ`` in the only one.
+person, leaving out the share ``(guidance − 1) / (cfg − 1)`` there makes it ``guidance · δ``. Where more than all is to be left
+out, the negative pass turns away from the person. What a low cfg does not reach that way is added to the positive pass;
+at a cfg of 1, as of distilled models, there is no other. So it is ``guidance · δ`` at any cfg.
 Source of the formula: Ho & Salimans, Classifier-Free Diffusion Guidance, arXiv 2207.12598; of guiding by a model that
 knows less: Karras et al., Guiding a Diffusion Model with a Bad Version of Itself, arXiv 2406.02507.
 """
@@ -35,11 +35,14 @@ log = logging.getLogger(KEY)
 def shares(guidance: float, cfg: float) -> tuple[float, float]:
     """How much more of a person than the patches bring the positive and the negative pass have.
 
-    The negative one lacks up to `MOST_LEFT_OUT`. Without guidance the positive one has all that guidance would make.
+    The negative one lacks up to `MOST_LEFT_OUT`; the positive one has what is still missing.
     """
     if cfg <= 1:
         return guidance - 1, 0.0
-    return 0.0, -min(MOST_LEFT_OUT, max(0.0, (guidance - 1) / (cfg - 1)))
+    left_out = max(0.0, (guidance - 1) / (cfg - 1))
+    if left_out <= MOST_LEFT_OUT:
+        return 0.0, -left_out
+    return (guidance - 1 + MOST_LEFT_OUT) / cfg - MOST_LEFT_OUT, -MOST_LEFT_OUT
 
 
 def guided(model: ModelPatcher, patches: Mapping[str, LoRAAdapter], guidance: float) -> ModelPatcher:
@@ -50,7 +53,7 @@ def guided(model: ModelPatcher, patches: Mapping[str, LoRAAdapter], guidance: fl
     Args:
         model: with the person in its patches.
         patches: of the person, key of a weight (``diffusion_model.….to_q.weight``) → up (out, R) and down (R, in).
-        guidance: how much of the person's change is in the picture: 1 as it was learned, with guidance at most 2 · cfg − 1.
+        guidance: how much of the person's change is in the picture: 1 as it was learned.
     """
     sampling = _Guidance(patches, guidance)
     clone = model.clone()
@@ -104,18 +107,16 @@ class _Guidance:
         transformer_options: Mapping[str, Any],
         **kwargs: Any,
     ) -> Tensor:
-        more_positive, more_negative = self._shares
-        positive = [one in self._positive for one in transformer_options.get("uuids", ())]
+        positive, negative = self._shares
+        scales = [positive if one in self._positive else negative for one in transformer_options.get("uuids", ())]
         arguments = (x, t, c_concat, c_crossattn, control, transformer_options)
-        share = more_positive or more_negative
-        marked = [one == bool(more_positive) for one in positive]
-        if not (share and any(marked) and self._change.factors):
+        if not (any(scales) and self._change.factors):
             return executor(*arguments, **kwargs)
         self._hook(executor.class_obj)
         # A part has all pictures, or fewer in a context window; nodes that tile pictures repeat all parts for each tile.
-        each = min(self._pictures, len(x) // len(marked))
-        rows = runs(marked, each, len(x) // (each * len(marked)))
-        with self._change.acting(rows, len(x), share), uncompiled():
+        each = min(self._pictures, len(x) // len(scales))
+        rows = runs(scales, each, len(x) // (each * len(scales)))
+        with self._change.acting(rows, len(x)), uncompiled():
             return executor(*arguments, **kwargs)
 
     def loaded(self, patcher: ModelPatcher, *how: Any) -> None:

@@ -1,4 +1,4 @@
-"""Guidance towards a person: the negative pass lacks a part of them, the positive one nothing."""
+"""Guidance towards a person: the negative pass lacks a part of them; what that cannot bring, the positive one has more."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_guidance_of_one_is_a_lora(apply, person, loaded):
 
 
 @pytest.mark.parametrize("convolutions", [False, True])
-@pytest.mark.parametrize(("guidance", "left"), [(2.5, 0.5), (CFG, 0.0), (5.5, -0.5), (10.0, -1.0)])
+@pytest.mark.parametrize(("guidance", "left"), [(2.5, 0.5), (CFG, 0.0), (5.5, -0.5), (7.0, -1.0)])
 def test_the_negative_pass_has_what_is_left_of_the_person(apply, person, passes, guidance, left, convolutions):
     lidb = person(1, convolutions=convolutions)
     plain, part, guided = apply(lidb, 1.0), apply(lidb, 1.0, strength=left), apply(lidb, guidance)
@@ -59,6 +59,21 @@ def test_the_negative_pass_has_what_is_left_of_the_person(apply, person, passes,
     assert torch.equal(guided.positive, plain.positive)
     close(part.negative, guided.negative)
     far(plain.negative, guided.negative)
+
+
+def test_a_low_cfg_leaves_the_rest_to_the_positive_pass(apply, person, passes):
+    """Of 10 − 1, the negative pass brings 2 · (4 − 1), and each 1 in the positive one 4."""
+    guided = passes(apply(person(1), 10.0))
+    close(passes(apply(person(1), 1.0, strength=-1.0)).negative, guided.negative)
+    close(passes(apply(person(1), 1.0, strength=1.75)).positive, guided.positive)
+    far(passes(apply(person(1), 1.0)).positive, guided.positive)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 1.01, 1.5, 2.0, 2.75, 4.0, 8.0])
+def test_the_person_counts_as_much_at_any_cfg(host, cfg):
+    positive, negative = (1 + share for share in host.module("nodes.host.guidance").shares(4.5, cfg))
+    assert negative + cfg * (positive - negative) == pytest.approx(4.5)
+    assert negative >= -1 and positive >= 1
 
 
 def test_strength_scales_what_is_taken(apply, person, passes):
