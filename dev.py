@@ -62,7 +62,10 @@ def main() -> int:
     args, rest = parse(sys.argv[1:])
     os.chdir(ROOT)
     if rest[:1] in (["-h"], ["--help"]) or args.command == "gpu":  # which prepares by itself
-        return subprocess.run([sys.executable, "-m", f"devtools.{args.command}", *rest], check=False).returncode
+        try:
+            return subprocess.run([sys.executable, "-m", f"devtools.{args.command}", *rest], check=False).returncode
+        except KeyboardInterrupt:
+            sys.exit("\nStopped.")
     try:
         host = prepare(args.comfyui, args.python, args.wheels)
     except SetupError as error:

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from .comfy_client import ComfyClient, ServerError
 from .device import host_options
-from .environment import PACK, Host
+from .environment import OWN_MODELS, PACK, Host
 
 HOST_PROCESS = Path(__file__).with_name("host_process.py")
 # Newer hosts drop results when memory is short: a person would be learned again for every prompt.
@@ -102,9 +102,9 @@ class ComfyServer(ComfyClient):
             "--listen", "127.0.0.1", "--port", str(self.port), "--disable-auto-launch",
             *self._options,
         ]  # fmt: skip
-        models = self.host.base / "extra_model_paths.yaml"
-        if models.is_file():
-            command += ["--extra-model-paths-config", str(models)]
+        for models in (self.host.base / name for name in (OWN_MODELS, "extra_model_paths.yaml")):
+            if models.is_file():
+                command += ["--extra-model-paths-config", str(models)]
         # Its own group, so that Ctrl-C in the console reaches only the caller, which then stops the server.
         group: dict[str, Any] = (
             {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}

@@ -27,6 +27,7 @@ STATE = ROOT / ".comfyui"
 VENV = ROOT / ".venv"
 BASE = STATE / "base"
 PACK = "hyperdreambooth"
+OWN_MODELS = "own_models.json"  # in the base folder: where the models of the user's ComfyUI are
 CHECKPOINT = HYPERNET = "hdb_miniature.safetensors"  # in models/checkpoints and models/hyperdreambooth
 CONTROL = "hdb_silhouette.safetensors"  # in models/controlnet
 
@@ -315,7 +316,7 @@ def _ensure_base(host: Host, own_models: bool) -> None:
     for photo in (ROOT / "example_workflows" / "input").glob("*.png"):
         shutil.copy(photo, base / "input")
     # The user's own models, too; JSON is YAML.
-    yaml = base / "extra_model_paths.yaml"
+    yaml = base / OWN_MODELS
     if own_models:
         folders = {name: name for name in MODEL_FOLDERS}
         yaml.write_text(json.dumps({"own": {"base_path": str(host.root / "models"), **folders}}, indent=1))

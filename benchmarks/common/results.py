@@ -188,6 +188,9 @@ def report(made: Table, args: argparse.Namespace, judges: Mapping[str, Judge]) -
     A grid that shows every row is not replaced by one of fewer, when some pictures were made elsewhere.
     """
     objects = made.objects(judges)
+    if not objects:
+        print(f"{args.name} stays as it is: there is nobody's score yet.")
+        return
     text = made.text(objects)
     print(text)
     args.results.mkdir(parents=True, exist_ok=True)

@@ -73,8 +73,15 @@ class Studio:
     """
 
     def __init__(self, host: InProcessHost, checkpoint: Path, sampling: Sampling, device: str = "cpu") -> None:
+        import comfy.samplers
         import comfy.utils
 
+        for name, known in (
+            (sampling.sampler_name, comfy.samplers.KSampler.SAMPLERS),
+            (sampling.scheduler, comfy.samplers.KSampler.SCHEDULERS),
+        ):
+            if name not in known:  # the host would take another one
+                raise SystemExit(f"ComfyUI has no {name!r}. It has {', '.join(known)}.")
         comfy.utils.PROGRESS_BAR_ENABLED = False
         self.host, self.sampling, self.device = host, sampling, device
         self.dtype = working_dtype(device)

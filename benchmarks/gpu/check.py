@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from devtools import parcel
 from devtools.device import add_option, made_on
 from devtools.environment import ROOT
@@ -124,15 +126,27 @@ class Visit:
         self._packed: dict[Path, int] = {}
         for folder in (self.out, self.work):
             folder.mkdir(parents=True, exist_ok=True)
+        if there := parcel.pieces(self.out):
+            raise SystemExit(f"{there[0]} holds what an earlier run trained: move it, or choose another --out.")
         self.log = self.work / f"{name}.log"
-        self.log.unlink(missing_ok=True)
 
     def run(self, beside: Sequence[str] = ()) -> int:
         """All stages; 0 if each finished.
 
         Args:
             beside: a module and its options, which runs until the last stage ends, with a log of its own.
+
+        Raises:
+            SystemExit: another check runs in the same folder.
         """
+        try:
+            with FileLock(self.work / "lock", timeout=0):
+                return self._all(beside)
+        except Timeout:
+            raise SystemExit(f"Another check runs in {self.work}: wait until it ends.") from None
+
+    def _all(self, beside: Sequence[str]) -> int:
+        self.log.unlink(missing_ok=True)
         with self._beside(beside) if beside else nullcontext():
             for number, stage in enumerate(self.stages):
                 shutil.rmtree(self.work / stage.name, ignore_errors=True)

@@ -111,9 +111,22 @@ def find(shelf: Shelf, name: str | None) -> Path:
 
 
 def passed_over(shelf: Shelf, name: str) -> list[str]:
-    """A line for each file that has this name, too, and comes first, but cannot be loaded."""
-    before = takewhile(lambda path: not _is_ours(shelf.kind, path), _places(shelf)[portable(name)])
-    return [f"{path} has the same name, but is damaged or of another kind: this is another file" for path in before]
+    """A line for each file that has this name, too: one that comes first, but cannot be loaded, and one with other
+    contents, which is in no list."""
+    places, found = _places(shelf)[portable(name)], find(shelf, name)
+    damaged = takewhile(lambda path: path != found, places)
+    hidden = (path for path in places[places.index(found) + 1 :] if _differs(shelf.kind, path, found))
+    return [
+        *(f"{path} has the same name, but is damaged or of another kind: this is another file" for path in damaged),
+        *(f"{path} has the same name, but other contents: this is {found}. Rename one of them" for path in hidden),
+    ]
+
+
+def is_hidden(shelf: Shelf, path: Path) -> bool:
+    """Whether a file's name on the shelf stands for another file."""
+    inside = _inside(shelf, path)
+    shown = _files(shelf).get(portable(str(inside)))
+    return shown is not None and not shown.samefile(path)
 
 
 def find_unchanged(shelf: Shelf, name: str | None) -> Path:
@@ -165,9 +178,19 @@ def fingerprint(shelf: Shelf, name: str | None) -> str | float:
 
 def is_taken(shelf: Shelf, path: Path) -> bool:
     """Whether a file at a path would have its name on the shelf from a file that is there, in this folder or another."""
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths(shelf.category)]
-    inside = next((path.relative_to(folder) for folder in folders if path.is_relative_to(folder)), None)
-    return inside is not None and any(os.path.lexists(folder / inside) for folder in folders)
+    inside = _inside(shelf, path)
+    folders = folder_paths.get_folder_paths(shelf.category)
+    return inside is not None and any(os.path.lexists(os.path.join(folder, inside)) for folder in folders)
+
+
+def _inside(shelf: Shelf, path: Path) -> Path | None:
+    """A path from the folder of the shelf that it is in, whatever the case of the letters that lead there."""
+    for folder in folder_paths.get_folder_paths(shelf.category):
+        for parent in path.parents:
+            with suppress(OSError):
+                if os.path.samefile(parent, folder):
+                    return path.relative_to(parent)
+    return None
 
 
 def learned_basis(recipe: BasisRecipe) -> BasisRecipe | None:
@@ -204,6 +227,13 @@ def _places(shelf: Shelf) -> dict[str, list[Path]]:
     return found
 
 
+def _differs(kind: FileKind, path: Path, other: Path) -> bool:
+    try:
+        return read_digest(kind, path) != read_digest(kind, other)
+    except (HDBError, OSError):
+        return False  # it cannot be loaded
+
+
 def _has_backslash(path: str) -> bool:
     return os.sep == "/" and "\\" in path
 
@@ -229,7 +259,7 @@ def _is_ours(kind: FileKind, path: Path) -> bool:
         return False
 
 
-@lru_cache(maxsize=10_000)
+@lru_cache(maxsize=100_000)
 def _has_header(kind: FileKind, path: Path, version: tuple[int, ...]) -> bool:
     """Whether a file, as it was at a time, is whole and of a kind and version that can be read.
 

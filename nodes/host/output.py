@@ -17,7 +17,7 @@ from ...hdb_core.errors import LiDBFileError
 from ...hdb_core.files.atomic import OLD, sweep
 from ...hdb_core.files.names import checked_prefix, made_portable, portable, with_dates
 from ...hdb_core.files.reading import reason
-from .folders import EXTENSION, LIDBS, is_taken
+from .folders import EXTENSION, LIDBS, is_hidden, is_taken
 
 _NUMBER = "_{:05}_" + EXTENSION
 _MOST_OF_A_NAME = 120  # bytes
@@ -56,7 +56,8 @@ def save_to_output(prefix: str, write: Callable[[Path], object]) -> Path:
 
 
 def save_once(prefix: str, write: Callable[[Path], object]) -> tuple[Path, bool]:
-    """As `save_to_output`, unless an earlier file of the same prefix has the same contents: then that one.
+    """As `save_to_output`, unless an earlier file of the same prefix has the same contents: then that one. A file whose
+    name stands for another one in Load LiDB does not count.
 
     Returns:
         The path, and whether the file is new.
@@ -68,7 +69,9 @@ def save_once(prefix: str, write: Callable[[Path], object]) -> tuple[Path, bool]
         # Of two servers that write the same at once, the one with the lower number stays.
         if (other_name := _numbered(other))[0] == name and other_name[1] < number:
             with suppress(OSError):
-                if not other.samefile(path) and filecmp.cmp(other, path, shallow=False):  # it may be a link to this one
+                if other.samefile(path) or not filecmp.cmp(other, path, shallow=False):  # it may be a link to this one
+                    continue
+                if not is_hidden(LIDBS, other):
                     path.unlink()
                     return other, False
     return path, True

@@ -48,6 +48,10 @@ def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     @wraps(execute.__func__)
     def checked_execute(cls: type[io.ComfyNode], *args: Any, **inputs: Any) -> io.NodeOutput:
         schema, given = cls.define_schema(), {**signature(execute).bind_partial(*args).arguments, **inputs}
+        if unknown := sorted(inputs.keys() - {one.id for one in schema.inputs}):  # the host passes on what is wired
+            raise SocketError(
+                f"{schema.display_name} has no input {unknown[0]:.60}. Update this pack, or remove the node and add it anew."
+            )
         for one in schema.inputs:
             if (values := given.get(one.id)) is not None and schema.is_input_list:
                 given[one.id] = [_taken(schema, one, value) for value in values]

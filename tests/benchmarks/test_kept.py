@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.common import grid
 from benchmarks.common.bench import Bench, judge_keys
 from benchmarks.common.cells import Cell
 from benchmarks.common.kept import KeptScores, Place
@@ -199,6 +200,34 @@ def test_a_grid_stays_where_its_pictures_are_not(table, tmp_path, monkeypatch):
     write(elsewhere, "base", 9)
     make_and_report(args, elsewhere, 1)
     assert [path.read_bytes() for path in files] == first
+
+
+def test_without_any_score_the_table_stays(table, tmp_path, monkeypatch, capsys):
+    """As where time ended before the first person, or all scores are of other weights."""
+    monkeypatch.setattr("benchmarks.common.results.load_judges", lambda _: {"a": Judge()})
+    args = Namespace(weights=tmp_path, results=tmp_path, name="hypernet", share=(0, 1), report_only=True, grid_people=1)
+    files = [tmp_path / f"hypernet.{suffix}" for suffix in ("json", "md", "png")]
+    for file in files:
+        file.write_text("as it was")
+    make_and_report(args, table(), 1)
+    assert [file.read_text() for file in files] == 3 * ["as it was"]
+    assert "hypernet stays as it is" in capsys.readouterr().out
+
+
+def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "record", lambda _: None)
+    sheet = grid.grid([("row", [np.zeros((8, 8, 3), np.uint8)])])
+    grid.save(sheet, path := tmp_path / "table.png")
+    before = path.read_bytes()
+
+    def full(file, *_, **__):
+        file.write_bytes(b"a part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(sheet), "save", lambda self, file, *how, **options: full(file))
+    with pytest.raises(OSError, match="No space left"):
+        grid.save(sheet, path)
+    assert path.read_bytes() == before and [path] == list(tmp_path.iterdir())
 
 
 def test_drift_is_that_of_the_kept_base(table, tmp_path):

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from filelock import FileLock
 
 from benchmarks.gpu import base, check, first_contact, memory_and_speed, person, process, tables, training_rates
 from benchmarks.gpu.check import Context, Stage, Visit, seconds_of
@@ -47,6 +48,20 @@ def made(tmp_path, monkeypatch):
         return Visit("check", stages, args, tmp_path / "work")
 
     return make
+
+
+def test_what_an_earlier_visit_packed_stays(made, tmp_path):
+    assert made(good=WRITE).run() == 0
+    with pytest.raises(SystemExit, match="holds what an earlier run trained"):
+        made(good="pass")
+    assert unpack(tmp_path / "out", tmp_path / "back") == ["good/w.safetensors", "good/log.csv"]
+
+
+def test_a_second_visit_waits_for_the_first(made):
+    first, second = made(good=WRITE), made(good="pass")
+    with FileLock(first.work / "lock"), pytest.raises(SystemExit, match="Another check runs in"):
+        second.run()
+    assert first.run() == 0
 
 
 WRITE = "(folder / 'w.safetensors').write_bytes(bytes(2500)); (folder / 'log.csv').write_text('step,loss\\n1,2\\n9,0.5\\n')\n"

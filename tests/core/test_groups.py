@@ -51,6 +51,7 @@ DAMAGE = {
     "no counts": lambda tensors, meta, kind: tensors.pop("counts"),
     "no names": lambda tensors, meta, kind: meta.pop("names"),
     "names of another type": lambda tensors, meta, kind: meta.update(names="3"),
+    "names in lists": lambda tensors, meta, kind: meta.update(names='[["anna"], ["ben"]]'),
     "a name less": lambda tensors, meta, kind: meta.update(names='["anna"]'),
     "deep settings": lambda tensors, meta, kind: meta.update(settings=nested(100_000).decode()),
     "no settings": lambda tensors, meta, kind: meta.update(settings=json.dumps({})),

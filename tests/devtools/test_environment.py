@@ -195,10 +195,17 @@ def test_modules_run_with_a_python_that_ignores_the_current_folder(tmp_path):
 
 def test_the_models_of_the_users_comfyui_are_found(sandbox):
     root = sandbox / "ComfyUI"
-    environment._ensure_base(environment.Host(root, Path(sys.executable), sandbox / "base"), own_models=True)
-    own = json.loads((sandbox / "base" / "extra_model_paths.yaml").read_text())["own"]
-    assert own["base_path"] == str(root / "models")
-    assert {"checkpoints", "hyperdreambooth", "lidb", "lidb_basis"} <= own.keys()
+    base = sandbox / "base"
+    base.mkdir()
+    (theirs := base / "extra_model_paths.yaml").write_text("mine: {}")
+    for own_models in (True, False):
+        environment._ensure_base(environment.Host(root, Path(sys.executable), base), own_models=own_models)
+        assert (base / environment.OWN_MODELS).is_file() == own_models
+        if own_models:
+            own = json.loads((base / environment.OWN_MODELS).read_text())["own"]
+            assert own["base_path"] == str(root / "models")
+            assert {"checkpoints", "hyperdreambooth", "lidb", "lidb_basis"} <= own.keys()
+    assert theirs.read_text() == "mine: {}"
 
 
 @pytest.fixture

@@ -61,6 +61,38 @@ def test_a_load_that_is_missing_is_named(there):
         unpacked(elsewhere)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"commit": "0123", "fi', "\udc80", "[]", "null", '{"files": {}}', '{"commit": "", "files": {"a": null}}'],
+)
+def test_a_damaged_list_of_contents_is_named(there, text):
+    loads, _ = there
+    (loads[0] / gpu.CONTENTS).write_text(text, errors="surrogateescape")
+    with pytest.raises(SetupError, match=r"bundle\.json is damaged .*Copy the load again"):
+        unpacked(loads[0])
+
+
+def test_a_bundle_replaces_an_earlier_one_and_nothing_else(there, tmp_path, monkeypatch):
+    loads, _ = there
+    monkeypatch.setattr(gpu, "ROOT", tmp_path / "here")
+    target = loads[0].parent
+    assert bundle(Check("module", ("one",), ()), target, 1000, "3.12") == [target / "1"] == list(target.iterdir())
+    (note := target / "thesis" / "note.txt").parent.mkdir()
+    note.write_text("mine")
+    with pytest.raises(SetupError, match="holds thesis, which is no load of a bundle"):
+        bundle(Check("module", ("two",), ()), target, 1000, "3.12")
+    assert note.read_text() == "mine" and (target / "1" / "weights" / "one").is_file()
+
+
+def test_a_bundle_that_fails_leaves_the_earlier_one(there, tmp_path, monkeypatch):
+    loads, _ = there
+    monkeypatch.setattr(gpu, "ROOT", tmp_path / "here")
+    with pytest.raises(SetupError, match="No weights/three"):
+        bundle(Check("module", ("three",), ()), loads[0].parent, 1000, "3.12")
+    assert all((load / gpu.CONTENTS).is_file() for load in loads)
+    assert sorted(path.name for path in loads[0].parent.parent.iterdir()) == ["bundle", "here", "there"]
+
+
 def test_weights_that_are_there_stay(there, tmp_path):
     _, elsewhere = there
     (elsewhere / "weights").mkdir()

@@ -208,6 +208,14 @@ def test_another_type_in_place_of_a_wire(run, host, person, node_id):
     assert str(caught.value) == got
 
 
+def test_an_input_of_another_version(run, host, person):
+    """The host checks only the inputs that a node has, and passes on what else is wired to it."""
+    with pytest.raises(
+        host.module("nodes.host.sockets").SocketError, match=r"^Blend LiDB has no input weight\. Update"
+    ):
+        run("BlendLiDB", lidb_a=person(1), lidb_b=person(2), weight=1.0)
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_no_number_in_a_widget(run, host, number):
     """The host compares numbers with limits, and NaN is neither below nor above."""

@@ -63,6 +63,19 @@ def test_a_number_that_another_folder_has_taken_is_passed_over(run, host, person
     assert [run("LoadLiDB", lidb_name=Path(path).name)[0].rank for path in (first, second)] == [2, 3]
 
 
+def test_a_person_whose_name_another_folder_takes_later_is_saved_anew(run, host, person, said):
+    """That name loads the other one from then on, and Load LiDB says so."""
+    save = lambda seed, where: Path(run("SaveLiDB", lidb=person(seed), filename_prefix=f"{where}/yan")[0])
+    own, theirs = save(1, "lidb"), save(2, "not_on_the_shelf")
+    host.extra.mkdir(parents=True, exist_ok=True)
+    os.replace(theirs, other := host.extra / own.name)
+    run("LoadLiDB", lidb_name=own.name)
+    assert f"{own} has the same name, but other contents: this is {other}" in said[-1]
+    again = save(1, "lidb")
+    assert again.name == "yan_00002_.safetensors" and said[-1].startswith(f"saved lidb/{again.name}")
+    assert save(1, "lidb") == again and own.is_file()
+
+
 @pytest.mark.skipif(os.sep != "/", reason="a name holds no backslash on Windows")
 def test_a_name_with_a_backslash_hides_no_file_of_a_folder(run, host, person):
     (own,) = run("SaveLiDB", lidb=person(1), filename_prefix="lidb/friends/anna")

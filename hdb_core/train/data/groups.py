@@ -131,7 +131,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[str], str]:
     """
     with opened(path) as file:
         header = file.metadata()
-        return dict(json.loads(header["settings"])), list(json.loads(header["names"])), header["photos"]
+        settings, names = dict(json.loads(header["settings"])), list(json.loads(header["names"]))
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("names that are no text")
+        return settings, names, header["photos"]
 
 
 @contextmanager
