@@ -233,11 +233,10 @@ def run(check: Check, folder: Path | None, out: Path, options: Sequence[str]) ->
     return subprocess.run(command, cwd=ROOT, env=environ, check=False).returncode
 
 
-def report(loads: Sequence[Path]) -> str:
-    """What was bundled and how it is used."""
+def report(name: str, loads: Sequence[Path]) -> str:
+    """What was bundled for a check, and how it is used."""
     sizes = [sum(path.stat().st_size for path in load.rglob("*") if path.is_file()) for load in loads]
     lines = [f"{load}: {size / MIB:.1f} MiB" for load, size in zip(loads, sizes, strict=True)]
-    name = loads[0].parent.name
     return "\n".join(
         [
             *lines,
@@ -277,7 +276,7 @@ def main() -> int:
         if rest:
             parser().error(f"unknown options: {' '.join(rest)}")
         target = args.target or BUNDLES / args.check
-        print(report(bundle(check, target, int(args.limit_mib * MIB), args.for_python)))
+        print(report(args.check, bundle(check, target, int(args.limit_mib * MIB), args.for_python)))
         return 0
     except SetupError as error:
         print(error, file=sys.stderr)
