@@ -113,7 +113,7 @@ def bundle(check: Check, target: Path, limit: int, python: str) -> list[Path]:
         for load, names in zip(loads, parts, strict=True):
             for name in names:
                 (load / name).parent.mkdir(parents=True, exist_ok=True)
-                (everything / name).rename(load / name)
+                shutil.move(everything / name, load / name)
             # In every load, so that the first that arrives says what is still to come.
             (load / CONTENTS).write_text(json.dumps({"commit": commit(), "python": python, "files": sizes}, indent=1))
     return loads

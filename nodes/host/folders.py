@@ -124,7 +124,8 @@ def passed_over(shelf: Shelf, name: str) -> list[str]:
 
 def is_hidden(shelf: Shelf, path: Path) -> bool:
     """Whether a file's name on the shelf stands for another file."""
-    inside = _inside(shelf, path)
+    if (inside := _inside(shelf, path)) is None:
+        return False
     shown = _files(shelf).get(portable(str(inside)))
     return shown is not None and not shown.samefile(path)
 
