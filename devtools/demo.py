@@ -91,7 +91,10 @@ def run(host: Host, steps: int | None, seeds: int, device: str, people: int = 0)
         session = Session(server, steps, seeds, {"start": time.monotonic() - since})
         pictures = {column: {text: session.pictures(text, column) for text in texts} for column in COLUMNS}
         person = OUTPUT / "demo_person.safetensors"
-        shutil.copy(session.saved, person)
+        from hdb_core.files.atomic import replacing
+
+        with replacing(person) as copy:  # a full disk leaves that of an earlier run
+            shutil.copyfile(session.saved, copy)
         rows = [row_of_pictures(server, PERSON_SEED + number, steps) for number in range(people)]
     scores = {}
     if lack := lacking(OF_THE_MINIATURE):  # a ComfyUI of the user's own

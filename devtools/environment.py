@@ -475,7 +475,7 @@ def _digest(files: list[Path] | tuple[Path, ...]) -> str:
 
 
 def _read(stamp: Path) -> str | None:
-    return stamp.read_text() if stamp.is_file() else None
+    return stamp.read_text(errors="replace") if stamp.is_file() else None
 
 
 def _say(text: str) -> None:

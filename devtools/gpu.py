@@ -93,7 +93,7 @@ def bundle(check: Check, target: Path, limit: int, python: str) -> list[Path]:
     """
     target.mkdir(parents=True, exist_ok=True)
     old = sorted(target.iterdir())
-    if foreign := [path.name for path in old if not (path / CONTENTS).is_file()]:
+    if foreign := [path.name for path in old if not is_load(path)]:
         raise SetupError(f"{target} holds {foreign[0]}, which is no load of a bundle. Give --target an empty folder.")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         everything = Path(folder)
@@ -117,6 +117,18 @@ def bundle(check: Check, target: Path, limit: int, python: str) -> list[Path]:
             # In every load, so that the first that arrives says what is still to come.
             (load / CONTENTS).write_text(json.dumps({"commit": commit(), "python": python, "files": sizes}, indent=1))
     return loads
+
+
+def is_load(folder: Path) -> bool:
+    """Whether a folder is a load of a bundle, and has nothing else in it."""
+    try:
+        known = {CONTENTS, *contents_of(folder / CONTENTS)["files"]}
+    except SetupError:
+        return False
+    there = (
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    )
+    return not folder.is_symlink() and known.issuperset(there)
 
 
 def pinned(packages: Sequence[str], constraints: str | None = None) -> list[str]:
@@ -216,7 +228,7 @@ def contents_of(path: Path) -> dict[str, Any]:
         about = json.loads(path.read_text())
         sizes = {str(name): int(size) for name, size in about["files"].items()}
         return {"commit": str(about["commit"]), "files": sizes}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # ValueError: no text, too
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
         raise SetupError(f"{path} is damaged ({type(error).__name__}). Copy the load again.") from error
 
 
@@ -278,7 +290,7 @@ def main() -> int:
         target = args.target or BUNDLES / args.check
         print(report(args.check, bundle(check, target, int(args.limit_mib * MIB), args.for_python)))
         return 0
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
 

@@ -45,7 +45,7 @@ def picture_of(about: About) -> Tensor | None:
     try:
         data = base64.b64decode(about.thumbnail, validate=True)
         require_few_scans(data)
-        if b"Exif\0\0" in data:  # `thumbnail` writes none; older Pillow makes gigabytes of some
+        if b"Exif\0\0" in data or b"MPF\0" in data:  # `thumbnail` writes none; older Pillow makes gigabytes of some
             return None
         with Image.open(BytesIO(data), formats=["JPEG"]) as image:
             if max(image.size) > LARGEST:

@@ -126,8 +126,9 @@ class Visit:
         self._packed: dict[Path, int] = {}
         for folder in (self.out, self.work):
             folder.mkdir(parents=True, exist_ok=True)
-        if there := parcel.pieces(self.out):
-            raise SystemExit(f"{there[0]} holds what an earlier run trained: move it, or choose another --out.")
+        results = (self.out / f"{name}.{ending}" for ending in ("json", "md", "log", "png"))
+        if there := [path for path in (*parcel.pieces(self.out), *results) if path.exists()]:
+            raise SystemExit(f"{there[0]} is of an earlier run: move its results, or choose another --out.")
         self.log = self.work / f"{name}.log"
 
     def run(self, beside: Sequence[str] = ()) -> int:

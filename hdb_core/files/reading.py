@@ -99,7 +99,9 @@ def garbled_as(refusal: Callable[[str], HDBError]) -> Iterator[None]:
     except HDBError:
         raise
     except Exception as error:
-        if isinstance(error, GARBLED) or type(error) is Exception:  # which is what the tokenizers library raises
+        # The tokenizers library raises Exception itself, and configs have errors of their own.
+        named = type(error) is Exception or type(error).__module__.partition(".")[0] == "huggingface_hub"
+        if isinstance(error, GARBLED) or named:
             raise refusal(reason(error)) from error
         raise
 

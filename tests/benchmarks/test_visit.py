@@ -52,7 +52,7 @@ def made(tmp_path, monkeypatch):
 
 def test_what_an_earlier_visit_packed_stays(made, tmp_path):
     assert made(good=WRITE).run() == 0
-    with pytest.raises(SystemExit, match="holds what an earlier run trained"):
+    with pytest.raises(SystemExit, match="is of an earlier run: move its results"):
         made(good="pass")
     assert unpack(tmp_path / "out", tmp_path / "back") == ["good/w.safetensors", "good/log.csv"]
 

@@ -59,6 +59,14 @@ def test_a_strangers_thumbnail_with_exif_is_not_shown():
     assert card.picture_of(About(thumbnail=base64.b64encode(file.getvalue()).decode())) is None
 
 
+def test_a_strangers_thumbnail_of_several_pictures_is_not_shown():
+    """Pillow before 13 reads the list of them as it reads EXIF."""
+    pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    pictures[0].save(file := BytesIO(), "MPO", save_all=True, append_images=pictures[1:])
+    assert b"MPF\0" in file.getvalue() and b"Exif\0\0" not in file.getvalue()
+    assert card.picture_of(About(thumbnail=base64.b64encode(file.getvalue()).decode())) is None
+
+
 def test_a_strangers_thumbnail_of_endless_scans_is_not_shown():
     """A scan is a few bytes that go over the whole picture once more: with 50,000 of them it takes half a minute."""
     Image.new("RGB", (1024, 1024)).save(file := BytesIO(), "JPEG", progressive=True)

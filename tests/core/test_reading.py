@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import save, save_file
 
 from devtools import fuzz
 from hdb_core import detectors
@@ -89,7 +90,7 @@ def test_pickled_weights_and_variants_are_not_read(tmp_path, name):
     (tmp_path / name).write_bytes(b"a pickle may compute for ever")
     with pytest.raises(LayoutError, match=r"holds no weights called model\.safetensors"):
         require_safetensors(tmp_path)
-    (shard := tmp_path / "model-00001-of-00001.safetensors").write_bytes(b"weights")
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, shard := tmp_path / "model-00001-of-00001.safetensors")
     require_safetensors(tmp_path)
     for named in (name, "../model-00001-of-00001.safetensors", "model.safetensors"):
         (tmp_path / "model.safetensors.index.json").write_text(
@@ -99,6 +100,26 @@ def test_pickled_weights_and_variants_are_not_read(tmp_path, name):
             require_safetensors(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard.name}}))
     require_safetensors(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": shard.name, "c": shard.name}})
+    )
+    with pytest.raises(LayoutError, match=r"00001\.safetensors lacks 'c', which model\.safetensors\.index\.json names"):
+        require_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"version https://git-lfs.github.com/spec/v1", b"hollow"])
+def test_weights_that_are_not_whole_are_named(tmp_path, content):
+    """Beside whole ones, too, as an interrupted download leaves them."""
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    stray = tmp_path / "model-00001-of-00002.safetensors"
+    stray.write_bytes(content)
+    if content == b"hollow":
+        stray.write_bytes(save({"a": torch.zeros(1 << 20)})[:4096])
+        os.truncate(stray, len(save({"a": torch.zeros(1 << 20)})))
+    with pytest.raises(
+        LayoutError, match=r"model-00001-of-00002\.safetensors cannot be read \(.*\)\. Download it again"
+    ):
+        require_safetensors(tmp_path)
 
 
 @UNNAMEABLE

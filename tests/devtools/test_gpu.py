@@ -77,8 +77,13 @@ def test_a_bundle_replaces_an_earlier_one_and_nothing_else(there, tmp_path, monk
     monkeypatch.setattr(gpu, "ROOT", tmp_path / "here")
     target = loads[0].parent
     assert bundle(Check("module", ("one",), ()), target, 1000, "3.12") == [target / "1"] == list(target.iterdir())
+    (target / "1" / "note.txt").write_text("mine")
+    with pytest.raises(SetupError, match="holds 1, which is no load of a bundle"):
+        bundle(Check("module", ("two",), ()), target, 1000, "3.12")
+    (target / "1" / "note.txt").rename(target.parent / "note.txt")
     (note := target / "thesis" / "note.txt").parent.mkdir()
     note.write_text("mine")
+    (target / "thesis" / gpu.CONTENTS).write_text("{}")
     with pytest.raises(SetupError, match="holds thesis, which is no load of a bundle"):
         bundle(Check("module", ("two",), ()), target, 1000, "3.12")
     assert note.read_text() == "mine" and (target / "1" / "weights" / "one").is_file()

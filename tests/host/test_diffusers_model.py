@@ -151,7 +151,7 @@ def pickled(path):
     ("name", "damage", "said"),
     [
         ("text_encoder/model.safetensors", pickled, r"text_encoder holds no weights called model\.safetensors"),
-        ("text_encoder/model.safetensors", cut, r"A part of .* is damaged \("),
+        ("text_encoder/model.safetensors", cut, r"model\.safetensors cannot be read \("),
         ("text_encoder/model.safetensors", without_a_weight, "text_encoder lacks 1 weights, '.*' among them"),
         ("vae/diffusion_pytorch_model.safetensors", without_a_weight, "vae lacks 1 weights, '.*' among them"),
         ("vae/config.json", lambda path: path.write_text("{}"), r"A part of .* is damaged \("),

@@ -867,11 +867,12 @@ def test_encoders_that_cannot_be_used(model, photos, clip_vision, tmp_path, caps
         (unknown, "holds 'resnet', but Load CLIP Vision takes CLIP"),
         (clip_vision(width=32, name="wide"), r"patch size (32, 2, 28, 14)) that Load CLIP Vision cannot load"),
         (empty, "holds no weights called model.safetensors"),
-        (broken, "holds no weights that can be read"),
+        (broken, "cannot be read ("),
         (partial, "lacks 4 weights"),
         (listed, "listed is damaged ("),
         (described(model_type=[]), "model_type is damaged ("),
         (described(num_attention_heads=0), "num_attention_heads is damaged ("),
+        (described(num_attention_heads=7, name="seven"), "num_attention_heads_name is damaged ("),
         (described(quantization_config={"quant_method": "gptq", "bits": 4}), "holds quantised weights"),
         (described(intermediate_size=10**9), "its config.json describes 98,000,"),  # transformers would make 400 GB up
     ):

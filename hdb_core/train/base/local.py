@@ -9,8 +9,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError, safe_open
+
 from ...errors import LayoutError
-from ...files.reading import read_whole, reason
+from ...files.reading import read_whole, reason, regular
 
 _PLACES, _BLOCK = 4096, 256  # in a file of another format than safetensors; bytes of a tensor, or at a place
 # As diffusers and transformers call the weights that they load; others beside them are variants.
@@ -52,21 +54,39 @@ def weights_in(folders: Iterable[Path]) -> list[Path]:
 
 
 def require_safetensors(folder: Path) -> None:
-    """Check that a folder holds weights that are loaded. Older ones (``.bin``) are pickles, whose reading can take for ever.
+    """Check that a folder holds weights that are loaded, all of them. Older ones (``.bin``) are pickles, whose reading can take for ever.
 
     Raises:
         LayoutError: if it does not.
     """
-    weights = [path.name for path in weights_in([folder])]
+    weights = {path.name: _names_in(path) for path in weights_in([folder])}
     shards = {name for name in weights if "-of-" in name}
     for path in filter(Path.is_file, (folder / f"{name}.safetensors.index.json" for name in _NAMES)):
-        if not shards.issuperset(json.loads(read_whole(path).decode())["weight_map"].values()):
+        places = json.loads(read_whole(path).decode())["weight_map"]
+        if not shards.issuperset(places.values()):
             raise LayoutError(f"{path} names other files than the folder's shards. Download the model again.")
+        if missing := sorted(name for name, place in places.items() if name not in weights[place]):
+            raise LayoutError(
+                f"{folder / places[missing[0]]} lacks {missing[0]!r}, which {path.name} names. Download the model again."
+            )
     if not weights:
         raise LayoutError(
             f"{folder} holds no weights called model.safetensors or diffusion_pytorch_model.safetensors. Download the model "
             "in this format; .bin files and other variants are not read."
         )
+
+
+def _names_in(path: Path) -> frozenset[str]:
+    """The names of all weights in a file.
+
+    Raises:
+        LayoutError: if the file is not whole.
+    """
+    try:
+        with safe_open(regular(path), "pt") as file:
+            return frozenset(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise LayoutError(f"{path} cannot be read ({reason(error)}). Download it again.") from error
 
 
 def local_config(config_class: Any, folder: Path) -> Any:
