@@ -80,6 +80,8 @@ def main() -> int:
 def run(host: Host, steps: int | None, seeds: int, device: str, people: int = 0) -> None:
     """The whole demonstration; writes `demo_person.safetensors`, `demo.png` and `demo.json` to `output/`, and with ``people``
     `demo_people.jpg`."""
+    from hdb_core.files.atomic import replacing
+
     for folder, name in (("checkpoints", CHECKPOINT), ("hyperdreambooth", HYPERNET)):
         if not (host.base / "models" / folder / name).is_file():
             raise SetupError(f"The miniature's {name} is not in models/{folder}: is weights/ complete?")
@@ -91,8 +93,6 @@ def run(host: Host, steps: int | None, seeds: int, device: str, people: int = 0)
         session = Session(server, steps, seeds, {"start": time.monotonic() - since})
         pictures = {column: {text: session.pictures(text, column) for text in texts} for column in COLUMNS}
         person = OUTPUT / "demo_person.safetensors"
-        from hdb_core.files.atomic import replacing
-
         with replacing(person) as copy:  # a full disk leaves that of an earlier run
             shutil.copyfile(session.saved, copy)
         rows = [row_of_pictures(server, PERSON_SEED + number, steps) for number in range(people)]

@@ -120,7 +120,7 @@ class LoadLiDB(io.ComfyNode):
     def execute(cls, lidb_name: str | None = None) -> io.NodeOutput:
         path = find_unchanged(LIDBS, lidb_name)
         lidb = lidb_file.load(path, learned_basis(lidb_file.read_header(path).basis))
-        said = "\n".join([*card.lines(lidb), *passed_over(LIDBS, str(lidb_name))])
+        said = "\n".join([*card.lines(lidb), *passed_over(LIDBS, str(lidb_name), path)])
         picture = card.picture_of(lidb.about)
         send_text(said, cls.hidden.unique_id)
         shown = {} if picture is None else preview(picture[None], cls)

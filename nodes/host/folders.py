@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache, partial
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,12 +109,14 @@ def find(shelf: Shelf, name: str | None) -> Path:
     )
 
 
-def passed_over(shelf: Shelf, name: str) -> list[str]:
-    """A line for each file that has this name, too: one that comes first, but cannot be loaded, and one with other
-    contents, which is in no list."""
-    places, found = _places(shelf)[portable(name)], find(shelf, name)
-    damaged = takewhile(lambda path: path != found, places)
-    hidden = (path for path in places[places.index(found) + 1 :] if _differs(shelf.kind, path, found))
+def passed_over(shelf: Shelf, name: str, found: Path) -> list[str]:
+    """A line for each file that has the name of one that was found, too: one that comes first, but cannot be loaded, and
+    one with other contents, which is in no list."""
+    places = _places(shelf)[portable(name)]
+    if found not in places:  # it has just been deleted
+        return []
+    index = places.index(found)
+    damaged, hidden = places[:index], (path for path in places[index + 1 :] if _differs(shelf.kind, path, found))
     return [
         *(f"{path} has the same name, but is damaged or of another kind: this is another file" for path in damaged),
         *(f"{path} has the same name, but other contents: this is {found}. Rename one of them" for path in hidden),

@@ -210,7 +210,9 @@ def test_another_type_in_place_of_a_wire(run, host, person, node_id):
 
 def test_an_input_of_another_version(run, host, person):
     """The host checks only the inputs that a node has, and passes on what else is wired to it."""
-    with pytest.raises(host.module("nodes.host.sockets").SocketError, match=r"has no input weight\. Update"):
+    with pytest.raises(
+        host.module("nodes.host.sockets").SocketError, match=r"^Blend LiDB \(mix people\) has no input weight\. Update"
+    ):
         run("BlendLiDB", lidb_a=person(1), lidb_b=person(2), weight=1.0)
 
 

@@ -100,7 +100,7 @@ def test_perfect_pictures_score_one_and_strangers_nothing():
     assert best["leak"].value == pytest.approx(0, abs=4 * best["leak"].error)
 
 
-def test_repeating_the_photo_is_all_identity_and_leak_but_no_edit():
+def test_repeating_the_photo_is_all_identity_and_leak_but_no_adherence():
     rows = []
     for seed in SEEDS[:10]:
         person, photo = evaluation_photo(seed)

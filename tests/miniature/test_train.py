@@ -867,7 +867,7 @@ def test_encoders_that_cannot_be_used(model, photos, clip_vision, tmp_path, caps
         (unknown, "holds 'resnet', but Load CLIP Vision takes CLIP"),
         (clip_vision(width=32, name="wide"), r"patch size (32, 2, 28, 14)) that Load CLIP Vision cannot load"),
         (empty, "holds no weights called model.safetensors"),
-        (broken, "cannot be read ("),
+        (broken, "model.safetensors cannot be read ("),
         (partial, "lacks 4 weights"),
         (listed, "listed is damaged ("),
         (described(model_type=[]), "model_type is damaged ("),
