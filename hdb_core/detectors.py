@@ -71,9 +71,15 @@ def yunet_by_kornia(weights: Mapping[str, Tensor]) -> Detector:
     """YuNet in kornia's layout (``yunet_final.pth``).
 
     Raises:
-        FaceError: the weights are of another model.
+        FaceError: the weights are of another model, or kornia is not installed.
     """
-    from kornia.contrib import face_detection
+    try:
+        from kornia.contrib import face_detection
+    except ImportError as error:
+        raise FaceError(
+            "kornia, which reads this YuNet file, is not installed. Install it (pip install kornia), or take YuNet's .onnx file, "
+            "which OpenCV reads."
+        ) from error
 
     # Its constructor downloads weights unless the network is made without.
     make = face_detection.YuNet

@@ -118,7 +118,7 @@ class ApplyOptions(io.ComfyNode):
                     min=1.0,
                     max=10.0,
                     step=0.1,
-                    tooltip="How strongly guidance (cfg) pulls towards the person: 1 is as with an ordinary LoRA, 2 twice that. Works up to nearly twice the cfg of the sampler; at a cfg of 1 the person is applied more strongly instead.",
+                    tooltip="How strongly guidance (cfg) pulls towards the person: 1 is as with an ordinary LoRA, 2 twice that. Above about twice the sampler's cfg, the prompt is followed less. At a cfg of 1 the person is applied more strongly instead.",
                 ),
             ],
             outputs=[

@@ -21,7 +21,7 @@ class BlendLiDB(io.ComfyNode):
             **if_known(io.Schema, search_aliases=["mix people", "merge persons"]),
             inputs=[
                 LIDB.Input("lidb_a", tooltip="The first person."),
-                LIDB.Input("lidb_b", tooltip="The second person, made with the same base model and prompt."),
+                LIDB.Input("lidb_b", tooltip="The second person, of the same model family and basis."),
                 io.Float.Input(
                     "blend", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="0 is the first person, 1 the second."
                 ),

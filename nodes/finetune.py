@@ -174,7 +174,7 @@ class FastFinetuneOptions(io.ComfyNode):
                 io.String.Input(
                     "class_prompt",
                     default=DEFAULTS.class_prompt,
-                    tooltip="The prompt without the token, for prior_weight.",
+                    tooltip="The prompt without the token; change both together. prior_weight keeps its pictures as they were.",
                 ),
                 io.Image.Input(
                     "class_images",

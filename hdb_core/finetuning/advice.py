@@ -9,7 +9,7 @@ from .loop import FinetuneResult
 
 LITTLE, MUCH = 0.6, 1.6  # of what is enough
 WORSE = -0.2  # of the likeness: a training that has just begun may be a little below 0
-DISTURBED = 1.2  # times the likeness that other prompts have moved; at the defaults it is 0.7 to 0.9
+DISTURBED = 1.2  # times the likeness that other prompts have moved; at the defaults it is 0.6 to 0.9
 
 
 def report(result: FinetuneResult, config: FinetuneConfig) -> str:

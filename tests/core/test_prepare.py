@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import sys
 import tarfile
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from safetensors.torch import save_file
 
 from hdb_core.errors import HyperNetError
 from hdb_core.faces import Box, cut_out, oval, square_of
@@ -363,12 +365,16 @@ def test_the_command_says_that_it_lacks_a_detector(source, tmp_path, monkeypatch
     monkeypatch.setattr(command.detectors, "has_opencv", lambda: False)
     options = [str(source), "--into", str(tmp_path / "data"), "--cut", "face"]
     (tmp_path / "yunet_final.pth").write_text("<html>")
-    onnx, missing, page = (str(tmp_path / name) for name in ("yunet.onnx", "none.pth", "yunet_final.pth"))
+    names = ("yunet.onnx", "none.pth", "yunet_final.pth", "yunet.safetensors")
+    onnx, missing, page, weights = (str(tmp_path / name) for name in names)
+    save_file({"weight": torch.zeros(1)}, weights)
+    monkeypatch.setitem(sys.modules, "kornia.contrib", None)
     for yunet, message in (
         ([], "no OpenCV .* Give --yunet"),
         (["--yunet", onnx], "no OpenCV"),
         (["--yunet", missing], "none.pth"),
         (["--yunet", page], "'yunet_final.pth' is no YuNet file"),
+        (["--yunet", weights], "pip install kornia"),
     ):
         assert main([*options, *yunet]) == 1
         assert re.search(message, capsys.readouterr().err)
