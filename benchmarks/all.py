@@ -21,18 +21,10 @@ from devtools import device
 from devtools.environment import ROOT
 
 from .common.bench import RESULTS, RUNS
-from .common.methods import WITHOUT_HYPERNET
 from .gpu import process
-from .hypernet import FEW_AND_MANY
 
 REPORTING = 30.0  # seconds that are left of a table's time for its report
 TOLD = 8000  # characters of the log's end that a failure shows
-ROWS = (
-    "base", "caption", "hyper", "hyper_as_lora", "hyper_3photos",
-    *(f"hyper_{steps}_described" for steps in FEW_AND_MANY),
-    *(method.name for method in WITHOUT_HYPERNET),
-    "lora4", "dreambooth", "dreambooth_described", "textual_inversion", "stranger", "photo", "render",
-)  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -60,7 +52,7 @@ JOBS = (
     Job("pairs", (*TEST, "--seeds-per-prompt", "2"), (*TEST, "--people", "2", "--seeds-per-prompt", "1"), 1),
     Job(
         "hypernet",
-        (*TEST, "--short", "--people", "100", "--reference-people", "50", "--rows", *ROWS),
+        (*TEST, "--short", "--people", "100", "--reference-people", "50"),
         (*TEST, "--short", "--people", "2", "--seeds-per-prompt", "1", "--rows", "base", "hyper", "photo"),
         8,
         shares=True,

@@ -3,8 +3,8 @@
 ``python dev.py bench tune --set learning_rate=0.01,0.02 rank=1,4`` tries every combination; every other setting has its
 default. ``--method hyper`` goes on from a prediction, ``--method predict`` is that alone, ``--method learned`` starts in a
 learned basis, ``--method lora`` is LoRA-DreamBooth; ``--strengths 0.8,0.5,2 1,1,1`` applies each person
-both ways. ``--method dreambooth --set rate=1e-5,3e-5``, ``dreambooth_adapted`` (only the layers that a LiDB adapts) and
-``textual_inversion`` do the same for these references, at each of their checkpoints. ``--keep NAME`` calls the table
+both ways. ``--method dreambooth --set rate=1e-5,3e-5`` and ``textual_inversion`` do the same for these references, at each
+of their checkpoints. ``--keep NAME`` calls the table
 ``tune_NAME`` instead of ``tune``.
 Finished cells stay in ``.runs/bench/cells``: earlier sweeps can be repeated at no cost.
 """
@@ -22,7 +22,6 @@ from hdb_core.recommended import AS_LORA, Strengths
 from .common.bench import chosen_subjects, open_bench, parsed_settings, parser
 from .common.dreambooth import DreamBoothConfig
 from .common.methods import (
-    AdaptedDreamBooth,
     Base,
     DreamBooth,
     FastFinetuning,
@@ -34,13 +33,11 @@ from .common.methods import (
 )
 from .common.results import Table, add_options, make_and_report
 from .common.settings import LORA, NodeConfig
+from .common.studio import BASIS, HYPERNET
 from .common.textual_inversion import TextualInversionConfig
-from .hypernet import HYPERNET
-from .people import BASIS
 
 REFERENCES: Mapping[str, tuple[type, Any]] = {
     "dreambooth": (DreamBooth, DreamBoothConfig()),
-    "dreambooth_adapted": (AdaptedDreamBooth, DreamBoothConfig()),
     "textual_inversion": (TextualInversion, TextualInversionConfig()),
 }
 
@@ -70,7 +67,6 @@ def swept(
     checkpoints: Sequence[int] | None = None,
     described: bool = False,
     strengths: tuple[Strengths, ...] = (),
-    base_negative: bool = False,
     masked: bool = False,
     photos: int = 1,
     own_answers: bool = False,
@@ -80,7 +76,7 @@ def swept(
         of, base = REFERENCES[method]
         base = replace(base, checkpoints=tuple(checkpoints)) if checkpoints else base
         chosen = combinations(parsed_settings(pairs, type(base)))
-        return [of(replace(base, **own), row_name(own), described, base_negative) for own in chosen]
+        return [of(replace(base, **own), row_name(own), described) for own in chosen]
     chosen = combinations(parsed_settings(pairs, NodeConfig))
     if method == "lora":
         return [LoRA(row_name(own), {**LORA, **own}, None, described, (AS_LORA,)) for own in chosen]
@@ -108,9 +104,6 @@ def main() -> None:
         "--strengths", type=parsed_strengths, nargs="+", default=[], metavar="MODEL,CLIP,GUIDANCE",
         help="that a LiDB is applied with (default: as recommended for a prediction, or for several photos)",
     )  # fmt: skip
-    options.add_argument(
-        "--base-negative", action="store_true", help="a reference with the base's negative prompt, too"
-    )
     options.add_argument("--masked", action="store_true", help="only the head of the photo is learned")
     options.add_argument(
         "--photos", type=int, default=1, help="of each person, that a LiDB is predicted and learned from"
@@ -127,8 +120,8 @@ def main() -> None:
     args = options.parse_args()
     chosen = swept(
         args.method, args.set, args.hypernet.resolve(), basis=args.basis.resolve(), checkpoints=args.checkpoints,
-        described=args.described, strengths=tuple(args.strengths), base_negative=args.base_negative,
-        masked=args.masked, photos=args.photos, own_answers=args.own_answers,
+        described=args.described, strengths=tuple(args.strengths), masked=args.masked,
+        photos=args.photos, own_answers=args.own_answers,
     )  # fmt: skip
     methods = [Base(), *chosen]
     rows = [row for method in methods for row in method.rows if args.saved or not row.endswith("_saved")]

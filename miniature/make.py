@@ -48,13 +48,10 @@ STAGES = {
     "pack_hypernet": "miniature.checkpoint pack",
     "control": "miniature.control",
     "pack_control": "miniature.checkpoint pack",
-    # Of no shipped file, for the benchmarks: a check on sixteen people, fitted people, and hypernetworks in a learned
-    # basis and in a narrow one.
+    # Of no shipped file, for the benchmarks: a check on sixteen people, and hypernetworks in a learned basis and in a narrow
+    # one.
     "check": f"hdb_core.train .runs/check {_FACES} --overfit 16 --rank 4 --people 16 --steps 200 {_SHARED} "
     f"{_SAME_ENCODER}",
-    "fitted": "miniature.photos --folder .runs/fitted --people 384 --photos 4",
-    "precompute": f"hdb_core.train .runs/regression {_TRAIN} --photos .runs/fitted --no-convolutions --stage precompute "
-    "--set fit.steps=40 fit.noise=[0.15,1.0]",
     "people": "miniature.photos --folder .runs/people --people 3400 --photos 4",
     "basis": f"hdb_core.train .runs/basis {_TRAIN} --photos .runs/people --stage basis --set basis.learn_from=64 "
     "held_out=0.005",

@@ -38,7 +38,6 @@ def dreambooth(
     class_pictures: np.ndarray,
     config: DreamBoothConfig,
     seed: int,
-    adapted_only: bool = False,
 ) -> Generator[Checkpoint]:
     """Trains weights of UNet and text encoder; see `reference.train`.
 
@@ -46,12 +45,9 @@ def dreambooth(
         photo: uint8 (128, 128, 3).
         class_pictures: uint8 (N, 128, 128, 3).
         seed: of noise and timesteps.
-        adapted_only: trains the layers that a LiDB adapts, instead of all.
     """
     model, clip = studio.base.model, studio.base.clip
-    roots: Iterable[nn.Module] = (model.model.diffusion_model, clip.cond_stage_model)
-    if adapted_only:
-        roots = studio.host.module("nodes.host.targets").target_modules(model, clip)[0].values()
+    roots = model.model.diffusion_model, clip.cond_stage_model
     prior = Prior(class_pictures, config.prior_weight)
     return train(studio, photo, config, seed, lambda: trainable(*roots), prior)
 

@@ -332,13 +332,11 @@ class Reference:
         config: settings.
         name: of the rows, before "@".
         described: the photo is captioned with what it shows besides the person.
-        base_negative: further rows, "<name>_base_negative@", encode the negative prompt as before the training.
     """
 
     config: Any  # ReferenceConfig
     name: str
     described: bool = False
-    base_negative: bool = False
     kind: ClassVar[str]  # of the settings, in a row's key
 
     @property
@@ -346,25 +344,19 @@ class Reference:
         # The constant rate makes a checkpoint independent of those after it.
         settings = {k: v for k, v in asdict(self.config).items() if k != "checkpoints"}
         resolved = {self.kind: settings} | ({"described": True} if self.described else {})
-        rows = {f"{self.name}@{steps}": {**resolved, "steps": steps} for steps in self.config.checkpoints}
-        named = {row.replace("@", "_base_negative@"): {**own, "negative": "base"} for row, own in rows.items()}
-        return rows | (named if self.base_negative else {})
+        return {f"{self.name}@{steps}": {**resolved, "steps": steps} for steps in self.config.checkpoints}
 
     def run(self, bench: Bench, subject: Subject, wanted: Container[str]) -> Iterator[tuple[str, Cell]]:
-        own = {row: settings for row, settings in self.rows.items() if row in wanted}
-        last = max(settings["steps"] for settings in own.values())
+        own = {settings["steps"]: row for row, settings in self.rows.items() if row in wanted}
         prompt = caption(self.config.prompt, photo_words(subject.context) if self.described else "")
-        checkpoints = tuple(steps for steps in self.config.checkpoints if steps <= last)
-        base = bench.studio.base
-        as_before = base._replace(negative=bench.studio.negative(base.clip))
+        checkpoints = tuple(steps for steps in self.config.checkpoints if steps <= max(own))
         run = self.training(bench, subject, replace(self.config, prompt=prompt, checkpoints=checkpoints))
         # Closed here, not when it is collected: the base must be back whatever happens.
         with closing(run):
             for steps, seconds, flops, parameters in run:
                 facts = {"steps": steps, "seconds": seconds, "flops": flops, "bytes": parameters * BYTES_PER_WEIGHT}
-                for row, settings in own.items():
-                    if settings["steps"] == steps:
-                        yield row, sampled(bench, as_before if "negative" in settings else base, subject, **facts)
+                if steps in own:
+                    yield own[steps], sampled(bench, bench.studio.base, subject, **facts)
 
     def training(self, bench: Bench, subject: Subject, config: Any) -> Generator[Checkpoint]:
         """The checkpoints of one person, each while it is in the base model."""
@@ -378,20 +370,10 @@ class DreamBooth(Reference):
     config: DreamBoothConfig = field(default_factory=DreamBoothConfig)
     name: str = "dreambooth"
     kind: ClassVar[str] = "dreambooth"
-    adapted_only: ClassVar[bool] = False
 
     def training(self, bench: Bench, subject: Subject, config: DreamBoothConfig) -> Generator[Checkpoint]:
         prior = class_pictures(bench, config.class_prompt, config.class_pictures)
-        return dreambooth(bench.studio, subject.photo, prior, config, subject.seed, self.adapted_only)
-
-
-@dataclass(frozen=True)
-class AdaptedDreamBooth(DreamBooth):
-    """DreamBooth of the layers that a LiDB adapts, with all their weights: what is beyond it, these layers cannot do."""
-
-    name: str = "dreambooth_adapted"
-    kind: ClassVar[str] = "dreambooth_adapted"
-    adapted_only: ClassVar[bool] = True
+        return dreambooth(bench.studio, subject.photo, prior, config, subject.seed)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SIZE = 128
 HYPERNET = environment.BASE / "models" / "hyperdreambooth" / environment.HYPERNET  # a copy of that in weights/
+BASIS = environment.ROOT / ".runs" / "basis" / "basis.safetensors"  # python -m miniature.make basis
 WIDGETS = frozenset(("prompt", "photo_words", "steps", "resolution", "seed"))  # of Fast Finetune itself
 MISSING = "missing"  # instead of the hash of a file
 TIMED = 5  # predictions: a single one of milliseconds says more of what else the machine did

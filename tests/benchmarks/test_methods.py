@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import base, people, tune
+from benchmarks import base, tune
 from benchmarks.common.bench import Bench, parsed_settings
 from benchmarks.common.cells import Cell
 from benchmarks.common.dreambooth import DreamBoothConfig
@@ -18,7 +18,6 @@ from benchmarks.common.methods import (
     LoRA,
     Predicted,
     Stranger,
-    chosen_rows,
     fill,
     sampled_texts,
 )
@@ -180,30 +179,6 @@ def test_automatic_steps_are_those_recommended(tmp_path):
 def test_a_checkpoint_does_not_depend_on_the_others(bench):
     one, more = (DreamBooth(DreamBoothConfig(checkpoints=c)).rows["dreambooth@50"] for c in ((50,), (50, 100)))
     assert bench.cells.key(one) == bench.cells.key(more)
-
-
-def test_rows_of_the_people_benchmark(tmp_path):
-    basis = tmp_path / "basis.safetensors"
-    basis.write_bytes(b"vectors")
-    methods = people.all_methods([40, 400], DreamBoothConfig(checkpoints=(10, 20)), basis)
-    rows = chosen_rows(methods, None, ("_narrow_saved", "_prior_saved", "_learned_saved"))
-    assert rows == [
-        "base", "caption", "lidb_40_described", "lidb_40_described_saved", "lidb_400_described",
-        "lidb_400_described_saved", "lidb_40_described_guided", "lidb_40_described_guided_saved",
-        "lidb_56_described_guided", "lidb_56_described_guided_saved",
-        "lidb_56_3photos_described_guided", "lidb_56_3photos_described_guided_saved",
-        "lidb_100_3photos_described", "lidb_100_3photos_described_saved", "lidb_40", "lidb_40_saved",
-        "lidb_40_described_prior", "lidb_40_described_narrow",
-        f"lidb_{people.LEARNED_STEPS}_described_learned", "dreambooth@10", "dreambooth@20", "stranger", "photo", "render",
-    ]  # fmt: skip
-    assert chosen_rows(methods, ["lidb_40", "dreambooth"], "") == [
-        "base",
-        "lidb_40",
-        "dreambooth@10",
-        "dreambooth@20",
-    ]
-    with pytest.raises(SystemExit, match="lidb_41"):
-        chosen_rows(methods, ["lidb_41"], "")
 
 
 def test_sweeps(tmp_path, write_hypernet):

@@ -448,31 +448,6 @@ def test_people_fitted_for_other_layers_count_as_not_fitted(model, photos, strai
     assert "No person was fitted for these layers" in capsys.readouterr().err
 
 
-def test_ways_to_train_are_compared(model, photos, straight, tmp_path, monkeypatch):
-    """The benchmark trains and evaluates a variant once."""
-    from benchmarks import training as comparison
-
-    called = []
-    monkeypatch.setattr(comparison.subprocess, "run", lambda line, **_: called.append(line) or main(line[3:]))
-    encoder = comparison.encoder_of(straight / "hypernet.safetensors", tmp_path / "encoder")
-    options = [*command(model, photos, "")[1:], f"precomputed={straight}", f"begin_with={encoder}"]
-    before = sorted(straight.rglob("*"))
-    rows = []
-    for name in ("regression", "diffusion, k = 1"):
-        rows.append(comparison.trained(name, tmp_path / name, 2, options, photos))
-        assert comparison.trained(name, tmp_path / name, 2, options, photos) == rows[-1]
-    assert [line[:3] for line in called] == 4 * [[sys.executable, "-m", "hdb_core.train"]]
-    assert sorted(straight.rglob("*")) == before
-    assert [row["steps"] for row in rows] == [2, 2]
-    assert hypernet_file.read_header(tmp_path / name / "hypernet.safetensors").config.iterations == 1
-    assert "diffusion" not in (tmp_path / "regression" / "log.csv").read_text().splitlines()[0]
-    assert len(comparison.table(rows).splitlines()) == 4
-    with_errors = [{**rows[0], "variant": name, "base": 0.5, "own_of_each": own}
-                   for name, own in (("diffusion", [0.4, 0.3]), ("regression", [0.35, 0.2]))]  # fmt: skip
-    assert "| 15.0 ± 5.0 |" in comparison.table(with_errors).splitlines()[-1]
-    assert comparison.merged(rows[::-1], {**rows[0], "own": 0.0}) == [{**rows[0], "own": 0.0}, rows[1]]
-
-
 @pytest.mark.usefixtures("clean_state")
 def test_diffusion_loss_alone_in_bf16(model, photos, tmp_path):
     """No one is fitted: people are only encoded."""
