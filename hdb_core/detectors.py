@@ -71,7 +71,8 @@ def yunet_by_kornia(weights: Mapping[str, Tensor]) -> Detector:
     """YuNet in kornia's layout (``yunet_final.pth``).
 
     Raises:
-        FaceError: the weights are of another model, or kornia is not installed.
+        FaceError: kornia is not installed.
+        RuntimeError: the weights are of another model.
     """
     try:
         from kornia.contrib import face_detection
@@ -85,12 +86,7 @@ def yunet_by_kornia(weights: Mapping[str, Tensor]) -> Detector:
     make = face_detection.YuNet
     with patch.object(face_detection, "YuNet", lambda phase, pretrained: make(phase, pretrained=False)):
         detector = face_detection.FaceDetector(confidence_threshold=CERTAIN).eval()
-    try:
-        detector.model.load_state_dict(dict(weights))
-    except RuntimeError as error:
-        raise FaceError(
-            "This is no YuNet file that kornia reads. Take yunet_final.pth, or YuNet's .onnx file."
-        ) from error
+    detector.model.load_state_dict(dict(weights))
 
     @torch.inference_mode()
     def find(picture: Tensor) -> list[Box]:

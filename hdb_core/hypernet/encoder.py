@@ -75,9 +75,9 @@ class EncoderConfig:
                 f"Expected an image_size that {self.stride} divides and a token_width that heads divide, got "
                 f"{self.image_size} and {self.token_width} with {self.heads} heads."
             )
-        if self.kind == "vit" and self.places > MOST_PLACES:
+        if self.kind == "vit" and not 1 < self.places <= MOST_PLACES:
             raise HyperNetError(
-                f"Expected an encoder of at most {MOST_PLACES:,} places, got {self.image_size} pixels a side with a place for "
+                f"Expected an encoder of more than one and at most {MOST_PLACES:,} places, got {self.image_size} pixels a side with a place for "
                 f"every {self.stride}. Make encoder.image_size smaller or encoder.patch_size larger."
             )
         if any(width < 1 or blocks < 0 or (blocks and width % NORM_GROUPS) for width, blocks in self.stem):

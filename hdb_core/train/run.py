@@ -73,7 +73,9 @@ class Run:
             try:
                 before = changed(before, _flattened(_read_json(path)))
             except (OSError, *GARBLED) as error:
-                raise HyperNetError(f"{path} cannot be read: {error!s:.300}") from error
+                raise HyperNetError(
+                    f"{path} cannot be read ({reason(error)}). Mend it, or train in another folder."
+                ) from error
             if not before.model or not before.photos:
                 raise _foreign(path, "names no model and photos")
         run = cls(folder, changed(before, values))
@@ -234,6 +236,8 @@ def _read_json(path: Path) -> Any:
 
 def _flattened(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of JSON by their full names."""
+    if not isinstance(stored, dict):
+        raise TypeError("it holds no settings")
     found: dict[str, Any] = {}
     for name, value in stored.items():
         found |= {f"{name}.{rest}": own for rest, own in value.items()} if isinstance(value, dict) else {name: value}

@@ -175,7 +175,7 @@ def _crop(
     found = find_faces(picture, order, boxes, mask)
     if index >= len(found.boxes):
         raise FaceError(
-            f"There are {len(found.boxes)} faces, counted from 0, and index is {index}. Set a smaller index."
+            f"The faces are counted from 0, the last is {len(found.boxes) - 1}, and index is {index}. Set a smaller index."
         )
     face = found.boxes[index]
     square = faces.square_of(face, margin)
@@ -256,7 +256,7 @@ def boxes_of(value: Any, photos: int) -> list[list[Box]]:
             raise ValueError("no place in a picture")
     except GARBLED as error:
         raise FaceError(
-            "bboxes holds no boxes with x, y, width and height. Connect a node that finds faces."
+            "The connected BOUNDING_BOX holds no boxes with x, y, width and height. Connect a node that finds faces."
         ) from error
     if len(made) not in (1, photos):
         raise FaceError(f"There are {photos} photos and boxes for {len(made)}. Find the faces in the same photos.")

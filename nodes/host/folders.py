@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import folder_paths
 from aiohttp import web
@@ -58,6 +58,7 @@ BASES = Shelf(
 )  # fmt: skip
 
 
+LOADERS = ("LoadLiDB", "LoadHyperNet", "EmptyLiDB")  # the nodes that list them
 _SEEN: dict[str, dict[str, str]] = defaultdict(dict)  # category → name → the digest when the prompt began
 
 
@@ -71,11 +72,22 @@ def register_folders() -> None:
     if server := getattr(PromptServer, "instance", None):
         for shelf in (LIDBS, HYPERNETS, BASES):
             server.routes.get(f"/models/{shelf.category}")(partial(_answer, shelf))
+        server.add_on_prompt_handler(without_fingerprints)
 
 
 async def _answer(shelf: Shelf, _: web.Request) -> web.Response:
     """In place of the host's answer about any folder of models, which fails once one is gone."""
     return web.json_response(names_on(shelf))
+
+
+def without_fingerprints(request: dict[str, Any]) -> dict[str, Any]:
+    """What /prompt was sent, without fingerprints of our files. The host writes them into the prompt of a picture, and
+    does not ask `fingerprint` again when that prompt is queued, perhaps after another file has come in a file's place."""
+    prompt = request.get("prompt")
+    for node in prompt.values() if isinstance(prompt, dict) else ():
+        if isinstance(node, dict) and node.get("class_type") in LOADERS:
+            node.pop("is_changed", None)
+    return request
 
 
 def add_folders(category: str, extensions: set[str], *above: str) -> None:
@@ -196,11 +208,24 @@ def _inside(shelf: Shelf, path: Path) -> Path | None:
 
 
 def learned_basis(recipe: BasisRecipe) -> BasisRecipe | None:
-    """The learned basis that a recipe names, if there is its file; whoever needs it says so if there is none."""
+    """The learned basis that a recipe names, if there is its file; whoever needs it says so if there is none.
+
+    Raises:
+        BasisFileError: there are only files that cannot be read, one of which may be it.
+    """
+    unread = []
     for path in _files(BASES).values() if recipe.learned else ():
-        with suppress(BasisFileError, OSError):
+        try:
             if read_digest(BASES.kind, path) == recipe.learned:
                 return basis_file.load(path)[1]
+        except (BasisFileError, OSError):
+            unread.append(path.name)
+    if unread:
+        raise BasisFileError(
+            f"The learned basis {recipe.learned[:12]}…, which is needed here, is not among the files that can be read. Damaged or "
+            f"of another kind: {', '.join(unread)}. Put its file, which came with the hypernetwork or the person, into "
+            "models/lidb_basis, in place of a damaged one."
+        )
     return None
 
 

@@ -323,7 +323,7 @@ def test_sizes_that_make_no_sense(config, sizes):
 
 def test_a_million_places_are_not_compared_with_each_other():
     """A file of 1 MB could ask for that; it would take hours to predict."""
-    with pytest.raises(HyperNetError, match="at most 65,536 places, got 1024 pixels"):
+    with pytest.raises(HyperNetError, match="more than one and at most 65,536 places, got 1024 pixels"):
         replace(ENCODER, image_size=1024, patch_size=1, stem=())
 
 

@@ -97,13 +97,13 @@ def test_grey_and_transparent_photos(run):
     [
         ({"bboxes": [[]]}, "No face was found"),
         ({"bboxes": box(10, 10, 20, 20)}, "The face has 20 × 20 pixels"),
-        ({"bboxes": box(10, 10, 50, 50), "index": 1}, "There are 1 faces, counted from 0, and index is 1"),
+        ({"bboxes": box(10, 10, 50, 50), "index": 1}, "counted from 0, the last is 0, and index is 1"),
         ({"bboxes": [[[box(9, 9, 50, 50)], [], []]]}, "1 photos and boxes for 3"),
-        ({"bboxes": "face"}, "bboxes holds no boxes"),
-        ({"bboxes": torch.tensor([[10.0, 10.0, 50.0, 50.0]])}, "bboxes holds no boxes"),
-        ({"bboxes": np.array([[10.0, 10.0, 50.0, 50.0]])}, "bboxes holds no boxes"),
-        ({"bboxes": box(60, 10, -50, 100)}, "bboxes holds no boxes"),
-        ({"bboxes": [[box(10, 10, 50, 50), box(60, 60, 9, -9)]]}, "bboxes holds no boxes"),
+        ({"bboxes": "face"}, "BOUNDING_BOX holds no boxes"),
+        ({"bboxes": torch.tensor([[10.0, 10.0, 50.0, 50.0]])}, "BOUNDING_BOX holds no boxes"),
+        ({"bboxes": np.array([[10.0, 10.0, 50.0, 50.0]])}, "BOUNDING_BOX holds no boxes"),
+        ({"bboxes": box(60, 10, -50, 100)}, "BOUNDING_BOX holds no boxes"),
+        ({"bboxes": [[box(10, 10, 50, 50), box(60, 60, 9, -9)]]}, "BOUNDING_BOX holds no boxes"),
         ({"mask": torch.full((1, 200, 200), 0.4)}, "The mask is empty"),
         ({"mask": torch.ones(1, 90, 90)}, "The photo has 200 × 200 pixels, the mask 90 × 90"),
         ({"mask": 1 - painted(200, 200, 40, 40, 120)}, "leaves out its middle"),
@@ -153,7 +153,7 @@ def test_yunet_weights_are_read_from_the_folder_without_a_download(run, host, ba
     name, find = host.module("nodes.host.faces").detector()
     assert name == "YuNet, face_yunet_random.safetensors" and find(noise(100, 150)[0].movedim(-1, 0)) == []
     save_file({"weight": torch.zeros(3)}, path)
-    with pytest.raises(error, match="no YuNet file that kornia reads"):
+    with pytest.raises(error, match=r"'face_yunet_random\.safetensors' is no YuNet file"):
         run("CropToFace", image=noise(200, 200))
     path.unlink()
 

@@ -64,7 +64,7 @@ def test_the_hosts_own_route_lists_the_same(host, shelf, honest, category, monke
     from aiohttp.test_utils import TestClient, TestServer
 
     folder, listed = shelf
-    instance = type("Server", (), {"routes": web.RouteTableDef()})()
+    instance = type("Server", (), {"routes": web.RouteTableDef(), "add_on_prompt_handler": lambda *_: None})()
     monkeypatch.setattr(server.PromptServer, "instance", instance, raising=False)
     monkeypatch.setattr(host.folder_paths, "filename_list_cache", {})  # of the folders before this test's
 

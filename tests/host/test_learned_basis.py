@@ -60,10 +60,25 @@ def test_without_its_file_the_person_says_so(run, host, train, basis, forget):
     basis.unlink()
     (basis.parent / "notes.safetensors").write_text("no basis")
     try:
-        with pytest.raises(host.module("hdb_core.errors").LiDBFileError, match="models/lidb_basis"):
+        with pytest.raises(
+            host.module("hdb_core.errors").BasisFileError, match=r"notes\.safetensors.*models/lidb_basis"
+        ):
             run("LoadLiDB", lidb_name=Path(path).name)
     finally:
         (basis.parent / "notes.safetensors").unlink()
+    with pytest.raises(host.module("hdb_core.errors").LiDBFileError, match=r"not there.*models/lidb_basis"):
+        run("LoadLiDB", lidb_name=Path(path).name)
+
+
+def test_a_damaged_basis_is_named(run, host, train, basis, forget):
+    (empty,) = run("EmptyLiDB", basis_name=NAME)
+    (path,) = run("SaveLiDB", lidb=train(lidb=empty, steps=1), filename_prefix="lidb/alone")
+    whole = basis.read_bytes()
+    for damaged in (whole[:-100], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        forget()
+        basis.write_bytes(damaged)
+        with pytest.raises(host.module("hdb_core.errors").BasisFileError, match=rf"kind: {NAME}"):
+            run("LoadLiDB", lidb_name=Path(path).name)
 
 
 def test_a_hypernetwork_finds_its_basis(run, host, photo, basis, write_hypernet, hypernet_config, forget):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import uuid
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -11,6 +12,8 @@ from safetensors import safe_open
 
 from devtools.comfy_client import PromptInterrupted
 from devtools.workflow import edited
+from hdb_core.files import container
+from hdb_core.files import lidb as lidb_file
 
 TEXT = 3  # the host's number of messages with the text of a node
 
@@ -97,3 +100,18 @@ def test_a_cancel_while_nothing_is_learned_keeps_nothing(server, training_prompt
     with pytest.raises(PromptInterrupted):
         server.run(prompt, lambda event: event.node == "5" and server.interrupt())
     assert set(server.output.rglob("unfinished*")) == before
+
+
+def test_a_prompt_taken_from_a_picture_gets_the_file_that_is_there(server, training_prompt):
+    """The host writes a file's fingerprint into it, and would give out the person whom it has kept under that."""
+    (saved,) = server.run(training_prompt).outputs["11"]["text"]
+    person = lidb_file.load(server.output / saved)
+    path = server.output / "lidb" / "replaced.safetensors"
+    prompt = {
+        "1": {"class_type": "LoadLiDB", "inputs": {"lidb_name": path.name}},
+        "2": {"class_type": "SaveLiDB", "inputs": {"lidb": ["1", 0], "filename_prefix": "lidb/again", "rank": 0}},
+    }
+    for name in ("Anna", "Ben"):
+        lidb_file.save(replace(person, about=replace(person.about, name=name)), path)
+        prompt["1"].setdefault("is_changed", [container.read_digest(lidb_file.KIND, path)])
+        assert server.run(prompt).outputs["1"]["text"][0].startswith(name)
