@@ -42,7 +42,7 @@ from .common.methods import (
     TextualInversion,
     chosen_rows,
 )
-from .common.report import short_table
+from .common.report import short_table, speed_table, with_table
 from .common.results import Table, add_options, make_and_report
 from .common.settings import LORA
 from .common.studio import HYPERNET, recommended_strengths
@@ -96,7 +96,8 @@ def main() -> None:
         pages = (ROOT / "README.md", ROOT / "docs" / "results.md")
         objects = json.loads((args.results / f"{args.name}.json").read_text(encoding="utf-8"))
         for page in pages:
-            write_text(page, short_table(page.read_text(encoding="utf-8"), objects))
+            text = short_table(page.read_text(encoding="utf-8"), objects)
+            write_text(page, with_table(text, speed_table(objects)))
 
 
 if __name__ == "__main__":

@@ -34,10 +34,9 @@ FACTS = ("steps", "seconds", "bytes", "flops")
 MADE_ON = "made_on"  # among the facts: device, card, versions
 RESAMPLES = 2000
 COSTS = ("steps", "seconds", "flops")
-REACHED = 0.95  # of a reference's best joint score
 MAIN_REFERENCE = "dreambooth"
-# How many times faster than each reference the fast fine-tune should be. Source: HyperDreamBooth, arXiv 2307.06949.
-GOALS = {"dreambooth": 25, "textual_inversion": 125}
+# How many times less than each reference a person should cost. Source: HyperDreamBooth, arXiv 2307.06949.
+GOALS = {("dreambooth", "seconds"): 25, ("textual_inversion", "seconds"): 125, ("dreambooth", "bytes"): 10_000}
 
 
 @dataclass
@@ -179,51 +178,48 @@ def best_checkpoint(rows: Sequence[Row], name: str) -> Row | None:
     return replace(best, name=name)
 
 
-class Reached(NamedTuple):
-    """What a reference costs until it is as good as `REACHED` of its best checkpoint."""
+class Equal(NamedTuple):
+    """What a reference costs until it has a row's identity; ``reached`` is False where it had less at its last checkpoint."""
 
-    best: Row  # that checkpoint, named as the reference
     steps: float
-    seconds: float
+    seconds: float | None
     flops: float
+    bytes: float
+    reached: bool
 
 
-def cost_of_most(rows: Sequence[Row], name: str) -> Reached | None:
-    """When the joint score first reaches `REACHED` of the best checkpoint's.
+def cost_of_equal(row: Row, rows: Sequence[Row], name: str) -> Equal | None:
+    """When a reference first has the identity of a row, over the people of the row, the base and all checkpoints.
 
-    Between two checkpoints, and from the base at no cost to the first one, score and cost are taken to lie on a line:
-    sparse checkpoints do not make a reference look slow. Over the people of all checkpoints.
+    Between two checkpoints, and from the base at no cost to the first one, identity and cost are taken to lie on a line:
+    sparse checkpoints do not make a reference look slow. Seconds only where all are of one card.
     """
-    best = best_checkpoint(rows, name)
-    checkpoints = sorted(
-        (row for row in rows if row.name.startswith(f"{name}@") and row.mean("joint")),
-        key=lambda row: row.fact("steps"),
-    )
-    base = [row for row in rows if row.name == "base" and row.mean("joint")]
-    columns = [row.scores["joint"] for row in (*base, *checkpoints)]
-    people = set.intersection(*(set(column) for column in columns)) if checkpoints else set()
-    if best is None or not people or any(row.fact(cost) is None for row in checkpoints for cost in COSTS):
+    base = [other for other in rows if other.name == "base"]
+    checkpoints = sorted((r for r in rows if r.name.startswith(f"{name}@")), key=lambda r: r.fact("steps"))
+    columns = [r.scores.get("identity", {}) for r in (*base, *checkpoints)]
+    people = sorted(set(row.scores.get("identity", {})).intersection(*columns))
+    if not base or not checkpoints or not people:
         return None
-    scores = [float(np.mean([column[person] for person in people])) for column in columns]
-    costs = [np.zeros(len(COSTS))] * len(base) + [np.array([row.fact(c) for c in COSTS]) for row in checkpoints]
-    target = REACHED * max(scores[len(base) :])
-    if target <= 0:  # no checkpoint was ever right
-        return None
-    # Without a base nothing is known of what comes before the first checkpoint.
-    points = [(-1.0, costs[0]), *zip(scores, costs, strict=True)]
-    (below, before), (score, cost) = next(pair for pair in pairwise(points) if pair[1][0] >= target)
-    return Reached(best, *(before + (target - below) / (score - below) * (cost - before)).tolist())
+    target, *identities = (float(np.mean([column[p] for p in people])) for column in (row.scores["identity"], *columns))
+    costs = [np.zeros(len(COSTS)), *(np.array([r.fact(c) for c in COSTS], float) for r in checkpoints)]
+    size = checkpoints[-1].fact("bytes") or 0.0
+    found, reached = costs[-1], False
+    for (below, before), (identity, cost) in pairwise(zip(identities, costs, strict=True)):
+        if identity >= target:
+            found, reached = before + max(0.0, (target - below) / (identity - below)) * (cost - before), True
+            break
+    steps, seconds, flops = found.tolist()
+    one_card = {r.timed_on for r in checkpoints} == {row.timed_on} and np.isfinite(seconds)
+    return Equal(steps, seconds if one_card else None, flops, size, reached)
 
 
-def compared(row: Row, reached: Reached) -> dict[str, float | None]:
-    """How many times less a row costs, and its joint score relative to the reference's best checkpoint."""
-    mine, theirs = (r.scores.get("joint", {}) for r in (row, reached.best))
-    common = mine.keys() & theirs.keys()
-    top = sum(theirs[person] for person in common)
-    ratios = {cost: getattr(reached, cost) / own if (own := row.fact(cost)) else None for cost in COSTS}
-    if row.timed_on != reached.best.timed_on:
-        ratios["seconds"] = None
-    return {**ratios, "joint": sum(mine[person] for person in common) / top if top else None}
+def times_less(row: Row, equal: Equal) -> dict[str, float | None]:
+    """How many times less a row costs than a reference of the same identity, and from which step on that has it."""
+    ratios = {}
+    for cost in (*COSTS, "bytes"):
+        own, theirs = row.fact(cost), getattr(equal, cost)
+        ratios[cost] = theirs / own if own and theirs else None
+    return {"at_step": equal.steps, "reached": equal.reached, **ratios}
 
 
 def as_object(
@@ -232,14 +228,14 @@ def as_object(
     best: Mapping[str, Row],
     unsaved: Row | None,
     second: Row | None,
-    reached: Mapping[str, Reached] | None = None,
+    equal: Mapping[str, Equal] | None = None,
 ) -> dict[str, Any]:
     """A row for JSON: scores, facts, standard errors, paired differences to other rows, the second judge, speed.
 
     Args:
         best: the best checkpoint of each reference by its name.
+        equal: what each reference costs at the identity of the row.
     """
-    reached = reached or {}
 
     def values(source: Row, names: Sequence[str]) -> dict[str, float | None]:
         return {name: mean.value if (mean := source.mean(name)) else None for name in names}
@@ -261,9 +257,7 @@ def as_object(
         "minus_unsaved": differences(unsaved),
         "share_of_gain": {name: [share.value, share.error] for name, share in shares.items() if share},
         "kinds": kinds, "second_judge": values(second, SCORES) if second else None,
-        "reached": {c: getattr(reached[row.name], c) for c in COSTS} if row.name in reached else None,
-        "times_less": {name: compared(row, other) for name, other in reached.items()}
-        if reached and row.name not in reached and "@" not in row.name and row.fact("seconds") else None,
+        "times_less": {name: times_less(row, other) for name, other in equal.items()} if equal else None,
     })  # fmt: skip
 
 
@@ -313,48 +307,45 @@ def difference_table(objects: Sequence[Mapping[str, Any]], to: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def reached_table(objects: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of the references: their best checkpoint, and what `REACHED` of its joint score costs."""
-    lines = [["reference", "joint", "best at step", f"{REACHED:.0%} at step", "seconds", "TFLOP"]]
-    lines += [["---", *["---:"] * 5]]
-    for row in objects:
-        if found := row["reached"]:
-            lines.append([
-                row["row"], percent(row["joint"], row["errors"].get("joint")), number(row["steps"]),
-                number(found["steps"]), number(found["seconds"]), number(found["flops"], 1e12),
-            ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def speed_table(objects: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table: how many times less a row costs than each reference, beside the goal for seconds."""
-    references = [row["row"] for row in objects if row["reached"]]
-    head = ["row", "steps", "seconds"]
+    """A Markdown table: how many times less a row costs than each reference of its identity, beside the paper's claims."""
+    references = sorted({name for row in objects for name in row["times_less"] or ()})
+    head = ["row", "people", "identity", "steps", "seconds"]
     for name in references:
-        head += [
-            f"identity gain, % of {name}",
-            "joint, %",
-            "seconds: times less",
-            "steps: times fewer",
-            "FLOP: times fewer",
-        ]
+        head += [f"{name}: at step", "seconds: less", "FLOP: fewer", *["bytes: fewer"] * ((name, "bytes") in GOALS)]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row in objects:
         if found := row["times_less"]:
-            cells = [row["row"], number(row["steps"]), number(row["seconds"])]
+            identity = percent(row["identity"], row["errors"].get("identity"))
+            cells = [row["row"], str(row["people"]), identity, number(row["steps"]), number(row["seconds"])]
             for name in references:
-                own = found[name]
-                cells += [percent(*row["share_of_gain"].get(name, [None])), percent(own["joint"]), against_goal(own["seconds"], GOALS.get(name)),
-                          number(own["steps"]), number(own["flops"])]  # fmt: skip
+                own = found.get(name, {})
+                more = "" if own.get("reached", True) else "> "
+                values = (
+                    number(own.get("at_step")),
+                    *(against_goal(own.get(c), GOALS.get((name, c))) for c in COSTS[1:]),
+                )
+                cells += [more * bool(value) + value for value in values]
+                if goal := GOALS.get((name, "bytes")):
+                    cells.append(against_goal(own.get("bytes"), goal))
             lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def with_table(text: str, made: str) -> str:
+    """A Markdown text whose table that begins as another one does, with the same first two columns, is that other one."""
+    lines, new = text.split("\n"), made.split("\n")
+    begins = "|".join(new[0].split("|")[:4])
+    start = next((i for i, line in enumerate(lines) if line.startswith(begins)), len(lines))
+    end = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
+    return "\n".join([*lines[:start], *(new if start < len(lines) else ()), *lines[end:]])
 
 
 def against_goal(value: float | None, goal: float | None) -> str:
     """ "31 (≥ 25)", "12 (< 25)", without a goal the value alone, or nothing."""
     if value is None or goal is None:
         return number(value)
-    return f"{number(value)} ({'≥' if value >= goal else '<'} {goal})"
+    return f"{number(value)} ({'≥' if value >= goal else '<'} {goal:,})"
 
 
 def table_of_means(rows: Mapping[str, Mapping[str, Any]], title: str) -> list[str]:

@@ -18,16 +18,15 @@ from .files import write_json, write_text
 from .kept import Place
 from .methods import LoRA, Method, Reference, fill
 from .report import (
-    REACHED,
     SCORES,
+    Equal,
     Row,
     Scorer,
     as_object,
     best_checkpoint,
-    cost_of_most,
+    cost_of_equal,
     difference_table,
     rank_correlation,
-    reached_table,
     readings_of,
     speed_table,
     table,
@@ -99,9 +98,18 @@ class Table:
         second = others[0] if others else {}
         every = list(rows.values())
         best = {name: rows[name] for name in references(rows)}
-        reached = {name: cost for name in best if (cost := cost_of_most(every, name))}
+        fast = {row for method in self.methods if not isinstance(method, (Reference, LoRA)) for row in method.rows}
+
+        def equal(row: Row) -> dict[str, Equal]:
+            found = (
+                {name: cost_of_equal(row, every, name) for name in best}
+                if row.fact("flops") and row.name in fast
+                else {}
+            )
+            return {name: cost for name, cost in found.items() if cost}
+
         return [
-            as_object(row, rows.get("base"), best, rows.get(name.removesuffix("_saved")), second.get(name), reached)
+            as_object(row, rows.get("base"), best, rows.get(name.removesuffix("_saved")), second.get(name), equal(row))
             for name, row in rows.items()
         ]
 
@@ -114,16 +122,12 @@ class Table:
         ):
             if any(row[f"minus_{other}"] for row in objects):
                 parts += [f"{title}, in points", difference_table(objects, other)]
-        if any(row["reached"] for row in objects):
-            parts += [
-                f"What {REACHED:.0%} of a reference's best joint score costs, between checkpoints on a line",
-                reached_table(objects),
-            ]
         if any(row["times_less"] for row in objects):
-            parts += [
-                "How many times less the others cost; in brackets the paper's ratio. Seconds depend on what else ran",
-                speed_table(objects),
-            ]
+            title = (
+                "From which step on a reference has the identity of a row (>: less at its last checkpoint), and how many times less "
+                "the row costs; in brackets the paper's ratio"
+            )
+            parts += [title, speed_table(objects)]
         # The best checkpoint of a reference is there a second time, and true pictures say little of made ones.
         left_out = {"photo", "render", *references(row["row"] for row in objects)}
         agreeing = [row for row in objects if row["second_judge"] and row["row"] not in left_out]

@@ -12,12 +12,10 @@ from benchmarks.common.report import (
     against_goal,
     as_object,
     best_checkpoint,
-    compared,
-    cost_of_most,
+    cost_of_equal,
     difference,
     gain_share,
     rank_correlation,
-    reached_table,
     short_table,
     speed_table,
     table,
@@ -59,12 +57,9 @@ def test_seconds_of_two_cards_are_never_averaged():
             person, {"identity": 0.5, "joint": 0.5}, {}, {"seconds": seconds, "steps": 40, "made_on": {"card": card}}
         )
     assert (made.timed_on, made.fact("seconds"), made.fact("steps")) == ("H", 2.0, 40)
-    slow = [
-        row(f"dreambooth@{n}", {0: 0.5}, joint, steps=n, seconds=n, flops=n) for n, joint in ((50, 0.2), (100, 0.6))
-    ]
-    reached = cost_of_most(slow, "dreambooth")
-    assert compared(made, reached)["seconds"] is None
-    assert compared(made, reached)["steps"] > 1
+    slow = [row(f"dreambooth@{n}", {0: n / 100}, steps=n, seconds=n, flops=n, bytes=n) for n in (40, 90)]
+    equal = cost_of_equal(made, [row("base", {0: 0.1}), *slow], "dreambooth")
+    assert equal.seconds is None and equal.steps == pytest.approx(50)
 
 
 def test_the_best_checkpoint_has_the_best_joint_score():
@@ -74,42 +69,42 @@ def test_the_best_checkpoint_has_the_best_joint_score():
     assert best_checkpoint([BASE], "dreambooth") is None
 
 
-def checkpoint(steps: int, joint: float, people: tuple[int, ...] = (1, 2)) -> Row:
-    name = f"dreambooth@{steps}"
-    return row(name, dict.fromkeys(people, 0.5), joint, steps=steps, seconds=2.0 * steps, flops=3.0 * steps)
+def checkpoint(steps: int, identity: float, people: tuple[int, ...] = (1, 2), **facts: float) -> Row:
+    costs = {"seconds": 2.0 * steps, "flops": 3.0 * steps, "bytes": 1e6, **facts}
+    return row(f"dreambooth@{steps}", dict.fromkeys(people, identity), steps=steps, **costs)
 
 
-def test_most_of_the_best_score_lies_between_checkpoints():
-    base, none = row("base", {1: 0.1, 2: 0.1, 3: 0.1}, 0.0), row("lidb_40", {1: 0.1})
-    rows = [base, none, checkpoint(400, 0.8), checkpoint(100, 0.4), checkpoint(200, 1.0)]
-    found = cost_of_most(rows, "dreambooth")
-    assert found[1:] == pytest.approx(
-        (100 + 100 * 0.55 / 0.6, 2 * (100 + 100 * 0.55 / 0.6), 3 * (100 + 100 * 0.55 / 0.6))
-    )
-    assert (found.best.name, found.best.fact("steps")) == ("dreambooth", 200)
-    first = cost_of_most([base, checkpoint(100, 0.4), checkpoint(200, 0.3)], "dreambooth")
-    assert first.steps == pytest.approx(95)
-    assert cost_of_most([checkpoint(100, 0.4), checkpoint(200, 0.3)], "dreambooth").steps == 100
-    dip = [checkpoint(100, 0.4), checkpoint(200, 0.3), checkpoint(400, 0.4)]
-    assert cost_of_most(dip, "dreambooth").steps == 100
-    assert cost_of_most([base], "dreambooth") is None
-    assert cost_of_most([checkpoint(100, 0.4), checkpoint(200, 0.3, (3,))], "dreambooth") is None
+def test_a_reference_reaches_an_identity_between_checkpoints():
+    base, aim = row("base", {1: 0.1, 2: 0.1, 3: 0.1}), row("hyper", {1: 0.5, 2: 0.7, 3: 9.0})
+    rows = [base, aim, checkpoint(400, 0.8), checkpoint(100, 0.4), checkpoint(200, 0.8)]
+    found = cost_of_equal(aim, rows, "dreambooth")
+    assert found == pytest.approx((150, 300, 450, 1e6, True))
+    assert cost_of_equal(aim, [base, checkpoint(100, 1.1)], "dreambooth").steps == pytest.approx(50)
+    assert cost_of_equal(aim, [base, checkpoint(100, 0.4)], "dreambooth") == (100, 200, 300, 1e6, False)
+    assert cost_of_equal(base, rows, "dreambooth").steps == 0
+    for lacking in ([base], [checkpoint(100, 0.4)], [base, checkpoint(100, 0.4, (4,))]):
+        assert cost_of_equal(aim, lacking, "dreambooth") is None
 
 
 def test_how_many_times_less_a_row_costs():
-    reached = cost_of_most([checkpoint(100, 0.8), checkpoint(200, 0.4)], "dreambooth")
-    fast = row("hyper_5", {2: 0.5, 3: 0.5}, 0.6, steps=5, seconds=4.0)
-    assert compared(fast, reached) == {"steps": 20, "seconds": 50, "flops": None, "joint": pytest.approx(0.75)}
-    best = reached.best
-    rows = (fast, best, BASE)
-    objects = [as_object(r, None, {"dreambooth": best}, None, None, {"dreambooth": reached}) for r in rows]
-    assert objects[0]["times_less"]["dreambooth"]["seconds"] == 50
-    assert objects[1]["reached"] == {"steps": 100, "seconds": 200, "flops": 300}
-    assert [made["times_less"] is None for made in objects] == [False, True, True]
-    assert "| dreambooth | 80.0 ± 0.0 | 100 | 100 | 200 |" in reached_table(objects)
-    text = speed_table(objects)
-    assert "| hyper_5 | 5 | 4 |  | 75.0 | 50 (≥ 25) | 20 |  |" in text
-    assert len({line.count("|") for line in text.splitlines()}) == 1
+    base = row("base", {1: 0.1, 2: 0.1})
+    fast = row("hyper_5", {1: 0.6, 2: 0.6}, steps=5, seconds=4.0, flops=1.0, bytes=100)
+    for steps, more in ((150, ""), (100, "> ")):
+        slow = [checkpoint(n, n / 250) for n in (100, steps)]
+        equal = {"dreambooth": cost_of_equal(fast, [base, *slow], "dreambooth")}
+        made = as_object(fast, base, {"dreambooth": slow[-1]}, None, None, equal)
+        text = speed_table([made, as_object(base, base, {}, None, None)])
+        seconds = "75 (≥ 25)" if steps == 150 else "50 (≥ 25)"
+        flops = "450" if steps == 150 else "300"
+        assert f"| 5 | 4 | {more}{steps} | {more}{seconds} | {more}{flops} | 10,000 (≥ 10,000) |" in text
+        assert len({line.count("|") for line in text.splitlines()}) == 1 and "base" not in text
+
+
+def test_a_table_takes_the_place_of_the_one_before():
+    old = "Text.\n\n| row | people | identity |\n| --- | --- | --- |\n| x | 1 | 2 |\n\n| row | steps |\n| y | 1 |"
+    made = "| row | people | identity |\n| --- | --- | --- |\n| x | 3 | 4 |\n| z | 5 | 6 |"
+    assert report.with_table(old, made) == old.replace("| x | 1 | 2 |", "| x | 3 | 4 |\n| z | 5 | 6 |")
+    assert report.with_table("Text.", made) == "Text."
 
 
 @pytest.mark.parametrize(
@@ -195,6 +190,12 @@ def test_a_page_shows_the_report(page):
     assert sum(old != new for old, new in lines) >= 5
     with pytest.raises(KeyError, match=r"caption|hyper"):
         short_table(readme, objects[:1])
+
+
+def test_the_page_of_results_has_the_speeds_of_the_report():
+    objects = json.loads((RESULTS / "hypernet.json").read_text(encoding="utf-8"))
+    page, made = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), speed_table(objects)
+    assert made in page and report.with_table(page, made) == page
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md", "benchmarks/README.md"])
