@@ -4,8 +4,7 @@
 default. ``--method hyper`` goes on from a prediction, ``--method predict`` is that alone, ``--method learned`` starts in a
 learned basis, ``--method lora`` is LoRA-DreamBooth; ``--strengths 0.8,0.5,2 1,1,1`` applies each person
 both ways. ``--method dreambooth --set rate=1e-5,3e-5`` and ``textual_inversion`` do the same for these references, at each
-of their checkpoints. ``--keep NAME`` calls the table
-``tune_NAME`` instead of ``tune``.
+of their checkpoints. ``--keep NAME`` calls the table ``tune_NAME`` instead of ``tune``.
 Finished cells stay in ``.runs/bench/cells``: earlier sweeps can be repeated at no cost.
 """
 

@@ -101,12 +101,8 @@ class Table:
         fast = {row for method in self.methods if not isinstance(method, (Reference, LoRA)) for row in method.rows}
 
         def equal(row: Row) -> dict[str, Equal]:
-            found = (
-                {name: cost_of_equal(row, every, name) for name in best}
-                if row.fact("flops") and row.name in fast
-                else {}
-            )
-            return {name: cost for name, cost in found.items() if cost}
+            compared = best if row.fact("flops") and row.name in fast else ()
+            return {name: cost for name in compared if (cost := cost_of_equal(row, every, name))}
 
         return [
             as_object(row, rows.get("base"), best, rows.get(name.removesuffix("_saved")), second.get(name), equal(row))
