@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
@@ -59,7 +60,28 @@ BASES = Shelf(
 
 
 LOADERS = ("LoadLiDB", "LoadHyperNet", "EmptyLiDB")  # the nodes that list them
-_SEEN: dict[str, dict[str, str]] = defaultdict(dict)  # category → name → the digest when the prompt began
+
+
+class _Seen:
+    """The digests of files when the prompt that runs began: by category and name, nothing of earlier prompts."""
+
+    def __init__(self) -> None:
+        self._prompt: str | None = None
+        self._digests: dict[tuple[str, str], str] = {}
+
+    def digests(self) -> dict[tuple[str, str], str]:
+        if (prompt := running_prompt()) != self._prompt:
+            self._prompt, self._digests = prompt, {}
+        return self._digests
+
+
+_SEEN = _Seen()
+
+
+def running_prompt() -> str | None:
+    """The host's id of the prompt that runs; None without its server."""
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    return getattr(getattr(server, "instance", None), "last_prompt_id", None)
 
 
 def register_folders() -> None:
@@ -150,7 +172,7 @@ def find_unchanged(shelf: Shelf, name: str | None) -> Path:
         HDBError: of the kind's class, as `find`, or if another file has come in its place.
     """
     path = find(shelf, name)
-    if seen := _SEEN[shelf.category].get(portable(str(name))):
+    if seen := _SEEN.digests().get((shelf.category, portable(str(name)))):
         require_digest(shelf.kind, path, seen)
     return path
 
@@ -182,11 +204,10 @@ def validated(shelf: Shelf, name: str | None) -> bool | str:
 
 def fingerprint(shelf: Shelf, name: str | None) -> str | float:
     """What a node's fingerprint_inputs returns for a name: the same for the same contents, read from the header alone."""
-    seen = _SEEN[shelf.category]
-    if name is None:  # known when the node runs; what an earlier prompt saw does not count then
-        seen.clear()
+    if name is None:  # it comes over a wire, and is known when the node runs
         return math.nan
-    seen[portable(name)] = digest = read_digest(shelf.kind, find(shelf, name))
+    digest = read_digest(shelf.kind, find(shelf, name))
+    _SEEN.digests()[shelf.category, portable(name)] = digest
     return digest
 
 

@@ -205,7 +205,7 @@ def test_a_changed_file_is_read_again(run, host, person):
     assert first != node.fingerprint_inputs(lidb_name=name)
 
 
-def test_a_file_that_is_replaced_while_the_prompt_runs_is_refused(run, host, person):
+def test_a_file_that_is_replaced_while_the_prompt_runs_is_refused(run, host, person, monkeypatch):
     """The host would keep the other person under the fingerprint of this one."""
     node = host.nodes["LoadLiDB"]
     (path,) = run("SaveLiDB", lidb=person(1), filename_prefix="lidb/replaced")
@@ -220,7 +220,10 @@ def test_a_file_that_is_replaced_while_the_prompt_runs_is_refused(run, host, per
     run("LoadLiDB", lidb_name=name)
     (again,) = run("SaveLiDB", lidb=person(3), filename_prefix="lidb/replacing")
     os.replace(again, path)
-    node.fingerprint_inputs(lidb_name=None)  # the name comes over a wire now
+    node.fingerprint_inputs(lidb_name=None)  # of another node, whose name comes over a wire
+    with pytest.raises(host.module("hdb_core.errors").LiDBFileError, match="was replaced while the prompt ran"):
+        run("LoadLiDB", lidb_name=name)
+    monkeypatch.setattr(host.module("nodes.host.folders"), "running_prompt", lambda: "the next one")
     run("LoadLiDB", lidb_name=name)
 
 
