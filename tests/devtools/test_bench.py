@@ -13,10 +13,10 @@ def test_names_end_where_options_begin(monkeypatch):
         "run",
         lambda command, **_: commands.append(command) or subprocess.CompletedProcess(command, 0),
     )
-    monkeypatch.setattr(sys, "argv", ["bench", "hypernet", "people", "--rows", "base"])
+    monkeypatch.setattr(sys, "argv", ["bench", "hypernet", "tune", "--rows", "base"])
     assert bench.main() == 0
     assert [command[2:] for command in commands] == [
-        [f"benchmarks.{n}", "--rows", "base"] for n in ("hypernet", "people")
+        [f"benchmarks.{n}", "--rows", "base"] for n in ("hypernet", "tune")
     ]
 
 
