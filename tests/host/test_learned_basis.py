@@ -53,7 +53,7 @@ def test_learned_saved_loaded_after_a_restart_and_applied(run, host, train, samp
     assert moved > 0 and (direct - through_file).abs().mean() < 0.02 * moved
 
 
-def test_without_its_file_the_person_says_so(run, host, train, basis, forget):
+def test_without_its_file_the_person_says_so(run, host, train, basis, forget, monkeypatch):
     (empty,) = run("EmptyLiDB", basis_name=NAME)
     (path,) = run("SaveLiDB", lidb=train(lidb=empty, steps=1), filename_prefix="lidb/alone")
     forget()
@@ -65,8 +65,9 @@ def test_without_its_file_the_person_says_so(run, host, train, basis, forget):
         ):
             run("LoadLiDB", lidb_name=Path(path).name)
     finally:
-        for left in basis.parent.glob("*.safetensors"):  # by other tests, too
-            left.unlink()
+        (basis.parent / "notes.safetensors").unlink()
+    paths = host.folder_paths.folder_names_and_paths  # other tests add folders
+    monkeypatch.setitem(paths, "lidb_basis", ([str(basis.parent)], {".safetensors"}))
     with pytest.raises(host.module("hdb_core.errors").LiDBFileError, match=r"not there.*models/lidb_basis"):
         run("LoadLiDB", lidb_name=Path(path).name)
 
