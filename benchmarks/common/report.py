@@ -320,12 +320,9 @@ def speed_table(objects: Sequence[Mapping[str, Any]]) -> str:
             cells = [row["row"], str(row["people"]), identity, number(row["steps"]), number(row["seconds"])]
             for name in references:
                 own = found.get(name, {})
-                more = "" if own.get("reached", True) else "> "
-                values = (
-                    number(own.get("at_step")),
-                    *(against_goal(own.get(c), GOALS.get((name, c))) for c in COSTS[1:]),
-                )
-                cells += [more * bool(value) + value for value in values]
+                reached = own.get("reached", True)
+                cells.append(against_goal(own.get("at_step"), None, reached))
+                cells += [against_goal(own.get(c), GOALS.get((name, c)), reached) for c in COSTS[1:]]
                 if goal := GOALS.get((name, "bytes")):
                     cells.append(against_goal(own.get("bytes"), goal))
             lines.append(cells)
@@ -341,11 +338,17 @@ def with_table(text: str, made: str) -> str:
     return "\n".join([*lines[:start], *(new if start < len(lines) else ()), *lines[end:]])
 
 
-def against_goal(value: float | None, goal: float | None) -> str:
-    """ "31 (≥ 25)", "12 (< 25)", without a goal the value alone, or nothing."""
-    if value is None or goal is None:
-        return number(value)
-    return f"{number(value)} ({'≥' if value >= goal else '<'} {goal:,})"
+def against_goal(value: float | None, goal: float | None, reached: bool = True) -> str:
+    """ "31 (≥ 25)", "12 (< 25)", without a goal the value alone, or nothing; if more was not reached, "> 31 (≥ 25)",
+    "> 12 (25 is open)"."""
+    if value is None:
+        return ""
+    more = "" if reached else "> "
+    if goal is None:
+        return more + number(value)
+    if value >= goal:
+        return f"{more}{number(value)} (≥ {goal:,})"
+    return f"{more}{number(value)} ({f'< {goal:,}' if reached else f'{goal:,} is open'})"
 
 
 def table_of_means(rows: Mapping[str, Mapping[str, Any]], title: str) -> list[str]:

@@ -108,10 +108,15 @@ def test_a_table_takes_the_place_of_the_one_before():
 
 
 @pytest.mark.parametrize(
-    ("value", "goal", "text"), [(31.4, 25, "31.4 (≥ 25)"), (12, 25, "12 (< 25)"), (12, None, "12"), (None, 25, "")]
-)
-def test_goals(value, goal, text):
-    assert against_goal(value, goal) == text
+    ("value", "goal", "reached", "text"),
+    [
+        (31.4, 25, True, "31.4 (≥ 25)"), (12, 25, True, "12 (< 25)"), (12, None, True, "12"), (None, 25, True, ""),
+        (31.4, 25, False, "> 31.4 (≥ 25)"), (12, 25, False, "> 12 (25 is open)"), (12, None, False, "> 12"),
+        (None, 25, False, ""),
+    ],
+)  # fmt: skip
+def test_goals(value, goal, reached, text):
+    assert against_goal(value, goal, reached) == text
 
 
 def test_an_object_has_what_the_result_file_promises():
