@@ -24,12 +24,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hdb_core.recommended import AS_LORA, FROM_PREDICTION, RECOMMENDED
+from hdb_core.recommended import AS_LORA, FROM_PHOTO, FROM_PHOTOS, FROM_PREDICTION, RECOMMENDED
 
 from .common.bench import ROOT, chosen_subjects, open_bench, parser
 from .common.files import write_text
 from .common.methods import (
-    WITHOUT_HYPERNET,
     Base,
     Caption,
     DreamBooth,
@@ -44,11 +43,12 @@ from .common.methods import (
 )
 from .common.report import short_table, speed_table, with_table
 from .common.results import Table, add_options, make_and_report
-from .common.settings import LORA
+from .common.settings import GUIDED, LORA
 from .common.studio import HYPERNET, recommended_strengths
 
 NARROW_HYPERNET = ROOT / ".runs" / "narrow" / "hypernet.safetensors"
 FEW_AND_MANY = (RECOMMENDED[FROM_PREDICTION].steps, 40)
+ONE, SEVERAL = RECOMMENDED[FROM_PHOTO].steps, RECOMMENDED[FROM_PHOTOS].steps
 
 
 def all_methods(hypernet: Path, narrow: Path = NARROW_HYPERNET) -> list[Method]:
@@ -68,7 +68,8 @@ def all_methods(hypernet: Path, narrow: Path = NARROW_HYPERNET) -> list[Method]:
         Base(), Caption(),
         predicted, Predicted("hyper_3photos", hypernet, photos=3), *(after(n, predicted) for n in FEW_AND_MANY),
         in_narrow, *(after(n, in_narrow, "_narrow") for n in FEW_AND_MANY),
-        *WITHOUT_HYPERNET,
+        FastFinetuning(f"lidb_{ONE}_described_guided", {"steps": ONE}, described=True, strengths=(GUIDED,)),
+        FastFinetuning(f"lidb_{SEVERAL}_3photos_described", {"steps": SEVERAL}, described=True, photos=3),
         LoRA("lora4", {**LORA, "rank": 4}, strengths=(AS_LORA,)),
         DreamBooth(), DreamBooth(name="dreambooth_described", described=True), TextualInversion(),
         Stranger(predicted), RealPictures(),

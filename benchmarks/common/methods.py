@@ -15,7 +15,7 @@ import numpy as np
 
 from hdb_core.files.lidb import COMPACT, DEFAULT_RANK
 from hdb_core.prompt import caption
-from hdb_core.recommended import AS_LORA, FROM_PHOTO, FROM_PHOTOS, RECOMMENDED, Strengths, made_from
+from hdb_core.recommended import AS_LORA, RECOMMENDED, Strengths, made_from
 from miniature.captions import photo_words
 from miniature.drawing import head_mask
 from miniature.prompts import describe
@@ -24,7 +24,7 @@ from .bench import Bench
 from .cells import Cell
 from .dreambooth import DreamBoothConfig, dreambooth
 from .reference import Checkpoint
-from .settings import GUIDED, STRENGTHS, resolved
+from .settings import STRENGTHS, resolved
 from .studio import Made, Models, hash_or_missing, recommended_strengths
 from .subjects import CLASS_PROMPT, Subject
 from .textual_inversion import TextualInversionConfig, textual_inversion
@@ -274,18 +274,6 @@ class FastFinetuning:
 
     def _file(self, bench: Bench, subject: Subject) -> Path:
         return bench.cells.path(self.name, self.rows[self.name], subject.seed).with_suffix(".safetensors")
-
-
-ONE, SEVERAL = RECOMMENDED[FROM_PHOTO].steps, RECOMMENDED[FROM_PHOTOS].steps
-WITHOUT_HYPERNET = tuple(
-    FastFinetuning(f"lidb_{name}", {"steps": steps}, None, True, (strengths,), photos=photos)
-    for name, steps, strengths, photos in (
-        ("40_described_guided", 40, GUIDED, 1),
-        (f"{ONE}_described_guided", ONE, GUIDED, 1),
-        (f"{ONE}_3photos_described_guided", ONE, GUIDED, 3),
-        (f"{SEVERAL}_3photos_described", SEVERAL, STRENGTHS, 3),
-    )
-)
 
 
 class LoRA(FastFinetuning):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,6 +26,7 @@ from ...hdb_core.files import hypernet as hypernet_file
 from ...hdb_core.files import lidb as lidb_file
 from ...hdb_core.files.container import FileKind, read_digest, read_fields
 from ...hdb_core.files.names import portable
+from .server import prompt_server
 
 EXTENSION = ".safetensors"
 
@@ -80,8 +80,7 @@ _SEEN = _Seen()
 
 def running_prompt() -> str | None:
     """The host's id of the prompt that runs; None without its server."""
-    server = getattr(sys.modules.get("server"), "PromptServer", None)
-    return getattr(getattr(server, "instance", None), "last_prompt_id", None)
+    return getattr(prompt_server(), "last_prompt_id", None)
 
 
 def register_folders() -> None:
@@ -89,9 +88,7 @@ def register_folders() -> None:
     add_folders(LIDBS.category, {EXTENSION}, folder_paths.get_output_directory())
     add_folders(HYPERNETS.category, {EXTENSION})
     add_folders(BASES.category, {EXTENSION})
-    from server import PromptServer  # starts much of the web server when it is imported
-
-    if server := getattr(PromptServer, "instance", None):
+    if server := prompt_server():
         for shelf in (LIDBS, HYPERNETS, BASES):
             server.routes.get(f"/models/{shelf.category}")(partial(_answer, shelf))
         server.add_on_prompt_handler(without_fingerprints)

@@ -17,6 +17,7 @@ from ...hdb_core.finetuning import FinetuneProgress
 from ..plot import beside, loss_plot
 from .kept import kept, of_model
 from .pictures import SamplePictures
+from .server import prompt_server
 
 log = logging.getLogger("hyperdreambooth")
 PREVIEW_SECONDS = 1.0  # between two previews: drawing and sending must not slow the training
@@ -34,9 +35,7 @@ def send_text(text: str, node_id: str | None) -> None:
     """
     if node_id is None:
         return
-    from server import PromptServer  # starts much of the web server when it is imported
-
-    server = getattr(PromptServer, "instance", None)
+    server = prompt_server()
     if server is not None and server.client_id is not None:
         server.send_progress_text(_as_text(text), node_id, server.client_id)
 
