@@ -142,3 +142,48 @@ def test_a_name_does_not_make_a_billion_blocks(host):
     alone = {f"model.diffusion_model.input_blocks.{10**9}.x": torch.empty(1, device="meta")}
     with pytest.raises(host.module("hdb_core.errors").LayoutError, match="is of another form"):
         host.module("hdb_core.train.base.single_file").unet_of(alone)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("text_encoder", "cond_stage_model.transformer.text_model.encoder.layers.{}.x"),
+        ("vae", "first_stage_model.encoder.down.0.block.{}.x"),
+        ("unet", "model.diffusion_model.input_blocks.1.1.transformer_blocks.{}.x"),
+    ],
+)
+def test_names_do_not_make_a_thousand_layers(host, part, name):
+    """Of no size, in 225 KB; it took a minute."""
+    tensors = checkpoint(host, "sd1") | {name.format(i): torch.empty(0, device="meta") for i in range(1000)}
+    with pytest.raises(host.module("hdb_core.errors").LayoutError, match="it has 1000 layers"):
+        getattr(host.module("hdb_core.train.base.single_file"), f"{part}_of")(tensors)
+
+
+def test_blocks_of_many_layers_each_are_refused(host):
+    name = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.{}.x"
+    many = {name.format(block, i): torch.empty(0, device="meta") for block in (1, 4, 7) for i in range(40)}
+    with pytest.raises(host.module("hdb_core.errors").LayoutError, match="it has 240 transformer blocks"):
+        host.module("hdb_core.train.base.single_file").unet_of(checkpoint(host, "sd1") | many)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "beside"),
+    [
+        (torch.float8_e4m3fn, "scale_weight"), (torch.float8_e4m3fn, "weight_scale"),
+        (torch.float8_e5m2, "comfy_quant"), (torch.int8, "SCB"), (torch.uint8, "weight.absmax"),
+    ],
+)  # fmt: skip
+def test_quantised_weights_are_refused(host, tmp_path, dtype, beside):
+    """They were taken for the weights themselves, and a model of noise was trained with."""
+    from safetensors.torch import save_file
+
+    path, layer = tmp_path / "quantised.safetensors", "model.diffusion_model.input_blocks.1.1.proj_in"
+    weight = {f"{layer}.weight": torch.ones(4, 4).to(dtype), f"{layer}.bias": torch.ones(4)}
+    read, errors = host.module("hdb_core.train.base.single_file").read_single_file, host.module("hdb_core.errors")
+    save_file(weight | {f"{layer}.{beside}": torch.ones(1)}, path)
+    with pytest.raises(errors.LayoutError, match=r"quantised\.safetensors holds quantised weights \(.*proj_in\.weight\)"):
+        read(path, torch.float32)
+    if dtype.is_floating_point:  # alone, they are the weights themselves
+        save_file(weight, path)
+        with pytest.raises(errors.LayoutError, match="is of another form"):
+            read(path, torch.float32)

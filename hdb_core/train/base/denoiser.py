@@ -225,7 +225,8 @@ def _try(base: DiffusersModel) -> None:
     """Compute once with every part: those of an inpainting model or an upscaler, for example, load and then fail."""
     latents = base.encode(torch.zeros(1, 3, _TRIED, _TRIED)).to(base.denoiser.device)
     conditioning = base.denoiser.encode_prompts([CLASS_PROMPT])
-    if not bool(base.denoiser.denoise(latents, base.denoiser.sigmas()[-1:], conditioning).isfinite().all()):
+    predicted = base.denoiser.denoise(latents, base.denoiser.sigmas()[-1:], conditioning)
+    if not all(bool(result.isfinite().all()) for result in (predicted, base.decode(latents))):
         raise ValueError("it gives NaN or infinity")
 
 

@@ -108,7 +108,13 @@ def require_unquantised(folder: Path) -> None:
     except OSError as error:
         raise LayoutError(f"{path} cannot be read ({reason(error)}). Download the model again.") from error
     if described.get("quantization_config"):
-        raise LayoutError(
-            f"{folder} holds quantised weights, which training does not take. Give it the same model in float32, float16 "
-            "or bfloat16."
-        )
+        raise quantised_weights(folder)
+
+
+def quantised_weights(path: Path, name: str = "") -> LayoutError:
+    """Says that a file or folder holds them; the name is that of one."""
+    named = f" ({name})" if name else ""
+    return LayoutError(
+        f"{path} holds quantised weights{named}, which training does not take. Give it the same model in float32, float16 "
+        "or bfloat16."
+    )

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...errors import LayoutError
 from ...files.reading import GARBLED, garbled_as, reason, regular
 from ...prompt import CLASS_PROMPT
+from .local import quantised_weights
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -28,6 +29,10 @@ _LATENT_FACTOR, _LATENT_FACTOR_XL = 0.18215, 0.13025
 _SIZE_WIDTH = 256  # that SDXL encodes each size in
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _HEAD_WIDTH = 64  # of CLIP, SD 2.x and SDXL; SD 1.x has 8 heads of any width
+_WEIGHTS = ("weight", "in_proj_weight")
+_SCALES = ("scale_weight", "weight_scale", "comfy_quant")  # of a layer's weight, as ComfyUI's formats name them
+_MOST_LAYERS = 48  # of a text encoder, or blocks of a UNet; the largest of these families has 32
+_MOST_DEPTH = 100  # transformer blocks on the way down; SDXL has 24
 _TOKENIZERS = ("tokenizer", "comfy/sd1_tokenizer", ".comfyui/ComfyUI/comfy/sd1_tokenizer")
 GIVE_TOKENIZER = (
     "Add --set tokenizer=FOLDER, a folder with CLIP's vocab.json and merges.txt: comfy/sd1_tokenizer of a ComfyUI, or "
@@ -67,11 +72,15 @@ def read_single_file(
 
     Raises:
         FileNotFoundError: if no tokenizer is found.
-        LayoutError: if the file is no SD 1.x, SD 2.x or SDXL checkpoint, or it is not known what it predicts.
+        LayoutError: if the file is no SD 1.x, SD 2.x or SDXL checkpoint, its weights are quantised, or it is not known what
+            it predicts.
     """
     from diffusers import DDPMScheduler
 
-    checkpoint = {name: t.to(torch.float32 if name.startswith(_VAE) else dtype) for name, t in _read(path).items()}
+    stored = _read(path)
+    if quantised := next(_quantised(stored), ""):
+        raise quantised_weights(path, quantised)
+    checkpoint = {name: t.to(torch.float32 if name.startswith(_VAE) else dtype) for name, t in stored.items()}
     is_open_clip = bool(_below(checkpoint, _OPEN_CLIP))
     if prediction_type is None and is_open_clip:
         raise LayoutError(
@@ -251,6 +260,8 @@ def _unet_config(own: Tensors) -> dict[str, Any]:
     middle = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     is_linear = own["middle_block.1.proj_in.weight"].ndim == 2  # of SD 2.x and SDXL
     depths = [_count(own, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") for i in firsts]
+    if (stride - 1) * sum(depths) > _MOST_DEPTH:
+        raise ValueError(f"it has {(stride - 1) * sum(depths)} transformer blocks on the way down")
     added = {}
     if _SIZES in own:
         added = {
@@ -295,6 +306,17 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def _quantised(checkpoint: Tensors) -> Iterator[str]:
+    """The names of weights that mean something only together with other tensors: integers, and eight-bit floats with a
+    scale beside them. Without one, those are the weights themselves."""
+    for name, tensor in checkpoint.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf not in _WEIGHTS or tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            continue
+        if not tensor.is_floating_point() or any(f"{module}.{scale}" in checkpoint for scale in _SCALES):
+            yield name
+
+
 def _is_xl(checkpoint: Tensors) -> bool:
     return _UNET + _SIZES in checkpoint
 
@@ -308,8 +330,15 @@ def _below(checkpoint: Tensors, prefix: str) -> dict[str, Tensor]:
 
 
 def _count(names: Tensors, pattern: str) -> int:
-    """How many numbers a pattern finds at the start of the names; the highest could be any."""
-    return len({int(match[1]) for name in names if (match := re.match(pattern, name))})
+    """How many numbers a pattern finds at the start of the names; the highest could be any.
+
+    Raises:
+        ValueError: they are so many that building the layers would take long.
+    """
+    found = len({int(match[1]) for name in names if (match := re.match(pattern, name))})
+    if found > _MOST_LAYERS:
+        raise ValueError(f"it has {found} layers")
+    return found
 
 
 def _no_weights() -> Any:
