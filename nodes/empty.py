@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..hdb_core.files import basis as basis_file
 from ..hdb_core.lidb import nobody
 from .host.compat import if_known
-from .host.folders import BASES, find_unchanged, fingerprint, names_on, validated
+from .host.folders import BASES, fingerprint, names_on, unchanged, validated
 from .types import CATEGORY, LIDB
 
 
@@ -44,4 +44,5 @@ class EmptyLiDB(io.ComfyNode):
 
     @classmethod
     def execute(cls, basis_name: str | None = None) -> io.NodeOutput:
-        return io.NodeOutput(nobody(*basis_file.load(find_unchanged(BASES, basis_name))))
+        with unchanged(BASES, basis_name) as path:
+            return io.NodeOutput(nobody(*basis_file.load(path)))

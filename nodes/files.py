@@ -14,7 +14,7 @@ from ..hdb_core.files import lora as lora_file
 from ..hdb_core.images import as_rgb
 from ..hdb_core.lidb import LiDB
 from .host.compat import if_known
-from .host.folders import LIDBS, find_unchanged, fingerprint, learned_basis, names_on, passed_over, validated
+from .host.folders import LIDBS, fingerprint, learned_basis, names_on, passed_over, unchanged, validated
 from .host.output import name_in_output, output_name, prefix_for, refusal, save_once
 from .host.progress import preview, send_text
 from .types import CATEGORY, LIDB
@@ -118,8 +118,8 @@ class LoadLiDB(io.ComfyNode):
 
     @classmethod
     def execute(cls, lidb_name: str | None = None) -> io.NodeOutput:
-        path = find_unchanged(LIDBS, lidb_name)
-        lidb = lidb_file.load(path, learned_basis(lidb_file.read_header(path).basis))
+        with unchanged(LIDBS, lidb_name) as path:
+            lidb = lidb_file.load(path, learned_basis(lidb_file.read_header(path).basis))
         said = "\n".join([*card.lines(lidb), *passed_over(LIDBS, str(lidb_name), path)])
         picture = card.picture_of(lidb.about)
         send_text(said, cls.hidden.unique_id)

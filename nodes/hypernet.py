@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..hdb_core.errors import HyperNetError
 from .host.compat import if_known
 from .host.faces import seen_in
-from .host.folders import HYPERNETS, find_unchanged, fingerprint, names_on, validated
+from .host.folders import HYPERNETS, fingerprint, names_on, unchanged, validated
 from .host.hypernets import HostHyperNet
 from .host.lists import only, pictures_of
 from .host.progress import send_text
@@ -54,7 +54,8 @@ class LoadHyperNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernet_name: str | None = None, clip_vision: io.ClipVision.Type | None = None) -> io.NodeOutput:
-        return io.NodeOutput(HostHyperNet(find_unchanged(HYPERNETS, hypernet_name), clip_vision))
+        with unchanged(HYPERNETS, hypernet_name) as path:
+            return io.NodeOutput(HostHyperNet(path, clip_vision))
 
 
 class PredictLiDB(io.ComfyNode):

@@ -11,7 +11,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +70,7 @@ class _Seen:
         self._digests: dict[tuple[str, str], str] = {}
 
     def digests(self) -> dict[tuple[str, str], str]:
-        if (prompt := running_prompt()) != self._prompt:
+        if (prompt := running_prompt()) is None or prompt != self._prompt:
             self._prompt, self._digests = prompt, {}
         return self._digests
 
@@ -162,16 +162,23 @@ def is_hidden(shelf: Shelf, path: Path) -> bool:
     return shown is not None and not shown.samefile(path)
 
 
-def find_unchanged(shelf: Shelf, name: str | None) -> Path:
-    """As `find`, of a file that is still what `fingerprint` saw: the host keeps the result for what was seen.
+@contextmanager
+def unchanged(shelf: Shelf, name: str | None) -> Iterator[Path]:
+    """As `find`, of a file that is read in the block, and then still what `fingerprint` saw: the host keeps the result for
+    what was seen.
 
     Raises:
-        HDBError: of the kind's class, as `find`, or if another file has come in its place.
+        HDBError: of the kind's class, as `find`, or if it is gone, or another file has come in its place.
     """
     path = find(shelf, name)
-    if seen := _SEEN.digests().get((shelf.category, portable(str(name)))):
-        require_digest(shelf.kind, path, seen)
-    return path
+    try:
+        yield path
+        if seen := _SEEN.digests().get((shelf.category, portable(str(name)))):
+            require_digest(shelf.kind, path, seen)
+    except FileNotFoundError as error:
+        raise shelf.kind.error(
+            f"{path.name} was deleted while it was read. Choose another one from the list."
+        ) from error
 
 
 def require_digest(kind: FileKind, path: Path, digest: str) -> None:
@@ -204,8 +211,8 @@ def fingerprint(shelf: Shelf, name: str | None) -> str | float:
     if name is None:  # it comes over a wire, and is known when the node runs
         return math.nan
     digest = read_digest(shelf.kind, find(shelf, name))
-    _SEEN.digests()[shelf.category, portable(name)] = digest
-    return digest
+    seen = _SEEN.digests().setdefault((shelf.category, portable(name)), digest)
+    return digest if digest == seen else math.nan  # it runs, and `unchanged` refuses it
 
 
 def is_taken(shelf: Shelf, path: Path) -> bool:

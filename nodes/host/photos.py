@@ -150,12 +150,21 @@ def mask_of(photos: Tensor, mask: Tensor) -> Tensor:
     return mask
 
 
+def is_empty(vae: VAE | None) -> bool:
+    """Whether this is what the host gives for a checkpoint without a VAE."""
+    return vae is None or getattr(vae, "first_stage_model", None) is None
+
+
 def encode(model: ModelPatcher, vae: VAE, pixels: Tensor) -> Tensor:
     """Model-space latents (B, C, h, w) float32 of RGB pixels (B, 3, H, W) in 0..1; (B, C, 1, h, w) of a video model.
 
     Raises:
-        FinetuneError: the VAE belongs to another model family.
+        FinetuneError: the VAE is empty, or belongs to another model family.
     """
+    if is_empty(vae):
+        raise FinetuneError(
+            "The checkpoint that the VAE comes from has none. Connect Load VAE with one for this model."
+        )
     form = model.model.latent_format
     # One by one: the VAE of a video model takes several for the frames of one.
     latents = torch.cat([vae.encode(photo.movedim(0, -1)[None]) for photo in pixels])

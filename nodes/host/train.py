@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from ...hdb_core.train.base.model import BaseModel, BatchDenoiser
 from ...hdb_core.train.settings import Settings
 from .batches import ManyDenoiser
 from .differentiable import differentiable
-from .photos import encode
+from .photos import encode, is_empty
 
 Parts = tuple[Any, Any, Any]  # MODEL, CLIP, VAE
+_DISPENSABLE = (  # the host has values of its own
+    "logit_scale", "text_projection.weight", "vae_scale", "vae_shift", "scale_weight", "scale_input", "weight_scale", "input_scale",
+)  # fmt: skip
 
 
 class HostModel:
@@ -81,11 +84,14 @@ def loaded(settings: Settings) -> Iterator[BaseModel]:
 def _of_checkpoint(settings: Settings) -> tuple[Parts, list[Path]]:
     """MODEL, CLIP and VAE of *Load Checkpoint*, and their file."""
     path = _file("checkpoints", settings.model, "model")
-    model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(path))
-    if model is None or clip is None or vae is None:
+    with _missing_weights() as missing:
+        model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(path))
+    if model is None or clip is None or is_empty(vae):
         raise HyperNetError(
             f"{path} is no whole checkpoint, with MODEL, CLIP and VAE. Give the others by text_encoders, clip_type and vae."
         )
+    for root in (model.model.diffusion_model, clip.cond_stage_model, vae.first_stage_model):
+        missing.refuse(path, root)
     return (model, clip, vae), [path]
 
 
@@ -100,33 +106,66 @@ def _of_three(settings: Settings) -> tuple[Parts, list[Path]]:
             f"Expected text_encoders, and as clip_type one of {', '.join(types)}; got {settings.clip_type!r}. Set them as in "
             "Load CLIP."
         )
-    with garbled_as(
-        lambda why: HyperNetError(
-            f"{', '.join(settings.text_encoders)} cannot be loaded as text encoder of the clip_type {settings.clip_type!r} "
-            f"({why.splitlines()[0]}). Set text_encoders and clip_type as in Load CLIP."
-        )
-    ):
-        clip = _clip(texts, types[settings.clip_type])
-    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(pixels)))
-    vae.throw_exception_if_invalid()
-    return (comfy.sd.load_diffusion_model(str(diffusion)), clip, vae), [diffusion, *texts, pixels]
+    with _missing_weights() as missing:
+        with garbled_as(
+            lambda why: HyperNetError(
+                f"{', '.join(settings.text_encoders)} cannot be loaded as text encoder of the clip_type {settings.clip_type!r} "
+                f"({why.splitlines()[0]}). Set text_encoders and clip_type as in Load CLIP."
+            )
+        ):
+            clip = comfy.sd.load_clip(
+                list(map(str, texts)), folder_paths.get_folder_paths("embeddings"), types[settings.clip_type]
+            )
+            # Some hold no part that reads pictures, for example.
+            if 2 * len(missing.of(clip.cond_stage_model)) > len(clip.cond_stage_model.state_dict()):
+                raise ValueError("most of its weights are missing")
+        vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(pixels)))
+        vae.throw_exception_if_invalid()
+        model = comfy.sd.load_diffusion_model(str(diffusion))
+    missing.refuse(diffusion, model.model.diffusion_model)
+    missing.refuse(pixels, vae.first_stage_model)
+    return (model, clip, vae), [diffusion, *texts, pixels]
 
 
-def _clip(texts: list[Path], kind: comfy.sd.CLIPType) -> Any:
-    """CLIP of *Load CLIP*, which takes any file, and leaves what is missing in it as the memory happens to be."""
-    missing: list[int] = []
-    load = nn.Module.load_state_dict
+class _Missing:
+    """The names of weights that files lacked, by module. The host leaves these as the memory happens to be."""
+
+    def __init__(self) -> None:
+        self._names: dict[nn.Module, list[str]] = {}
+
+    def note(self, module: nn.Module, names: Sequence[str]) -> None:
+        """What a module and those below lack, but for what the host does without."""
+        self._names[module] = [name for name in names if not name.endswith(_DISPENSABLE)]
+
+    def of(self, root: nn.Module) -> list[str]:
+        """What a model lacks, and its parts."""
+        return [name for module in root.modules() for name in self._names.get(module, ())]
+
+    def refuse(self, path: Path, root: nn.Module) -> None:
+        """Check that a file had all weights of a model.
+
+        Raises:
+            HyperNetError: it had not.
+        """
+        if names := self.of(root):
+            raise HyperNetError(
+                f"{path} lacks {len(names)} of the weights that ComfyUI looks for in it, the first is {names[0]}. Download it "
+                "again, or give another model."
+            )
+
+
+@contextmanager
+def _missing_weights() -> Iterator[_Missing]:
+    """Notes what is missing in the files that the host loads within the context."""
+    missing, load = _Missing(), nn.Module.load_state_dict
 
     def noted(module: nn.Module, *args: Any, **options: Any) -> Any:
         result = load(module, *args, **options)
-        missing.append(len(result.missing_keys))
+        missing.note(module, result.missing_keys)
         return result
 
     with patch.object(nn.Module, "load_state_dict", noted):
-        clip = comfy.sd.load_clip([str(path) for path in texts], folder_paths.get_folder_paths("embeddings"), kind)
-    if 2 * sum(missing) > len(clip.cond_stage_model.state_dict()):
-        raise ValueError("most of its weights are missing")
-    return clip
+        yield missing
 
 
 def _file(folder: str, name: str, setting: str) -> Path:

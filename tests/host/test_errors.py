@@ -154,6 +154,13 @@ def test_vae_of_another_family(train, host, loaded, monkeypatch):
         train(vae=comfy.sd.VAE(sd=other.state_dict()))
 
 
+def test_a_checkpoint_without_a_vae(train, host):
+    import comfy.sd
+
+    with pytest.raises(host.module("hdb_core.errors").FinetuneError, match=r"comes from has none.*Load VAE"):
+        train(vae=comfy.sd.VAE(sd={}))
+
+
 @pytest.mark.parametrize("name", ["SVD_img2vid", "SD_X4Upscaler"])
 def test_models_with_the_text_width_of_sd2_are_none(host, name):
     import comfy.supported_models

@@ -209,22 +209,46 @@ def test_a_file_that_is_replaced_while_the_prompt_runs_is_refused(run, host, per
     """The host would keep the other person under the fingerprint of this one."""
     node = host.nodes["LoadLiDB"]
     (path,) = run("SaveLiDB", lidb=person(1), filename_prefix="lidb/replaced")
-    (other,) = run("SaveLiDB", lidb=person(2), filename_prefix="lidb/replacing")
     name = load_name(host, path)
-    node.fingerprint_inputs(lidb_name=name)
+
+    def begin(prompt):
+        monkeypatch.setattr(host.module("nodes.host.folders"), "running_prompt", lambda: prompt)
+
+    def replace(number):
+        (other,) = run("SaveLiDB", lidb=person(number), filename_prefix="lidb/replacing")
+        os.replace(other, path)
+
+    def refused():
+        with pytest.raises(host.module("hdb_core.errors").LiDBFileError, match="was replaced while the prompt ran"):
+            run("LoadLiDB", lidb_name=name)
+
+    begin("first")
+    first = node.fingerprint_inputs(lidb_name=name)
     run("LoadLiDB", lidb_name=name)
-    os.replace(other, path)
-    with pytest.raises(host.module("hdb_core.errors").LiDBFileError, match="was replaced while the prompt ran"):
-        run("LoadLiDB", lidb_name=name)
-    node.fingerprint_inputs(lidb_name=name)
+    replace(2)
+    refused()
+    # A second node of this name, which the host asks now: it must not get what the host keeps of an earlier prompt.
+    assert node.fingerprint_inputs(lidb_name=name) != node.fingerprint_inputs(lidb_name=name)
+    refused()
+    begin("second")
+    assert first != node.fingerprint_inputs(lidb_name=name) == node.fingerprint_inputs(lidb_name=name)
     run("LoadLiDB", lidb_name=name)
-    (again,) = run("SaveLiDB", lidb=person(3), filename_prefix="lidb/replacing")
-    os.replace(again, path)
+    replace(3)
     node.fingerprint_inputs(lidb_name=None)  # of another node, whose name comes over a wire
-    with pytest.raises(host.module("hdb_core.errors").LiDBFileError, match="was replaced while the prompt ran"):
-        run("LoadLiDB", lidb_name=name)
-    monkeypatch.setattr(host.module("nodes.host.folders"), "running_prompt", lambda: "the next one")
+    refused()
+    begin("third")
     run("LoadLiDB", lidb_name=name)
+    node.fingerprint_inputs(lidb_name=name)
+    monkeypatch.setattr(host.module("nodes.files"), "learned_basis", lambda _: replace(4))  # between two readings
+    refused()
+
+
+def test_a_file_that_is_deleted_while_it_is_read(run, host, person, monkeypatch):
+    (path,) = run("SaveLiDB", lidb=person(1), filename_prefix="lidb/deleted")
+    name = load_name(host, path)
+    monkeypatch.setattr(host.module("nodes.files"), "learned_basis", lambda _: os.unlink(path))
+    with pytest.raises(host.module("hdb_core.errors").LiDBFileError, match="was deleted while it was read"):
+        run("LoadLiDB", lidb_name=name)
 
 
 @pytest.mark.parametrize(

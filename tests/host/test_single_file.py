@@ -181,7 +181,9 @@ def test_quantised_weights_are_refused(host, tmp_path, dtype, beside):
     weight = {f"{layer}.weight": torch.ones(4, 4).to(dtype), f"{layer}.bias": torch.ones(4)}
     read, errors = host.module("hdb_core.train.base.single_file").read_single_file, host.module("hdb_core.errors")
     save_file(weight | {f"{layer}.{beside}": torch.ones(1)}, path)
-    with pytest.raises(errors.LayoutError, match=r"quantised\.safetensors holds quantised weights \(.*proj_in\.weight\)"):
+    with pytest.raises(
+        errors.LayoutError, match=r"quantised\.safetensors holds quantised weights \(.*proj_in\.weight\)"
+    ):
         read(path, torch.float32)
     if dtype.is_floating_point:  # alone, they are the weights themselves
         save_file(weight, path)

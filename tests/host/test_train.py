@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from miniature.checkpoint import expand
 from miniature.photos import FIRST, write_person
@@ -94,6 +94,25 @@ def test_a_file_that_comfyui_cannot_load(train, tmp_path, capsys, name):
     DAMAGED[name](path := tmp_path / f"{name}.safetensors")
     assert train("host", path)[0] == 1
     assert f"ComfyUI cannot load {path}" in (said := capsys.readouterr().err.splitlines()[-1]) and said.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("first_stage_model.", "is no whole checkpoint, with MODEL, CLIP and VAE"),
+        ("first_stage_model.taesd_decoder.3.", "of the weights that ComfyUI looks for in it, the first is taesd_decoder.3"),
+        ("model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.", "the first is middle_block.1.transformer_blocks"),
+        ("cond_stage_model.transformer.text_model.embeddings.token_embedding.", "lacks 1 of the weights"),
+    ],
+)  # fmt: skip
+def test_what_a_checkpoint_lacks_is_said(train, base_directory, tmp_path, capsys, lost, said):
+    """The host leaves it as the memory happens to be."""
+    whole = load_file(base_directory / "models" / "checkpoints" / "to_train.safetensors")
+    left = {name: tensor for name, tensor in whole.items() if not name.startswith(lost)}
+    assert len(left) < len(whole)
+    save_file(left, path := tmp_path / "incomplete.safetensors")
+    assert train("host", path)[0] == 1
+    assert f"{path} " in (line := capsys.readouterr().err.splitlines()[-1]) and said in line
 
 
 def test_a_checkpoint_that_git_has_not_fetched(train, tmp_path, capsys):
