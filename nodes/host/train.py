@@ -19,6 +19,7 @@ from ...hdb_core.errors import HyperNetError
 from ...hdb_core.files.reading import garbled_as
 from ...hdb_core.train.base.local import identity_of
 from ...hdb_core.train.base.model import BaseModel, BatchDenoiser
+from ...hdb_core.train.base.single_file import SCALES
 from ...hdb_core.train.settings import Settings
 from .batches import ManyDenoiser
 from .differentiable import differentiable
@@ -128,25 +129,35 @@ def _of_three(settings: Settings) -> tuple[Parts, list[Path]]:
 
 
 class _Missing:
-    """The names of weights that files lacked, by module. The host leaves these as the memory happens to be."""
+    """The names of weights that files lacked, by module. The host leaves these as the memory happens to be.
+
+    And of scales that the host passed over: quantised weights are nothing without them.
+    """
 
     def __init__(self) -> None:
         self._names: dict[nn.Module, list[str]] = {}
+        self._scales: dict[nn.Module, list[str]] = {}
 
-    def note(self, module: nn.Module, names: Sequence[str]) -> None:
-        """What a module and those below lack, but for what the host does without."""
-        self._names[module] = [name for name in names if not name.endswith(_DISPENSABLE)]
+    def note(self, module: nn.Module, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+        """What a module and those below lack, but for what the host does without, and what of a file they do not have."""
+        self._names[module] = [name for name in missing if not name.endswith(_DISPENSABLE)]
+        self._scales[module] = [name for name in unexpected if name.rpartition(".")[2] in SCALES]
 
     def of(self, root: nn.Module) -> list[str]:
         """What a model lacks, and its parts."""
         return [name for module in root.modules() for name in self._names.get(module, ())]
 
     def refuse(self, path: Path, root: nn.Module) -> None:
-        """Check that a file had all weights of a model.
+        """Check that a file had all weights of a model, and that the host took their scales.
 
         Raises:
-            HyperNetError: it had not.
+            HyperNetError: it had not, or the host did not.
         """
+        if any(self._scales.get(module) for module in root.modules()):
+            raise HyperNetError(
+                f"{path} holds quantised weights in a format that this ComfyUI does not read. Update ComfyUI, or give the same "
+                "model in float32, float16 or bfloat16."
+            )
         if names := self.of(root):
             raise HyperNetError(
                 f"{path} lacks {len(names)} of the weights that ComfyUI looks for in it, the first is {names[0]}. Download it "
@@ -161,7 +172,7 @@ def _missing_weights() -> Iterator[_Missing]:
 
     def noted(module: nn.Module, *args: Any, **options: Any) -> Any:
         result = load(module, *args, **options)
-        missing.note(module, result.missing_keys)
+        missing.note(module, result.missing_keys, result.unexpected_keys)
         return result
 
     with patch.object(nn.Module, "load_state_dict", noted):

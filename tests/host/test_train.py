@@ -115,6 +115,15 @@ def test_what_a_checkpoint_lacks_is_said(train, base_directory, tmp_path, capsys
     assert f"{path} " in (line := capsys.readouterr().err.splitlines()[-1]) and said in line
 
 
+def test_scales_that_comfyui_passes_over_are_refused(train, base_directory, tmp_path, capsys):
+    whole = load_file(base_directory / "models" / "checkpoints" / "to_train.safetensors")
+    name = next(name for name in whole if name.endswith("attn1.to_q.weight"))
+    whole |= {name: torch.ones_like(whole[name]).to(torch.int8), name.replace("weight", "SCB"): torch.ones(1)}
+    save_file(whole, path := tmp_path / "quantised.safetensors")
+    assert train("host", path)[0] == 1
+    assert f"{path} holds quantised weights in a format" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_checkpoint_that_git_has_not_fetched(train, tmp_path, capsys):
     """torch's own message advises to load it in the unsafe way."""
     (path := tmp_path / "pointer.ckpt").write_bytes(b"version https://git-lfs")

@@ -30,7 +30,7 @@ _SIZE_WIDTH = 256  # that SDXL encodes each size in
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _HEAD_WIDTH = 64  # of CLIP, SD 2.x and SDXL; SD 1.x has 8 heads of any width
 _WEIGHTS = ("weight", "in_proj_weight")
-_SCALES = ("scale_weight", "weight_scale", "comfy_quant")  # of a layer's weight, as ComfyUI's formats name them
+SCALES = ("scale_weight", "weight_scale", "comfy_quant", "SCB")  # of a layer's weight, as formats name them
 _MOST_LAYERS = 48  # of a text encoder, or blocks of a UNet; the largest of these families has 32
 _MOST_DEPTH = 100  # transformer blocks on the way down; SDXL has 24
 _TOKENIZERS = ("tokenizer", "comfy/sd1_tokenizer", ".comfyui/ComfyUI/comfy/sd1_tokenizer")
@@ -313,7 +313,7 @@ def _quantised(checkpoint: Tensors) -> Iterator[str]:
         module, _, leaf = name.rpartition(".")
         if leaf not in _WEIGHTS or tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             continue
-        if not tensor.is_floating_point() or any(f"{module}.{scale}" in checkpoint for scale in _SCALES):
+        if not tensor.is_floating_point() or any(f"{module}.{scale}" in checkpoint for scale in SCALES):
             yield name
 
 
