@@ -27,6 +27,7 @@ from pathlib import Path
 from hdb_core.recommended import AS_LORA, FROM_PHOTO, FROM_PHOTOS, FROM_PREDICTION, RECOMMENDED
 
 from .common.bench import ROOT, chosen_subjects, open_bench, parser
+from .common.dreambooth import DreamBoothConfig
 from .common.files import write_text
 from .common.methods import (
     Base,
@@ -71,7 +72,7 @@ def all_methods(hypernet: Path, narrow: Path = NARROW_HYPERNET) -> list[Method]:
         FastFinetuning(f"lidb_{ONE}_described_guided", {"steps": ONE}, described=True, strengths=(GUIDED,)),
         FastFinetuning(f"lidb_{SEVERAL}_3photos_described", {"steps": SEVERAL}, described=True, photos=3),
         LoRA("lora4", {**LORA, "rank": 4}, strengths=(AS_LORA,)),
-        DreamBooth(), DreamBooth(name="dreambooth_described", described=True), TextualInversion(),
+        DreamBooth(), DreamBooth(DreamBoothConfig(rate=4e-5), "dreambooth_described", True), TextualInversion(),
         Stranger(predicted), RealPictures(),
     ]  # fmt: skip
 
