@@ -24,6 +24,8 @@ def as_rgb(images: Tensor | None, error: type[HDBError]) -> Tensor:
         raise error(
             f"image must be (batch, height, width, 3), got {tuple(images.shape)}. Connect the IMAGE output of Load Image."
         )
+    if not images.is_floating_point():
+        raise error(f"image must hold numbers from 0 to 1, got {images.dtype}. Divide bytes by 255.")
     if not bool(images.isfinite().all()):
         raise error("The photo contains NaN or infinite values. Check the node that makes it.")
     pixels = images.movedim(-1, 1).float()

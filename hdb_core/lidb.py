@@ -122,8 +122,16 @@ def expand(lidb: LiDB, adapters: Adapters | None = None) -> dict[str, tuple[Tens
 
     Returns:
         Layer name → (up (out, R), down (R, in)); ``delta_weight = up @ down``.
+
+    Raises:
+        LiDBError: the adapters are of another recipe or layout.
     """
     adapters = adapters or Adapters(lidb.basis, lidb.layout, lidb.down.device)
+    if (adapters.recipe, adapters.layout) != (lidb.basis, lidb.layout):
+        raise LiDBError(
+            f"The adapters are of another basis or model ({adapters.recipe.describe()}, {adapters.layout.describe()}) than the "
+            f"LiDB ({lidb.basis.describe()}, {lidb.layout.describe()}). Make Adapters(lidb.basis, lidb.layout)."
+        )
     return adapters.expand(lidb.down.to(adapters.device), lidb.up.to(adapters.device))
 
 

@@ -21,7 +21,7 @@ from ..errors import HDBError
 
 # What the bytes of a stranger make readers raise.
 GARBLED = (
-    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError, RuntimeError, struct.error,
+    LookupError, TypeError, ValueError, AttributeError, NameError, ArithmeticError, RecursionError, MemoryError, RuntimeError, struct.error,
     zlib.error, SafetensorError, EOFError, pickle.UnpicklingError,
 )  # fmt: skip
 _MOST_HOLLOW = 1 << 20

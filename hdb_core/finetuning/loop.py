@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..adapters import Adapters, Factors, attach
 from ..diffusion import Batch, Denoiser, LossScale, diffusion_loss
-from ..errors import HDBError
+from ..errors import FinetuneError, HDBError
 from ..layout import Layout
 from ..lidb import About, LiDB
 from ..recommended import RECOMMENDED
@@ -117,6 +117,11 @@ def finetune(
         enough = None if config.steps else RECOMMENDED[source_of(config, len(latents), init)].enough
         config = replace(config, steps=config.steps or automatic_steps(config, len(latents), init))
         recipe = config.basis if init is None else init.basis
+        if adapters is not None and adapters.recipe != recipe:
+            raise FinetuneError(
+                f"The adapters are of another basis ({adapters.recipe.describe()}) than the person will be "
+                f"({recipe.describe()}). Make them of that one."
+            )
         factors = TrainableFactors(adapters or Adapters(recipe, denoiser.layout, latents.device), config, init)
         sampler = BatchSampler(denoiser.sigmas(), latents, config, mask, prior_latents)
         about = partial(describe, config, len(latents), init)

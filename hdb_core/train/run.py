@@ -25,10 +25,23 @@ PATIENCE = 10  # seconds, until another training has seen that everything is com
 STAGES = ("basis", "precompute", "pretrain", "train", "evaluate")
 # Settings and sections that cannot change once a stage has begun, because its results depend on them.
 FIXED = {
-    "basis": ("basis", "prompt", "image_size", "convolutions", "held_out", "overfit"),
-    "precompute": ("image_size", "group", "fit"),
+    "basis": ("basis", "prompt", "image_size", "convolutions", "prediction_type", "held_out", "overfit"),
+    "precompute": ("image_size", "group", "fit", "prediction_type"),
     "pretrain": ("encoder", "class_prompt", "pretrain.portraits", "held_out", "overfit"),
-    "train": ("encoder", "net", "rank", "prompt", "basis", "convolutions", "begin_with", "held_out", "overfit"),
+    "train": (
+        *(
+            "encoder",
+            "net",
+            "rank",
+            "prompt",
+            "basis",
+            "convolutions",
+            "prediction_type",
+            "begin_with",
+            "held_out",
+            "overfit",
+        ),
+    ),
 }
 
 

@@ -66,7 +66,7 @@ class _Seen:
     """The digests of files when the prompt that runs began: by category and name, nothing of earlier prompts."""
 
     def __init__(self) -> None:
-        self._prompt: str | None = None
+        self._prompt: tuple[str, int] | None = None
         self._digests: dict[tuple[str, str], str] = {}
 
     def digests(self) -> dict[tuple[str, str], str]:
@@ -78,9 +78,12 @@ class _Seen:
 _SEEN = _Seen()
 
 
-def running_prompt() -> str | None:
-    """The host's id of the prompt that runs; None without its server."""
-    return getattr(prompt_server(), "last_prompt_id", None)
+def running_prompt() -> tuple[str, int] | None:
+    """The host's id of the prompt that runs, which a client may choose again, and how many it has begun; None without its
+    server."""
+    server = prompt_server()
+    found = getattr(server, "last_prompt_id", None)
+    return None if found is None else (found, getattr(getattr(server, "prompt_queue", None), "task_counter", 0))
 
 
 def register_folders() -> None:

@@ -152,7 +152,7 @@ def mask_of(photos: Tensor, mask: Tensor) -> Tensor:
 
 def is_empty(vae: VAE | None) -> bool:
     """Whether this is what the host gives for a checkpoint without a VAE."""
-    return vae is None or getattr(vae, "first_stage_model", None) is None
+    return vae is None or getattr(vae, "first_stage_model", vae) is None
 
 
 def encode(model: ModelPatcher, vae: VAE, pixels: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,19 @@ from utils.extra_config import load_extra_path_config
 
 from ...hdb_core.errors import HyperNetError
 from ...hdb_core.files.reading import garbled_as
-from ...hdb_core.train.base.local import identity_of
+from ...hdb_core.train.base.denoiser import try_base
+from ...hdb_core.train.base.local import identity_of, quantised, quantised_weights
 from ...hdb_core.train.base.model import BaseModel, BatchDenoiser
-from ...hdb_core.train.base.single_file import SCALES
+from ...hdb_core.train.base.single_file import KINDS
 from ...hdb_core.train.settings import Settings
 from .batches import ManyDenoiser
 from .differentiable import differentiable
 from .photos import encode, is_empty
 
 Parts = tuple[Any, Any, Any]  # MODEL, CLIP, VAE
+# In a text encoder; those that read pictures, too, come without that part.
+_OF_WORDS = re.compile(r"^(?!.*vis)(.*\.)?((layers|block|resblocks)\.\d|embed_tokens|token_embedding|shared)\.")
+_OWN = (".weight", ".bias")  # what a layer is made of
 _DISPENSABLE = (  # the host has values of its own
     "logit_scale", "text_projection.weight", "vae_scale", "vae_shift", "scale_weight", "scale_input", "weight_scale", "input_scale",
 )  # fmt: skip
@@ -79,6 +84,13 @@ def loaded(settings: Settings) -> Iterator[BaseModel]:
     with garbled_as(refusal), torch.inference_mode():
         parts, files = _of_three(settings) if settings.text_encoders or settings.vae else _of_checkpoint(settings)
     with opened(*parts, settings.convolutions, identity_of(files)) as base:
+        with garbled_as(
+            lambda why: HyperNetError(
+                f"A first step of {settings.model} on a tiny picture fails ({why.splitlines()[0]}). Give a text-to-image model, and "
+                "the text encoders and the VAE that belong to it."
+            )
+        ):
+            try_base(base)
         yield base
 
 
@@ -117,12 +129,12 @@ def _of_three(settings: Settings) -> tuple[Parts, list[Path]]:
             clip = comfy.sd.load_clip(
                 list(map(str, texts)), folder_paths.get_folder_paths("embeddings"), types[settings.clip_type]
             )
-            # Some hold no part that reads pictures, for example.
             if 2 * len(missing.of(clip.cond_stage_model)) > len(clip.cond_stage_model.state_dict()):
                 raise ValueError("most of its weights are missing")
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(pixels)))
         vae.throw_exception_if_invalid()
         model = comfy.sd.load_diffusion_model(str(diffusion))
+    missing.refuse(", ".join(map(str, texts)), clip.cond_stage_model, _OF_WORDS)
     missing.refuse(diffusion, model.model.diffusion_model)
     missing.refuse(pixels, vae.first_stage_model)
     return (model, clip, vae), [diffusion, *texts, pixels]
@@ -131,34 +143,44 @@ def _of_three(settings: Settings) -> tuple[Parts, list[Path]]:
 class _Missing:
     """The names of weights that files lacked, by module. The host leaves these as the memory happens to be.
 
-    And of scales that the host passed over: quantised weights are nothing without them.
+    And of quantised weights whose scales the host has passed over: it takes them for the weights themselves.
     """
 
     def __init__(self) -> None:
         self._names: dict[nn.Module, list[str]] = {}
-        self._scales: dict[nn.Module, list[str]] = {}
+        self._quantised: dict[nn.Module, str] = {}
 
-    def note(self, module: nn.Module, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-        """What a module and those below lack, but for what the host does without, and what of a file they do not have."""
+    def note(
+        self, module: nn.Module, kinds: Mapping[str, str], missing: Sequence[str], unexpected: Sequence[str]
+    ) -> None:
+        """What a module and those below lack, but for what the host does without, and what it has made nothing of.
+
+        Args:
+            kinds: of all tensors by name, see `quantised`.
+        """
         self._names[module] = [name for name in missing if not name.endswith(_DISPENSABLE)]
-        self._scales[module] = [name for name in unexpected if name.rpartition(".")[2] in SCALES]
+        passed_over = set(unexpected)
+        taken = {name.rpartition(".")[0] for name in kinds if name not in passed_over and not name.endswith(_OWN)}
+        # Integers with a scale that the host has taken are none of these any more.
+        left = {name: kind for name, kind in kinds.items() if name in passed_over or name.endswith(_OWN)}
+        self._quantised[module] = quantised({n: "F16" if n.rpartition(".")[0] in taken else k for n, k in left.items()})
 
     def of(self, root: nn.Module) -> list[str]:
         """What a model lacks, and its parts."""
         return [name for module in root.modules() for name in self._names.get(module, ())]
 
-    def refuse(self, path: Path, root: nn.Module) -> None:
-        """Check that a file had all weights of a model, and that the host took their scales.
+    def refuse(self, path: Path | str, root: nn.Module, needed: re.Pattern[str] | None = None) -> None:
+        """Check that a file had all weights of a model, and that the host reads them if they are quantised.
+
+        Args:
+            needed: names of weights that must not be missing; None is all.
 
         Raises:
-            HyperNetError: it had not, or the host did not.
+            HyperNetError, LayoutError: if not.
         """
-        if any(self._scales.get(module) for module in root.modules()):
-            raise HyperNetError(
-                f"{path} holds quantised weights in a format that this ComfyUI does not read. Update ComfyUI, or give the same "
-                "model in float32, float16 or bfloat16."
-            )
-        if names := self.of(root):
+        if name := next(filter(None, (self._quantised.get(module) for module in root.modules())), ""):
+            raise quantised_weights(path, name)
+        if names := [name for name in self.of(root) if needed is None or needed.search(name)]:
             raise HyperNetError(
                 f"{path} lacks {len(names)} of the weights that ComfyUI looks for in it, the first is {names[0]}. Download it "
                 "again, or give another model."
@@ -171,8 +193,10 @@ def _missing_weights() -> Iterator[_Missing]:
     missing, load = _Missing(), nn.Module.load_state_dict
 
     def noted(module: nn.Module, *args: Any, **options: Any) -> Any:
+        tensors = args[0] if args else options["state_dict"]
+        kinds = {name: KINDS.get(tensor.dtype, "") for name, tensor in tensors.items()}
         result = load(module, *args, **options)
-        missing.note(module, result.missing_keys, result.unexpected_keys)
+        missing.note(module, kinds, result.missing_keys, result.unexpected_keys)
         return result
 
     with patch.object(nn.Module, "load_state_dict", noted):

@@ -217,6 +217,13 @@ def test_the_global_generator_is_not_touched(toy, latents, config):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_adapters_of_another_basis_are_refused(toy, latents, make_lidb, config):
+    person = make_lidb(0, 2)
+    other = Adapters(replace(person.basis, seed=person.basis.seed + 1), toy.layout)
+    with pytest.raises(FinetuneError, match="adapters are of another basis"):
+        finetune(toy, latents, config, init=person, adapters=other)
+
+
 def test_a_warm_start_is_exactly_the_given_person(toy, make_lidb):
     init = make_lidb(0, 2)
     down, up = start_factors(init.basis, toy.layout, 4, init)

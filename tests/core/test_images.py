@@ -30,6 +30,12 @@ def test_covers_and_takes_the_centre(shape, size):
     torch.testing.assert_close(resized + resized.flip(-1), torch.ones_like(resized), atol=2 / min(shape), rtol=0)
 
 
+def test_bytes_are_no_picture():
+    """Every person was the same one."""
+    with pytest.raises(HyperNetError, match=r"from 0 to 1, got torch\.uint8. Divide"):
+        preprocess((255 * noise(1, 20, 20, 3)).byte(), EncoderConfig(image_size=32))
+
+
 def test_equal_size_changes_nothing_and_values_stay_in_range():
     picture = noise(1, 3, 20, 30)
     assert torch.equal(resize_to_cover(picture, (20, 30)), picture)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hdb_core.adapters import Adapters
 from hdb_core.basis import BasisRecipe
 from hdb_core.errors import LayoutError, LiDBError
 from hdb_core.layout import Layer, Layout
@@ -63,6 +64,15 @@ def test_expand_gives_the_factors_of_delta_weight(make_lidb):
         up, down = factors[layer.name]
         assert up.shape == (layer.out_features, 3) and down.shape == (3, layer.in_features)
         close(up @ down, weight)
+
+
+def test_adapters_of_another_basis_or_model_are_refused(make_lidb):
+    lidb = make_lidb(0, 3)
+    fewer = replace(lidb.layout, layers=lidb.layout.layers[:-1])
+    for recipe, layout in ((replace(lidb.basis, seed=lidb.basis.seed + 1), lidb.layout), (lidb.basis, fewer)):
+        with pytest.raises(LiDBError, match=r"of another basis or model .*Make Adapters\("):
+            expand(lidb, Adapters(recipe, layout))
+    assert expand(lidb, Adapters(lidb.basis, lidb.layout)).keys() == expand(lidb).keys()
 
 
 def test_truncation_is_the_best_approximation(make_lidb):

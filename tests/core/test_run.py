@@ -152,7 +152,8 @@ def test_a_new_run_needs_a_model_and_photos(tmp_path):
      ("people", "image_size", 64), ("people", "fit.steps", 3), ("pretrain_state.safetensors", "encoder.depth", 1),
      ("pretrain_state.safetensors", "pretrain.portraits", True), ("state.safetensors", "rank", 4), ("state.safetensors", "prompt", "a [w] face"),
      ("state.safetensors", "net.depth", 1), ("state.safetensors", "basis.seed", 1), ("state.safetensors", "held_out", 0.5), ("state.safetensors", "overfit", 4),
-     ("state.safetensors", "convolutions", False), ("state.safetensors", "begin_with", "other.safetensors")],
+     ("state.safetensors", "convolutions", False), ("state.safetensors", "begin_with", "other.safetensors"),
+     ("state.safetensors", "prediction_type", "v_prediction"), ("people", "prediction_type", "epsilon")],
 )  # fmt: skip
 def test_what_results_depend_on_cannot_change(tmp_path, begun, name, value):
     Run.open(tmp_path, NEW).write_settings()

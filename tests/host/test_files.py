@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -241,6 +242,21 @@ def test_a_file_that_is_replaced_while_the_prompt_runs_is_refused(run, host, per
     node.fingerprint_inputs(lidb_name=name)
     monkeypatch.setattr(host.module("nodes.files"), "learned_basis", lambda _: replace(4))  # between two readings
     refused()
+
+
+def test_a_prompt_is_another_one_under_the_same_id(host, monkeypatch):
+    """Clients may choose it."""
+    import server
+
+    queue = SimpleNamespace(task_counter=1)
+    instance = SimpleNamespace(last_prompt_id="mine", prompt_queue=queue)
+    monkeypatch.setattr(server.PromptServer, "instance", instance, raising=False)
+    running = host.module("nodes.host.folders").running_prompt
+    first = running()
+    queue.task_counter += 1
+    assert first != running() == running()
+    monkeypatch.delattr(server.PromptServer, "instance")
+    assert running() is None
 
 
 def test_a_file_that_is_deleted_while_it_is_read(run, host, person, monkeypatch):

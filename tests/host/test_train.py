@@ -115,13 +115,21 @@ def test_what_a_checkpoint_lacks_is_said(train, base_directory, tmp_path, capsys
     assert f"{path} " in (line := capsys.readouterr().err.splitlines()[-1]) and said in line
 
 
-def test_scales_that_comfyui_passes_over_are_refused(train, base_directory, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("dtype", "beside"),
+    [(torch.int8, "SCB"), (torch.int8, ""), (torch.float8_e4m3fn, "weight_scale_inv"), (torch.float8_e4m3fn, "weight.scale")],
+)  # fmt: skip
+def test_quantised_weights_that_comfyui_does_not_read_are_refused(
+    train, base_directory, tmp_path, capsys, dtype, beside
+):
+    """They were taken for the weights themselves."""
     whole = load_file(base_directory / "models" / "checkpoints" / "to_train.safetensors")
     name = next(name for name in whole if name.endswith("attn1.to_q.weight"))
-    whole |= {name: torch.ones_like(whole[name]).to(torch.int8), name.replace("weight", "SCB"): torch.ones(1)}
+    whole |= {name: torch.ones_like(whole[name]).to(dtype)}
+    whole |= {name.replace("weight", beside): torch.ones(1)} if beside else {}
     save_file(whole, path := tmp_path / "quantised.safetensors")
     assert train("host", path)[0] == 1
-    assert f"{path} holds quantised weights in a format" in capsys.readouterr().err.splitlines()[-1]
+    assert f"{path} holds quantised weights (" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_checkpoint_that_git_has_not_fetched(train, tmp_path, capsys):
@@ -180,6 +188,13 @@ def test_three_files(train, sd3_files, base_directory, capsys):
     for kind, why in (("sd3", "'NoneType' object"), ("stable_diffusion", "most of its weights are missing")):
         assert train("host", sd3_files.model, *swapped, f"clip_type={kind}")[0] == 1
         assert f"as text encoder of the clip_type {kind!r} ({why}" in capsys.readouterr().err
+    folder = base_directory / "models" / "text_encoders"
+    whole = load_file(folder / sd3_files.clip)
+    for lost, said in (("token_embedding.", "token_embedding.weight"), ("layers.0.mlp.fc2.", "layers.0.mlp.fc2")):
+        save_file({n: t for n, t in whole.items() if lost not in n}, folder / "incomplete.safetensors")
+        texts = 'text_encoders=["incomplete.safetensors"]'
+        assert train("host", sd3_files.model, texts, files[1], "clip_type=sd3")[0] == 1
+        assert said in (line := capsys.readouterr().err.splitlines()[-1]) and "of the weights that ComfyUI" in line
     code, folder = train("host", sd3_files.model, *files, "clip_type=sd3")
     assert code == 0 and numbers(folder).isfinite().all()
 

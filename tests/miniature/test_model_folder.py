@@ -81,6 +81,39 @@ def test_quantised_parts(copy, part, method):
         load(copy)
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "unet"])
+@pytest.mark.parametrize(
+    ("dtype", "beside"),
+    [(torch.int8, "SCB"), (torch.int8, ""), (torch.float8_e4m3fn, "weight_scale_inv"), (torch.float8_e4m3fn, "weight.scale")],
+)  # fmt: skip
+def test_quantised_weights_that_no_config_speaks_of(copy, part, dtype, beside):
+    """They were taken for the weights themselves."""
+    path = next((copy / part).glob("*.safetensors"))
+    weights = load_file(path)
+    name = next(name for name, tensor in weights.items() if name.endswith(".weight") and tensor.ndim == 2)
+    weights |= {name: torch.ones_like(weights[name]).to(dtype)}
+    weights |= {name.removesuffix("weight") + beside: torch.ones(1)} if beside else {}
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(LayoutError, match=rf"{part} holds quantised weights \({name}\)"):
+        load(copy)
+
+
+@pytest.mark.parametrize("kind", ["EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler", None])
+def test_other_schedules(copy, kind):
+    """diffusers makes up betas for them."""
+    described = {"_class_name": kind, "num_train_timesteps": 1000} if kind else {}
+    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(described))
+    with pytest.raises(LayoutError, match=rf"describes another noise schedule \({kind or 'nothing'}\)"):
+        load(copy)
+
+
+def test_shifted_latents(copy):
+    path = copy / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"latents_mean": [1.0, 0.0, 0.0, 0.0]}))
+    with pytest.raises(LayoutError, match=r"vae are of another form \(latents_mean\)"):
+        load(copy)
+
+
 def vocabulary(change):
     """A folder with CLIP's vocabulary in the older two files, changed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ...errors import LayoutError
-from ...files.reading import garbled_as
+from ...files.reading import garbled_as, read_whole
 from ...layout import FAMILIES, FAMILY_BY_CONTEXT, find_targets, layout_of
 from ...prompt import CLASS_PROMPT
 from .local import identity_of, local_config, require_safetensors, require_unquantised, weights_in
+from .model import BaseModel
 from .single_file import GIVE_TOKENIZER, Parts, TextEncoder, load_tokenizer, read_single_file
 
 # Of a schedule that ends in noise alone, whose last sigma would be infinite; sigma is 4519 there. ComfyUI has the same.
@@ -24,6 +26,7 @@ _SECOND_PARTS = ("text_encoder_2", "tokenizer_2")  # of SDXL
 # By the name that `find_targets` has for each text encoder. That of a diffusers folder of SD 2.x lacks the layer that
 # nothing reads, that of SDXL has it.
 _TEXT_ENCODERS = {"sd1": ("clip_l",), "sd2": ("text_encoder",), "sdxl": ("clip_l", "clip_g")}
+_OTHER_LATENTS = ("latents_mean", "latents_std", "shift_factor")
 _PIXELS = 8  # side of what a latent stands for
 _TRIED = 64  # side of the picture that a loaded model is tried on, pixels
 
@@ -208,7 +211,10 @@ def load_base_model(
         convolutions,
     )
     vae = parts.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    files = [model] if model.is_file() else weights_in(model / part for part in (*_PARTS, *_SECOND_PARTS))
+    files = [model]
+    if not model.is_file():
+        schedule = model / "scheduler" / "scheduler_config.json"
+        files = [*weights_in(model / part for part in (*_PARTS, *_SECOND_PARTS)), schedule]
     base = DiffusersModel(denoiser, vae, identity_of(files))
     with garbled_as(
         lambda why: LayoutError(
@@ -216,12 +222,12 @@ def load_base_model(
             f"({', '.join(FAMILIES.values())}) whose parts are all its own."
         )
     ):
-        _try(base)
+        try_base(base)
     return base
 
 
 @torch.no_grad()
-def _try(base: DiffusersModel) -> None:
+def try_base(base: BaseModel) -> None:
     """Compute once with every part: those of an inpainting model or an upscaler, for example, load and then fail."""
     latents = base.encode(torch.zeros(1, 3, _TRIED, _TRIED)).to(base.denoiser.device)
     conditioning = base.denoiser.encode_prompts([CLASS_PROMPT])
@@ -260,13 +266,32 @@ def _read_folder(folder: Path, dtype: torch.dtype, tokenizer: Path | None) -> Pa
             for kind, end in kinds[: 1 + second]
             for path in [paths[f"text_encoder{end}"]]
         ]
-        tiny = AutoencoderTiny.load_config(paths["vae"], **local)["_class_name"] == "AutoencoderTiny"
+        _require_known_schedule(paths["scheduler"])
+        vae_config = AutoencoderTiny.load_config(paths["vae"], **local)
+        if strange := next((name for name in _OTHER_LATENTS if vae_config.get(name)), None):
+            raise LayoutError(f"The latents of {paths['vae']} are of another form ({strange}) than training knows.")
+        tiny = vae_config["_class_name"] == "AutoencoderTiny"
         return Parts(
             _whole(UNet2DConditionModel, paths["unet"], torch_dtype=dtype, **local),
             tuple(texts),
             # A full VAE overflows in float16.
             _whole(AutoencoderTiny if tiny else AutoencoderKL, paths["vae"], **local),
             DDPMScheduler.from_pretrained(paths["scheduler"], **local),
+        )
+
+
+def _require_known_schedule(folder: Path) -> None:
+    """Check that diffusers does not make up a schedule for one of another kind.
+
+    Raises:
+        LayoutError: the folder describes noise by something else than betas.
+    """
+    path = folder / "scheduler_config.json"
+    described = json.loads(read_whole(path).decode())
+    if not {"beta_start", "trained_betas"} & described.keys():
+        raise LayoutError(
+            f"{path} describes another noise schedule ({described.get('_class_name', 'nothing')}) than SD 1.x, SD 2.x and SDXL "
+            "have. Give --model one of these."
         )
 
 

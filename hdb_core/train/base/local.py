@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from ...errors import LayoutError
 from ...files.reading import read_whole, reason, regular
 
+_OWN = ("weight", "bias", "in_proj_weight", "in_proj_bias")  # what a layer is made of
+_FLOATS = ("F16", "F32", "F64", "BF16")
 _PLACES, _BLOCK = 4096, 256  # in a file of another format than safetensors; bytes of a tensor, or at a place
 # As diffusers and transformers call the weights that they load; others beside them are variants.
 _NAMES = ("diffusion_pytorch_model", "model")
@@ -59,7 +61,7 @@ def require_safetensors(folder: Path) -> None:
     Raises:
         LayoutError: if it does not.
     """
-    weights = {path.name: _names_in(path) for path in weights_in([folder])}
+    weights = {path.name: _kinds_in(path) for path in weights_in([folder])}
     shards = {name for name in weights if "-of-" in name}
     for path in filter(Path.is_file, (folder / f"{name}.safetensors.index.json" for name in _NAMES)):
         places = json.loads(read_whole(path).decode())["weight_map"]
@@ -76,15 +78,16 @@ def require_safetensors(folder: Path) -> None:
         )
 
 
-def _names_in(path: Path) -> frozenset[str]:
-    """The names of all weights in a file.
+def _kinds_in(path: Path) -> dict[str, str]:
+    """The names of all weights in a file, and what numbers they are.
 
     Raises:
         LayoutError: if the file is not whole.
     """
     try:
         with safe_open(regular(path), "pt") as file:
-            return frozenset(file.keys())
+            names = file.keys()
+            return {name: file.get_slice(name).get_dtype() for name in names}
     except (OSError, SafetensorError) as error:
         raise LayoutError(f"{path} cannot be read ({reason(error)}). Download it again.") from error
 
@@ -109,9 +112,32 @@ def require_unquantised(folder: Path) -> None:
         raise LayoutError(f"{path} cannot be read ({reason(error)}). Download the model again.") from error
     if described.get("quantization_config"):
         raise quantised_weights(folder)
+    if name := quantised({name: kind for file in weights_in([folder]) for name, kind in _kinds_in(file).items()}):
+        raise quantised_weights(folder, name)
 
 
-def quantised_weights(path: Path, name: str = "") -> LayoutError:
+def quantised(kinds: Mapping[str, str]) -> str:
+    """The name of a weight that means something only together with other tensors; "" if there is none.
+
+    Such are integers, and eight-bit floats with anything but a bias beside them. Alone, those are the weights themselves.
+
+    Args:
+        kinds: of all tensors by name, as safetensors calls them: F8_E4M3, I8, BF16 …
+    """
+    beside = set()
+    for name in kinds:
+        module, _, leaf = name.rpartition(".")
+        if leaf not in _OWN:  # X.scale, X.weight_scale, X.weight.absmax
+            beside |= {module, module.removesuffix(".weight")}
+    for name, kind in kinds.items():
+        module, _, leaf = name.rpartition(".")
+        is_weight = leaf in _OWN and leaf.endswith("weight")
+        if is_weight and not kind.startswith(_FLOATS) and (module in beside or not kind.startswith("F8")):
+            return name
+    return ""
+
+
+def quantised_weights(path: Path | str, name: str = "") -> LayoutError:
     """Says that a file or folder holds them; the name is that of one."""
     named = f" ({name})" if name else ""
     return LayoutError(

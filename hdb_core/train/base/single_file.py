@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import LayoutError
 from ...files.reading import GARBLED, garbled_as, reason, regular
 from ...prompt import CLASS_PROMPT
-from .local import quantised_weights
+from .local import quantised, quantised_weights
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -29,8 +29,11 @@ _LATENT_FACTOR, _LATENT_FACTOR_XL = 0.18215, 0.13025
 _SIZE_WIDTH = 256  # that SDXL encodes each size in
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _HEAD_WIDTH = 64  # of CLIP, SD 2.x and SDXL; SD 1.x has 8 heads of any width
-_WEIGHTS = ("weight", "in_proj_weight")
-SCALES = ("scale_weight", "weight_scale", "comfy_quant", "SCB")  # of a layer's weight, as formats name them
+KINDS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+_READ_OF_OPEN_CLIP = 23  # layers of OpenCLIP-H that SD 2.x reads; files converted from diffusers have no more
 _MOST_LAYERS = 48  # of a text encoder, or blocks of a UNet; the largest of these families has 32
 _MOST_DEPTH = 100  # transformer blocks on the way down; SDXL has 24
 _TOKENIZERS = ("tokenizer", "comfy/sd1_tokenizer", ".comfyui/ComfyUI/comfy/sd1_tokenizer")
@@ -78,8 +81,8 @@ def read_single_file(
     from diffusers import DDPMScheduler
 
     stored = _read(path)
-    if quantised := next(_quantised(stored), ""):
-        raise quantised_weights(path, quantised)
+    if name := quantised({name: KINDS.get(tensor.dtype, "") for name, tensor in stored.items()}):
+        raise quantised_weights(path, name)
     checkpoint = {name: t.to(torch.float32 if name.startswith(_VAE) else dtype) for name, t in stored.items()}
     is_open_clip = bool(_below(checkpoint, _OPEN_CLIP))
     if prediction_type is None and is_open_clip:
@@ -164,7 +167,8 @@ def text_encoder_of(checkpoint: Tensors) -> Any:
         for prefix in (_CLIP, _CLIP_XL):
             if _below(checkpoint, prefix):
                 return _text_encoder(CLIPTextModel, checkpoint, prefix)
-        return _text_encoder(CLIPTextModel, checkpoint, _OPEN_CLIP, unread=1)
+        layers = _count(_below(checkpoint, _OPEN_CLIP), r".*resblocks\.(\d+)\.")
+        return _text_encoder(CLIPTextModel, checkpoint, _OPEN_CLIP, unread=int(layers != _READ_OF_OPEN_CLIP))
 
 
 def second_text_encoder_of(checkpoint: Tensors) -> Any:
@@ -304,17 +308,6 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise LayoutError(
             f"{path} cannot be read as a .safetensors checkpoint ({reason(error)}). Give --model such a file, or a diffusers folder."
         ) from error
-
-
-def _quantised(checkpoint: Tensors) -> Iterator[str]:
-    """The names of weights that mean something only together with other tensors: integers, and eight-bit floats with a
-    scale beside them. Without one, those are the weights themselves."""
-    for name, tensor in checkpoint.items():
-        module, _, leaf = name.rpartition(".")
-        if leaf not in _WEIGHTS or tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            continue
-        if not tensor.is_floating_point() or any(f"{module}.{scale}" in checkpoint for scale in SCALES):
-            yield name
 
 
 def _is_xl(checkpoint: Tensors) -> bool:
