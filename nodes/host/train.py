@@ -28,6 +28,7 @@ from .differentiable import differentiable
 from .photos import encode, is_empty
 
 Parts = tuple[Any, Any, Any]  # MODEL, CLIP, VAE
+_UNREAD = "clip_h.transformer.text_model.encoder.layers.23."  # of SD 2.x; files converted from diffusers lack it
 # In a text encoder; those that read pictures, too, come without that part.
 _OF_WORDS = re.compile(r"^(?!.*vis)(.*\.)?((layers|block|resblocks)\.\d|embed_tokens|token_embedding|shared)\.")
 _OWN = (".weight", ".bias")  # what a layer is made of
@@ -158,7 +159,7 @@ class _Missing:
         Args:
             kinds: of all tensors by name, see `quantised`.
         """
-        self._names[module] = [name for name in missing if not name.endswith(_DISPENSABLE)]
+        self._names[module] = [n for n in missing if not n.endswith(_DISPENSABLE) and not n.startswith(_UNREAD)]
         passed_over = set(unexpected)
         taken = {name.rpartition(".")[0] for name in kinds if name not in passed_over and not name.endswith(_OWN)}
         # Integers with a scale that the host has taken are none of these any more.
